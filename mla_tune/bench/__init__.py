@@ -1,0 +1,1 @@
+"""Device detection, timing and numerical comparison. Nothing here knows what is being timed."""

@@ -1,0 +1,1 @@
+"""From a grid of points to stored measurements: plan, isolated worker, runner."""
