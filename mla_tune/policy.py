@@ -1,7 +1,7 @@
 """The policy file: its schema, and the only code that reads or writes it.
 
 A policy is what one GPU model learned: for each site, model, head count and layer type a table of thresholds, with the
-environment it was measured in and how well it did on points that the fit never saw. It is YAML because people review it.
+environment it was measured in and how well it did on points that the fit never saw. YAML, because people review it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of every part of a policy: immutable, and strict about unknown keys."""
 
 
-class Choice(_Record, omit_defaults=True):
+class Choice(_Record, frozen=True, omit_defaults=True):
     """From ``num_qo_tokens_from`` query tokens upward (until the next choice of the row) take ``candidate``."""
 
     num_qo_tokens_from: int
@@ -25,14 +25,14 @@ class Choice(_Record, omit_defaults=True):
     noise band, above the second this one is. None on the first choice of a row."""
 
 
-class Row(_Record):
+class Row(_Record, frozen=True):
     """The choices from ``kv_tokens_from`` context tokens upward (until the next row of the table)."""
 
     kv_tokens_from: int
     choices: tuple[Choice, ...]
 
 
-class Limit(_Record):
+class Limit(_Record, frozen=True):
     """A capability bound of this kernel build on this device, not a threshold: past it the candidate fails."""
 
     candidate: str
@@ -46,7 +46,7 @@ class Limit(_Record):
     """What the failure said."""
 
 
-class Slowdown(_Record):
+class Slowdown(_Record, frozen=True):
     """t(choice) / t(fastest measured candidate) of one rule over the held-out points of a table."""
 
     rule: str
@@ -57,7 +57,7 @@ class Slowdown(_Record):
     worst: float
 
 
-class HeldOut(_Record):
+class HeldOut(_Record, frozen=True):
     """The judgement on points that the fit did not see."""
 
     points: int
@@ -65,14 +65,14 @@ class HeldOut(_Record):
     """The policy first, then every baseline that applies to the table."""
 
 
-class Range(_Record):
+class Range(_Record, frozen=True):
     """Closed ranges that the measurements cover; outside them the incumbent is kept."""
 
     num_qo_tokens: tuple[int, int]
     kv_tokens: tuple[int, int]
 
 
-class Table(_Record):
+class Table(_Record, frozen=True):
     """The dispatch table of one site, model, head count and layer type."""
 
     site: str
@@ -92,7 +92,7 @@ class Table(_Record):
     held_out: HeldOut
 
 
-class Library(_Record):
+class Library(_Record, frozen=True):
     """One kernel library build; see :class:`mla_tune.sku.KernelLibrary`."""
 
     name: str
@@ -100,7 +100,7 @@ class Library(_Record):
     sha256: str
 
 
-class PolicyEnvironment(_Record):
+class PolicyEnvironment(_Record, frozen=True):
     """The machine and software that was measured; see :class:`mla_tune.sku.Environment`."""
 
     driver: str
@@ -111,14 +111,14 @@ class PolicyEnvironment(_Record):
     libraries: tuple[Library, ...]
 
 
-class Gpu(_Record):
+class Gpu(_Record, frozen=True):
     """The product that the policy is for."""
 
     sku: str
     sm_count: int
 
 
-class Source(_Record):
+class Source(_Record, frozen=True):
     """The committed measurements behind the policy and the command that makes it from them again."""
 
     file: str
@@ -127,7 +127,7 @@ class Source(_Record):
     command: str
 
 
-class Policy(_Record):
+class Policy(_Record, frozen=True):
     """One policy file."""
 
     schema: int
