@@ -1,0 +1,53 @@
+"""Numerical comparison of an output with its reference."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Tolerance:
+    """Bounds on relative errors in the Euclidean norm: over everything, and for the worst row (first dimension)."""
+
+    overall: float
+    worst_row: float
+
+
+BF16_ATTENTION = Tolerance(overall=1e-2, worst_row=5e-2)
+"""For bf16 operands accumulated in fp32. bf16 rounds to 2**-9 = 2e-3 relative; the kernels round the probabilities and
+the output once each, so 1e-2 leaves five roundings. A wrong or unwritten row is off by its whole norm, 20 times the row
+bound."""
+
+
+def mismatch(output: torch.Tensor, reference: torch.Tensor, tolerance: Tolerance) -> str | None:
+    """Why ``output`` is not ``reference`` within ``tolerance``; None if it is. Shapes are equal, dtypes may differ."""
+    if output.shape != reference.shape:
+        return f"shape {tuple(output.shape)} differs from the reference's {tuple(reference.shape)}"
+    if output.numel() == 0:
+        return None
+    out, ref = (t.double().reshape(t.shape[0], -1) for t in (output, reference))
+    bad_rows = (~out.isfinite()).any(dim=1).nonzero().flatten()
+    if bad_rows.numel():
+        return f"{bad_rows.numel()} of {out.shape[0]} rows hold NaN or infinity, the first is row {int(bad_rows[0])}"
+    error, norm = (out - ref).norm(dim=1), ref.norm(dim=1)
+    overall = float(error.norm() / norm.norm().clamp_min(1e-30))
+    if overall > tolerance.overall:
+        return f"relative error {overall:.2e} exceeds {tolerance.overall:.0e}"
+    relative = error / norm.clamp_min(float(norm.mean()) * 1e-3 + 1e-30)
+    row = int(relative.argmax())
+    if float(relative[row]) > tolerance.worst_row:
+        return f"row {row} has relative error {float(relative[row]):.2e}, above {tolerance.worst_row:.0e}"
+    return None
+
+
+def unwritten(output: torch.Tensor) -> str | None:
+    """Why ``output``, whose memory was poisoned with NaN before the run, was not fully written; None if it was."""
+    finite = output.isfinite()
+    if bool(finite.all()):
+        return None
+    row = int((~finite.reshape(output.shape[0], -1).all(dim=1)).nonzero()[0])
+    return f"output has unwritten or non-finite values, the first in row {row} of {output.shape[0]}"

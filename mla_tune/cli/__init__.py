@@ -1,0 +1,45 @@
+"""The ``mla-tune`` command: thin commands over the library; what they need is imported when they run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from mla_tune.errors import MlaTuneError
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: Sequence[str]) -> int:
+    """Run one command line and give its exit code: 0, 2 for a wrong argument, 130 for Ctrl-C, 1 for all else.
+
+    Whatever goes wrong ends as one line on standard error.
+    """
+    try:
+        from mla_tune.cli.app import app, usage_error
+    except ModuleNotFoundError as error:
+        return _fail(f"the command line needs {error.name}, which is not installed: pip install 'mla-tune[tune]'", 1)
+    try:
+        return app(args=list(arguments), prog_name="mla-tune", standalone_mode=False) or 0
+    except MlaTuneError as error:
+        return _fail(str(error), error.exit_code)
+    except usage_error as error:
+        return _fail(f"{error.format_message()} See 'mla-tune --help'.", 2)
+    except ModuleNotFoundError as error:
+        return _fail(f"this command needs {error.name}, which is not installed: pip install 'mla-tune[tune]'", 1)
+    except KeyboardInterrupt:
+        return _fail("interrupted: what was measured is stored; run the same command again to go on", 130)
+    except BrokenPipeError:  # the reader of our output has gone, as with `mla-tune ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        return _fail(f"{error.strerror or error}: {error.filename}" if error.filename else str(error), 1)
+
+
+def _fail(line: str, code: int) -> int:
+    print(f"mla-tune: {' '.join(line.split())}", file=sys.stderr)
+    return code

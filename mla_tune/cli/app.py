@@ -1,0 +1,49 @@
+"""The commands, put together."""
+
+from __future__ import annotations
+
+import typer
+
+from mla_tune import __version__
+from mla_tune.cli import databases, policies, sweeping
+
+usage_error: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+"""Base of the exceptions for a malformed command line; typer has moved it between releases, but not in the hierarchy."""
+
+app = typer.Typer(
+    help="Measured kernel choices for DeepSeek-V4 and V3.2 prefill: sweep a GPU, fit the crossovers, serve a policy.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(sweeping.sweep)
+app.command()(policies.fit)
+app.command()(policies.lookup)
+app.command()(policies.explain)
+app.command()(sweeping.verify)
+app.command()(sweeping.env)
+
+_database = typer.Typer(help="Measurement databases and their committed exports.", no_args_is_help=True)
+_database.command("export")(databases.export)
+_database.command("import")(databases.import_)
+_database.command("ls")(databases.ls)
+app.add_typer(_database, name="db")
+
+_policy = typer.Typer(help="Policy files.", no_args_is_help=True)
+_policy.command("show")(policies.show)
+app.add_typer(_policy, name="policy")
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"mla-tune {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+) -> None:
+    """Measured kernel choices for DeepSeek-V4 and V3.2 prefill: sweep a GPU, fit the crossovers, serve a policy."""

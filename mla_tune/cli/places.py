@@ -1,0 +1,71 @@
+"""Which device a command means, and where its files are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mla_tune.errors import EnvironmentMismatchError
+from mla_tune.gpu import GpuIdentity, detect_gpu
+from mla_tune.sku import CPU, resolve_sku
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """The device of this machine that a command will use."""
+
+    sku: str
+    kind: str
+    """``cpu`` or ``cuda``."""
+    sm_count: int
+    """Streaming multiprocessors; 0 for the CPU, where the worker counts threads."""
+
+
+def this_device(argument: str) -> Device:
+    """The device that ``--gpu argument`` means on this machine: ``auto``, ``cpu`` or a SKU that must be here.
+
+    Raises :class:`UsageError` for an unknown SKU, :class:`EnvironmentMismatchError` for one that is not in this machine.
+    """
+    gpu = detect_gpu()
+    if argument == "auto":
+        return Device(gpu.sku, "cuda", gpu.sm_count) if gpu else Device(CPU, "cpu", 0)
+    sku = resolve_sku(argument)
+    if sku == CPU:
+        return Device(CPU, "cpu", 0)
+    if gpu is None or gpu.sku != sku:
+        raise EnvironmentMismatchError(
+            f"--gpu {argument} measures an {sku} that is in this machine: found {_found(gpu)}; accepted here: "
+            f"{_accepted(gpu)}; run it on a machine with that GPU"
+        )
+    return Device(gpu.sku, "cuda", gpu.sm_count)
+
+
+def _found(gpu: GpuIdentity | None) -> str:
+    return f"{gpu.product} ({gpu.sm_count} SMs)" if gpu else "no NVIDIA GPU"
+
+
+def _accepted(gpu: GpuIdentity | None) -> str:
+    return ", ".join(["auto", *([gpu.sku.removeprefix("nvidia-")] if gpu else []), CPU])
+
+
+def policy_sku(argument: str) -> str:
+    """The SKU whose policy ``--gpu argument`` names, which need not be in this machine; ``auto`` is the one that is."""
+    if argument != "auto":
+        return resolve_sku(argument)
+    gpu = detect_gpu()
+    return gpu.sku if gpu else CPU
+
+
+def database_path(sku: str) -> Path:
+    """The working database of a SKU, below the current folder."""
+    return Path("db") / f"{sku}.db"
+
+
+def export_path(sku: str) -> Path:
+    """The committed export of a SKU's measurements, below the current folder."""
+    return Path("db") / f"{sku}.jsonl"
+
+
+def policy_path(sku: str) -> Path:
+    """The policy of a SKU, below the current folder."""
+    return Path("policies") / f"{sku}.yaml"

@@ -1,0 +1,75 @@
+"""The candidates of every site: why one cannot serve a shape here, and its stages bound to real inputs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from mla_tune.kernels import flash_mla, indexer, sparse_fwd, with_kvcache
+from mla_tune.kernels.inputs import AttentionInputs, kv_format
+from mla_tune.kernels.prepared import Prepared
+from mla_tune.site import Site, SiteName
+
+
+@dataclass(frozen=True, slots=True)
+class Device:
+    """Where candidates run: the CPU, or a GPU with its architecture and size."""
+
+    kind: str
+    """``cpu`` or ``cuda``."""
+    major: int
+    """Major compute capability; 0 for the CPU."""
+    sm_count: int
+    """Streaming multiprocessors, or CPU threads."""
+
+    @classmethod
+    def current(cls, kind: str) -> Device:
+        """The device of this process. ``kind`` is ``cpu`` or ``cuda``."""
+        if kind == "cpu":
+            return cls("cpu", 0, torch.get_num_threads())
+        properties = torch.cuda.get_device_properties(0)
+        return cls("cuda", properties.major, properties.multi_processor_count)
+
+    @property
+    def torch_device(self) -> torch.device:
+        """As torch names it."""
+        return torch.device(self.kind)
+
+
+def unsupported(site: Site, candidate: str, device: Device) -> str | None:
+    """Why ``candidate`` cannot serve ``site`` on ``device``, in one sentence; None if it can.
+
+    The sentence names the missing package, the architecture or the shape rule. On the CPU every candidate has a torch
+    implementation of the same stages.
+    """
+    if device.kind == "cpu":
+        return None
+    if site.name is SiteName.INDEXER_METADATA:
+        return indexer.deep_gemm_missing() if candidate == "deep_gemm" else None
+    return flash_mla_missing() or _flash_mla(device.major).unsupported(site.h_q or 0, kv_format(site.layer).head_dim)
+
+
+def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:
+    """Bind an attention candidate to ``inputs``. Ask :func:`unsupported` first."""
+    kernels = None if device.kind == "cpu" else _flash_mla(device.major)
+    if candidate == "sparse_fwd":
+        return sparse_fwd.prepare(inputs, kernels)
+    return with_kvcache.prepare(inputs, kernels)
+
+
+def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, device: Device) -> Prepared:
+    """Bind an indexer metadata candidate to ``context_lens`` (num_qo_tokens, 1) int32."""
+    return indexer.prepare(context_lens, site, candidate, device.sm_count)
+
+
+@lru_cache(maxsize=1)
+def flash_mla_missing() -> str | None:
+    """See :func:`mla_tune.kernels.flash_mla.missing`; asked once per process, since a failed import is slow."""
+    return flash_mla.missing()
+
+
+@lru_cache(maxsize=2)
+def _flash_mla(major: int) -> flash_mla.FlashMla:
+    return flash_mla.FlashMla(major)

@@ -1,0 +1,129 @@
+"""FlashMLA behind one interface, whichever distribution is installed.
+
+Three lineages offer the same two functions. ``sgl-flash-mla`` has a ``use_legacy`` switch: the legacy half holds the SM90
+kernels and the V3.2 and V4 cache formats, the current half SM100 kernels for newer formats. Upstream's own package has no
+switch. Which one is there is read off the signature, not off a version number.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from dataclasses import dataclass
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+HEAD_COUNTS = (64, 128)
+"""Query heads that the kernels accept; engines pad to the next one."""
+ARCHITECTURES = (9, 10)
+"""Major compute capabilities with kernels: SM90 and SM100."""
+V_DIM = 512
+"""Head dimension of the values, for both cache formats."""
+
+
+@dataclass(frozen=True, slots=True)
+class KvCacheCall:
+    """Arguments of the KV-cache kernel in this project's words.
+
+    FlashMLA calls the first cache's entries ``indices`` and the second's ``extra_indices``. For V4 the first is the window
+    and the second the selection; for V3.2 there is one cache and its entries are the selection.
+    """
+
+    q: torch.Tensor  # (num_qo_tokens, h_q, head_dim) bf16
+    cache: torch.Tensor  # (pages, page_size, 1, bytes_per_token) uint8 view
+    slots: torch.Tensor  # (num_qo_tokens, width) int32
+    lengths: torch.Tensor  # (num_qo_tokens,) int32
+    extra_cache: torch.Tensor | None
+    extra_slots: torch.Tensor | None
+    extra_lengths: torch.Tensor | None
+    sm_scale: float
+    attn_sink: torch.Tensor | None  # (h_q,) float32
+
+
+def missing() -> str | None:
+    """Why FlashMLA cannot be used on this machine at all, in one sentence; None if its module imports."""
+    try:
+        importlib.import_module("flash_mla")
+    except (ImportError, OSError, RuntimeError) as error:  # a library that is there but does not load raises the latter
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"flash_mla cannot be imported ({reason}): pip install 'mla-tune[gpu]'"
+    return None
+
+
+class FlashMla:
+    """The two kernels, with the switches of the installed distribution set for one architecture."""
+
+    def __init__(self, major: int, module: ModuleType | None = None) -> None:
+        """``major`` is the GPU's major compute capability."""
+        self._module: Any = module or importlib.import_module("flash_mla")
+        self._major = major
+        parameters = inspect.signature(self._module.flash_mla_sparse_fwd).parameters
+        self._has_switch = "use_legacy" in parameters
+
+    def unsupported(self, h_q: int, head_dim: int) -> str | None:
+        """Why this build cannot serve these heads on this architecture; None if it can."""
+        if self._major not in ARCHITECTURES:
+            return f"FlashMLA has kernels for sm90 and sm100; this GPU is sm{self._major}0"
+        if h_q not in HEAD_COUNTS:
+            return f"FlashMLA takes 64 or 128 query heads, not {h_q}: pad them"
+        has_legacy = getattr(self._module, "has_legacy", None)
+        needs_legacy = self._major == 9 or head_dim != V_DIM
+        if has_legacy is not None and needs_legacy and not has_legacy():
+            return "this sgl-flash-mla was built without its legacy kernels (sm90, V3.2 and V4 cache formats)"
+        return None
+
+    def sparse_fwd(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        indices: torch.Tensor,
+        lengths: torch.Tensor,
+        sm_scale: float,
+        attn_sink: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Sparse prefill over a flat workspace: q (n, h_q, d), kv (rows, d), indices (n, width) -> (n, h_q, 512)."""
+        legacy = self._major == 9 or q.shape[2] != V_DIM  # the current half is SM100 with 512 dimensions only
+        out: torch.Tensor = self._module.flash_mla_sparse_fwd(
+            q,
+            kv.unsqueeze(1),
+            indices.unsqueeze(1),
+            sm_scale,
+            d_v=V_DIM,
+            attn_sink=attn_sink,
+            topk_length=lengths,
+            **self._switch(legacy),
+        )[0]
+        return out
+
+    def new_schedule(self) -> object:
+        """An empty schedule. The first :meth:`with_kvcache` fills it; calls of equal shapes and lengths reuse it."""
+        return self._module.get_mla_metadata()[0]
+
+    def with_kvcache(self, call: KvCacheCall, schedule: object) -> torch.Tensor:
+        """Sparse decode kernel over the paged FP8 cache, one query token a batch entry -> (n, h_q, 512) bf16."""
+        out: torch.Tensor = self._module.flash_mla_with_kvcache(
+            call.q.unsqueeze(1),
+            call.cache,
+            None,
+            None,
+            V_DIM,
+            schedule,
+            None,
+            call.sm_scale,
+            False,
+            True,
+            call.slots.unsqueeze(1),
+            call.attn_sink,
+            call.extra_cache,
+            None if call.extra_slots is None else call.extra_slots.unsqueeze(1),
+            call.lengths,
+            call.extra_lengths,
+            **self._switch(True),  # only the legacy half knows the 584 and 656 byte formats
+        )[0]
+        return out.squeeze(1)
+
+    def _switch(self, legacy: bool) -> dict[str, bool]:
+        return {"use_legacy": legacy} if self._has_switch else {}

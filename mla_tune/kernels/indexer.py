@@ -1,0 +1,56 @@
+"""Candidates of ``indexer_metadata``: DeepGEMM's schedule kernel, compiled per bucket of rows, and the shape-agnostic one.
+
+Both give the (num_sms + 1, 2) int32 table that DeepGEMM's paged MQA logits kernel reads. On the CPU ``deep_gemm`` is the
+same algorithm in torch: a prefix sum, then one binary search per SM.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+
+from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
+from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.site import Site
+from mla_tune.stages import stages
+
+BLOCK_KV = 64
+"""Rows per page of the indexer's key cache in both engines."""
+
+
+@lru_cache(maxsize=1)
+def deep_gemm_missing() -> str | None:
+    """Why DeepGEMM cannot be used, in one sentence; None if its module imports. Asked once: a failed import is slow."""
+    try:
+        module = importlib.import_module("deep_gemm")
+    # DeepGEMM builds itself on import if it must: assertions and subprocess errors are then possible too.
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return f"deep_gemm cannot be imported ({reason}): pip install 'mla-tune[gpu]'"
+    if not hasattr(module, "get_paged_mqa_logits_metadata"):
+        return "this deep_gemm has no get_paged_mqa_logits_metadata: install sgl-deep-gemm 0.1.2 or later"
+    return None
+
+
+def prepare(context_lens: torch.Tensor, site: Site, candidate: str, num_sms: int) -> Prepared:
+    """Bind ``candidate`` to ``context_lens`` (num_qo_tokens, 1) int32."""
+    (stage,) = stages(site, candidate)
+    output = Output()
+    make = _maker(context_lens, candidate, num_sms)
+
+    def run() -> None:
+        output.tensor = make()
+
+    return Prepared(candidate=candidate, stages=(BoundStage(stage, run),), output=output)
+
+
+def _maker(context_lens: torch.Tensor, candidate: str, num_sms: int) -> Callable[[], torch.Tensor]:
+    if candidate == "jit":
+        return lambda: paged_mqa_logits_metadata(context_lens, BLOCK_KV, num_sms)
+    if context_lens.device.type == "cpu":
+        return lambda: paged_mqa_logits_metadata_serial(context_lens, BLOCK_KV, num_sms)
+    metadata = importlib.import_module("deep_gemm").get_paged_mqa_logits_metadata
+    return lambda: metadata(context_lens, BLOCK_KV, num_sms)

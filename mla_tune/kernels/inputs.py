@@ -1,0 +1,243 @@
+"""Inputs of one point, built on the device that will run it.
+
+Caches hold quantized random normals, page tables are a random permutation of the pool (as after hours of serving), and
+each query's selection is spread evenly over its context: one row drawn from each of top-k equal strata, independently
+per query, so neighbouring queries share rows only by chance. That is the least cache-friendly selection and the stated
+overlap model of every figure measured with it.
+
+Large pools are one quantized tile repeated: a kernel's time depends on where rows lie, not on which values they hold.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mla_tune.kernels.formats import DSA, V4, KVFormat, PagedSelection, quantize_k_cache
+from mla_tune.shape import Shape, Workload, compressed_row_counts, window_row_counts, workload
+from mla_tune.site import SWA_PAGE_SIZE, SWA_WINDOW, LayerType, Site
+
+_TILE_TOKENS = 1 << 15
+
+
+@dataclass(frozen=True, slots=True)
+class PagedCache:
+    """A paged FP8 cache and where each request's tokens lie in it."""
+
+    fmt: KVFormat
+    page_size: int
+    data: torch.Tensor  # (num_pages, page_bytes) uint8
+    page_table: torch.Tensor  # (num_reqs, max_pages) int32
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionInputs:
+    """What an engine hands to either attention candidate. Tensors are named by their shapes; R is ``num_reqs``."""
+
+    site: Site
+    shape: Shape
+    work: Workload
+    q: torch.Tensor  # (num_qo_tokens, h_q, head_dim) bf16
+    attn_sink: torch.Tensor | None  # (h_q,) float32, V4 only
+    window: PagedCache | None  # V4 only
+    compressed: PagedCache | None  # all but swa_only
+    topk_indices: torch.Tensor | None  # (num_qo_tokens, topk) int32 compressed rows of the request, -1 behind the last
+    seq_lens: torch.Tensor  # (R,) int32
+    window_start: torch.Tensor  # (R,) int32, first position whose window row is gathered
+    row_counts: torch.Tensor  # (R,) int32, compressed rows that each request has
+    cu_compressed: torch.Tensor  # (R + 1,) int64, prefix sum of the workspace rows of each request
+    cu_window: torch.Tensor  # (R + 1,) int64
+    positions: torch.Tensor  # (num_qo_tokens,) int32, in the request
+    token_to_req: torch.Tensor  # (num_qo_tokens,) int32
+
+    @property
+    def head_dim(self) -> int:
+        """Dimension of queries and keys: 512 (V4) or 576 (V3.2)."""
+        return self.q.shape[2]
+
+    @property
+    def sm_scale(self) -> float:
+        """Softmax scale."""
+        return float(self.head_dim**-0.5)
+
+    @property
+    def selected_counts(self) -> torch.Tensor:  # (num_qo_tokens,) int32
+        """Selected entries of each query: ``min(topk, (position + 1) // compress_ratio)``."""
+        if self.site.layer is LayerType.SWA_ONLY:
+            return torch.zeros_like(self.positions)
+        counts = (self.positions + 1) // self.site.layer.compress_ratio
+        return counts if self.site.topk is None else counts.clamp_max(self.site.topk)
+
+    @property
+    def window_counts(self) -> torch.Tensor:  # (num_qo_tokens,) int32
+        """Window entries of each query: ``min(128, position + 1)``."""
+        return (self.positions + 1).clamp_max(SWA_WINDOW)
+
+    def selections(self) -> list[PagedSelection]:
+        """What each query attends to, as slots of the caches: the window first (V4), then the selection.
+
+        This is what the engine's top-k transform and page-index step hand to the KV-cache kernel.
+        """
+        parts = []
+        if self.window is not None:
+            parts.append(self._selection(self.window, self._window_positions(), self.window_counts))
+        if self.compressed is not None:
+            parts.append(self._selection(self.compressed, self._selected_rows(), self.selected_counts))
+        return parts
+
+    def _window_positions(self) -> torch.Tensor:
+        """Positions of each query's window, oldest first, -1 behind the last: (num_qo_tokens, 128) int32."""
+        column = torch.arange(SWA_WINDOW, device=self.q.device, dtype=torch.int32)
+        counts = self.window_counts[:, None]
+        return torch.where(column < counts, self.positions[:, None] + 1 - counts + column, -1)
+
+    def _selected_rows(self) -> torch.Tensor:
+        """Compressed rows of each query's selection, -1 behind the last: (num_qo_tokens, selection_width) int32."""
+        if self.topk_indices is not None:
+            return self.topk_indices
+        column = torch.arange(self.work.selection_width, device=self.q.device, dtype=torch.int32)
+        return torch.where(column < self.selected_counts[:, None], column, -1)
+
+    def _selection(self, cache: PagedCache, rows: torch.Tensor, lengths: torch.Tensor) -> PagedSelection:
+        table = cache.page_table
+        page = rows.clamp_min(0) // cache.page_size + self.token_to_req[:, None] * table.shape[1]
+        slots = table.flatten()[page] * cache.page_size + rows % cache.page_size
+        slot_ids = torch.where(rows >= 0, slots, -1)
+        return PagedSelection(cache.data, cache.fmt, cache.page_size, slot_ids, lengths)
+
+
+def kv_format(layer: LayerType) -> KVFormat:
+    """Cache format of a layer type: 656-byte records for ``dsa``, 584-byte records for all V4 layers."""
+    return DSA if layer is LayerType.DSA else V4
+
+
+def required_bytes(site: Site, shape: Shape) -> int:
+    """Device memory that one point takes at most: caches, queries, indices, the workspace, two outputs and slack."""
+    work, fmt = workload(site, shape), kv_format(site.layer)
+    caches = (work.rows + shape.num_reqs * 2 * SWA_PAGE_SIZE) * (fmt.bytes_per_token + 8)
+    if site.layer is LayerType.C128A:
+        caches *= 2  # a page of two rows is padded from 1168 to 1728 bytes
+    queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + 2 * 512) * 2
+    indices = shape.num_qo_tokens * (work.selection_width + work.index_width) * 4
+    index_scratch = shape.num_qo_tokens * work.selection_width * 16
+    workspace = work.rows * fmt.head_dim * 2
+    return caches + queries + indices + index_scratch + workspace + (1 << 30)
+
+
+class InputBuilder:
+    """Builds inputs and keeps the large random pools between points, since filling them costs more than timing."""
+
+    def __init__(self, device: torch.device, seed: int = 0) -> None:
+        self._device = device
+        self._generator = torch.Generator(device=device).manual_seed(seed)
+        self._pools: dict[tuple[str, int], torch.Tensor] = {}
+        self._queries: dict[int, torch.Tensor] = {}
+
+    def release(self) -> None:
+        """Drop the pools, for a point that needs the memory."""
+        self._pools.clear()
+        self._queries.clear()
+
+    def attention(self, site: Site, shape: Shape) -> AttentionInputs:
+        """Inputs of ``site`` at ``shape``. Raises ``torch.OutOfMemoryError`` where they do not fit."""
+        extends, seqs = shape.extend_lens(), shape.seq_lens()
+        layer, fmt = site.layer, kv_format(site.layer)
+        windows = window_row_counts(list(zip(extends, seqs, strict=True)))
+        positions, token_to_req = self._tokens(extends, seqs)
+        counts = [seq // layer.compress_ratio for seq in seqs] if layer.compress_ratio else [0] * len(seqs)
+        window = self._cache(V4, SWA_PAGE_SIZE, seqs, windows) if layer.has_window else None
+        compressed = self._cache(fmt, layer.page_size, counts, counts) if layer is not LayerType.SWA_ONLY else None
+        h_q = site.h_q or 0
+        return AttentionInputs(
+            site=site,
+            shape=shape,
+            work=workload(site, shape),
+            q=self._query(shape.num_qo_tokens, h_q, fmt.head_dim),
+            attn_sink=self._normal(h_q) if layer.has_window else None,
+            window=window,
+            compressed=compressed,
+            topk_indices=self._topk(site, positions),
+            seq_lens=self._ints(seqs),
+            window_start=self._ints([seq - rows for seq, rows in zip(seqs, windows, strict=True)]),
+            row_counts=self._ints(counts),
+            cu_compressed=self._prefix(compressed_row_counts(layer, seqs)),
+            cu_window=self._prefix(windows if layer.has_window else [0] * len(seqs)),
+            positions=positions,
+            token_to_req=token_to_req,
+        )
+
+    def context_lens(self, site: Site, shape: Shape) -> torch.Tensor:
+        """Compressed context of every query token, (num_qo_tokens, 1) int32: what the indexer schedules over."""
+        positions, _ = self._tokens(shape.extend_lens(), shape.seq_lens())
+        return ((positions + 1) // site.layer.compress_ratio).unsqueeze(1)
+
+    def _tokens(self, extends: list[int], seqs: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Position in its request, and request, of every query token: two (num_qo_tokens,) int32."""
+        extend = self._ints(extends)
+        requests = torch.arange(len(extends), device=self._device, dtype=torch.int32)
+        token_to_req = requests.repeat_interleave(extend.long())
+        first_token = extend.cumsum(0) - extend
+        offset = torch.arange(len(token_to_req), device=self._device) - first_token[token_to_req.long()]
+        start = self._ints(seqs) - extend
+        return (start[token_to_req.long()] + offset).int(), token_to_req
+
+    def _ints(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self._device)
+
+    def _prefix(self, values: list[int]) -> torch.Tensor:
+        return torch.tensor([0, *values], dtype=torch.int64, device=self._device).cumsum(0)
+
+    def _normal(self, *size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=self._generator, device=self._device)
+
+    def _query(self, num_tokens: int, h_q: int, head_dim: int) -> torch.Tensor:
+        """(num_tokens, h_q, head_dim) bf16 normals; a view of one buffer that only grows."""
+        size = num_tokens * h_q * head_dim
+        buffer = self._queries.get(head_dim)
+        if buffer is None or buffer.numel() < size:
+            self._queries.pop(head_dim, None)
+            buffer = torch.empty(size, dtype=torch.bfloat16, device=self._device)
+            self._queries[head_dim] = buffer.normal_(generator=self._generator)
+        return buffer[:size].view(num_tokens, h_q, head_dim)
+
+    def _cache(self, fmt: KVFormat, page_size: int, tokens: list[int], kept: list[int]) -> PagedCache:
+        """A cache that holds the last ``kept`` of each request's ``tokens``; pages before those are absent (-1)."""
+        max_pages = max(1, max(-(-count // page_size) for count in tokens))
+        first = self._ints([(total - last) // page_size for total, last in zip(tokens, kept, strict=True)])
+        end = self._ints([-(-total // page_size) for total in tokens])
+        column = torch.arange(max_pages, device=self._device, dtype=torch.int32)
+        present = (column >= first[:, None]) & (column < end[:, None])
+        num_pages = max(1, int(present.sum()))
+        table = torch.full_like(present, -1, dtype=torch.int32)
+        permutation = torch.randperm(num_pages, generator=self._generator, device=self._device, dtype=torch.int32)
+        table[present] = permutation[: int(present.sum())]
+        return PagedCache(fmt, page_size, self._pool(fmt, page_size, num_pages), table)
+
+    def _pool(self, fmt: KVFormat, page_size: int, num_pages: int) -> torch.Tensor:
+        """The first ``num_pages`` of a pool of quantized normals, (num_pages, page_bytes) uint8."""
+        key = (fmt.name, page_size)
+        pool = self._pools.get(key)
+        if pool is None or pool.shape[0] < num_pages:
+            self._pools.pop(key, None)
+            tile_pages = min(num_pages, -(-_TILE_TOKENS // page_size))
+            tile = quantize_k_cache(self._normal(tile_pages * page_size, fmt.head_dim), fmt, page_size)
+            pool = torch.empty(num_pages, tile.shape[1], dtype=torch.uint8, device=self._device)
+            for start in range(0, num_pages, tile_pages):
+                piece = pool[start : start + tile_pages]
+                piece.copy_(tile[: len(piece)])
+            self._pools[key] = pool
+        return pool[:num_pages]
+
+    def _topk(self, site: Site, positions: torch.Tensor) -> torch.Tensor | None:
+        """Stratified selection: column j is drawn from stratum j of ``available`` rows; all of them where few."""
+        if site.topk is None:
+            return None
+        available = ((positions + 1) // site.layer.compress_ratio)[:, None].float()  # exact below 2**24
+        column = torch.arange(site.topk, device=self._device, dtype=torch.float32)[None, :]
+        stride = (available / site.topk).clamp_min(1.0)
+        jitter = torch.rand(len(positions), site.topk, generator=self._generator, device=self._device)
+        low = (column * stride).floor()
+        width = ((column + 1) * stride).floor() - low
+        chosen = low + (jitter * width).floor().minimum(width - 1).clamp_min(0)
+        return torch.where(chosen < available, chosen, -1.0).int()

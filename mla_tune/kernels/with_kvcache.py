@@ -1,0 +1,86 @@
+"""Candidate ``with_kvcache``: FlashMLA's sparse decode kernel over the paged FP8 cache, every query token a batch entry.
+
+Its scheduler runs inside the first call of a forward, so the ``schedule`` stage is that call less a call whose schedule is
+already there. The selection arrives as cache slots, which is what the engine's top-k transform writes for this path.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from mla_tune.kernels.attention_cpu import schedule_cpu, with_kvcache_cpu
+from mla_tune.kernels.flash_mla import FlashMla, KvCacheCall
+from mla_tune.kernels.formats import PagedSelection, paged_view
+from mla_tune.kernels.inputs import AttentionInputs
+from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.stages import stages
+
+
+def prepare(inputs: AttentionInputs, kernels: FlashMla | None) -> Prepared:
+    """Bind both stages. ``kernels`` None means the torch implementation on the CPU."""
+    return _prepare_cpu(inputs) if kernels is None else _prepare_gpu(inputs, kernels)
+
+
+def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla) -> Prepared:
+    schedule_stage, attention_stage = stages(inputs.site, "with_kvcache")
+    output = Output()
+    call = _call(inputs)
+    filled = kernels.new_schedule()
+
+    def attention() -> None:
+        output.tensor = kernels.with_kvcache(call, filled)
+
+    def attention_with_schedule() -> None:
+        output.tensor = kernels.with_kvcache(call, kernels.new_schedule())
+
+    return Prepared(
+        candidate="with_kvcache",
+        stages=(
+            BoundStage(schedule_stage, attention_with_schedule, baseline=attention),
+            BoundStage(attention_stage, attention),
+        ),
+        output=output,
+    )
+
+
+def _prepare_cpu(inputs: AttentionInputs) -> Prepared:
+    schedule_stage, attention_stage = stages(inputs.site, "with_kvcache")
+    output = Output()
+    selections = inputs.selections()
+    lengths = torch.stack([part.lengths for part in selections]).sum(0)
+    h_q, head_dim = inputs.q.shape[1:]
+    plan = schedule_cpu(lengths, h_q, head_dim)
+
+    def schedule() -> None:
+        nonlocal plan
+        plan = schedule_cpu(lengths, h_q, head_dim)
+
+    def attention() -> None:
+        output.tensor = with_kvcache_cpu(inputs.q, plan, selections, inputs.sm_scale, inputs.attn_sink)
+
+    return Prepared(
+        candidate="with_kvcache",
+        stages=(BoundStage(schedule_stage, schedule), BoundStage(attention_stage, attention)),
+        output=output,
+    )
+
+
+def _call(inputs: AttentionInputs) -> KvCacheCall:
+    """The kernel's arguments: V4 has the window first and the selection as extra cache, V3.2 the selection only."""
+    first, *more = inputs.selections()
+    extra = more[0] if more else None
+    return KvCacheCall(
+        q=inputs.q,
+        cache=_view(first),
+        slots=first.slot_ids,
+        lengths=first.lengths,
+        extra_cache=None if extra is None else _view(extra),
+        extra_slots=None if extra is None else extra.slot_ids,
+        extra_lengths=None if extra is None else extra.lengths,
+        sm_scale=inputs.sm_scale,
+        attn_sink=inputs.attn_sink,
+    )
+
+
+def _view(part: PagedSelection) -> torch.Tensor:
+    return paged_view(part.cache, part.fmt, part.page_size)

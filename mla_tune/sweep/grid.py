@@ -1,0 +1,195 @@
+"""Which points a sweep measures: a structured grid for the fit, and random held-out shapes to judge it by.
+
+A candidate's cost is a sum of stages, each nearly a function of one or two variables, so the grid is a few axes and not a
+dense product: query tokens finely at one context, coarsely at contexts and request counts that span the rest, and the
+chunked prefill of one long prompt. Held-out shapes are drawn evenly over the logarithm of each axis; all layer types of a
+model family get the same ones, so that a whole forward can be judged too.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from mla_tune.shape import Shape, workload
+from mla_tune.site import LayerType, ModelConfig, Site, SiteName
+from mla_tune.store.measurement import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Point:
+    """One site at one shape, and what it is measured for."""
+
+    site: Site
+    shape: Shape
+    role: Role = Role.FIT
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """The axes of a sweep. ``contexts`` are (num_reqs, tokens per request)."""
+
+    dense_context: tuple[int, int]
+    dense_query_tokens: tuple[int, ...]
+    contexts: tuple[tuple[int, int], ...]
+    query_tokens: tuple[int, ...]
+    prompt: int
+    """Length of the prompt whose chunked prefill is measured; 0 for none."""
+    chunks: tuple[int, ...]
+    indexer_query_tokens: tuple[int, ...]
+    held_out: int
+    """Random shapes per attention site."""
+    held_out_indexer: int
+    held_out_query_tokens: tuple[int, int]
+    held_out_context: tuple[int, int]
+    max_attention_flops: float
+    """Points whose attention alone costs more are left out: on a slow device they would eat the whole budget."""
+
+
+_K = 1024
+
+
+def gpu_grid(sm_count: int) -> Grid:
+    """The grid of a GPU. Multiples of the SM count, plus and minus one, are where the attention kernels' waves begin."""
+    waves = [sm_count * n + d for n in (1, 2, 4) for d in (-1, 0, 1)]
+    return Grid(
+        dense_context=(1, 128 * _K),
+        dense_query_tokens=tuple(sorted([1 << n for n in range(16)] + waves)),
+        contexts=((1, _K), (1, 8 * _K), (1, _K * _K), (8, 32 * _K), (16, 128 * _K), (64, 4 * _K), (64, _K * _K)),
+        query_tokens=(16, 64, 256, 1024, 4096, 16384),
+        prompt=128 * _K,
+        chunks=tuple(_K << n for n in range(7)),
+        indexer_query_tokens=(64, 256, 1024, 4096, 8192, 11673, 14336, 15360, 32768),
+        held_out=30,
+        held_out_indexer=6,
+        held_out_query_tokens=(16, 32 * _K),
+        held_out_context=(2 * _K, _K * _K),
+        max_attention_flops=float("inf"),
+    )
+
+
+def cpu_grid() -> Grid:
+    """Small shapes that two cores sweep in a few minutes."""
+    return Grid(
+        dense_context=(1, 8 * _K),
+        dense_query_tokens=(1, 2, 4, 8, 16, 32, 64),
+        contexts=((1, _K), (1, 32 * _K), (4, 2 * _K), (4, 16 * _K)),
+        query_tokens=(1, 4, 16, 64),
+        prompt=0,
+        chunks=(),
+        indexer_query_tokens=(1, 16, 256, 4096, 16384),
+        held_out=8,
+        held_out_indexer=6,
+        held_out_query_tokens=(1, 64),
+        held_out_context=(_K, 32 * _K),
+        max_attention_flops=4e9,
+    )
+
+
+def attention_flops(site: Site, shape: Shape) -> float:
+    """Floating-point operations of the two products: 2 * queries * attended * heads * (head_dim + 512)."""
+    head_dim = 576 if site.layer is LayerType.DSA else 512
+    return 2.0 * shape.num_qo_tokens * workload(site, shape).attended * (site.h_q or 0) * (head_dim + 512)
+
+
+def grid_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteName], seed: int) -> list[Point]:
+    """Every point once, the widest coverage first, so that a budget that ends early has seen every site.
+
+    The order is: coarse axes, held-out, dense axis, chunked prefill; round-robin over the sites within each.
+    """
+    chosen = list(models)
+    points: list[Point] = []
+    if SiteName.INDEXER_METADATA in (wanted := set(names)):
+        points += _indexer_points(grid, chosen, seed)
+    if SiteName.PREFILL_ATTENTION in wanted:
+        points += _attention_points(grid, chosen, seed)
+    unique: dict[tuple[Site, Shape], Point] = {}
+    for point in points:
+        unique.setdefault((point.site, point.shape), point)
+    return list(unique.values())
+
+
+def _attention_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Point]:
+    sites = {
+        model.site(SiteName.PREFILL_ATTENTION, layer, h_q): model
+        for model in models
+        for h_q in model.heads
+        for layer in model.site_layers(SiteName.PREFILL_ATTENTION)
+    }
+    points = []
+    for group in (_coarse, _held_out, _dense, _chunked):
+        role = Role.HELD_OUT if group is _held_out else Role.FIT
+        columns = [[Point(site, shape, role) for shape in group(grid, model, seed)] for site, model in sites.items()]
+        points += [p for row in _round_robin(columns) for p in row]
+    return [p for p in points if attention_flops(p.site, p.shape) <= grid.max_attention_flops]
+
+
+def _indexer_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Point]:
+    points = []
+    sites = {
+        model.site(SiteName.INDEXER_METADATA, layer): model
+        for model in models
+        for layer in model.site_layers(SiteName.INDEXER_METADATA)
+    }
+    # Ascending query tokens: a candidate that fails from some count up is then not tried above it.
+    for tokens in grid.indexer_query_tokens:
+        for site, model in sites.items():
+            for contexts in (grid.dense_context, grid.contexts[-1]):
+                points += [Point(site, shape) for shape in _product([contexts], [tokens], model)]
+    for site, model in sites.items():
+        shapes = _random_shapes(grid, model, grid.held_out_indexer, seed, max_query_tokens=8192)
+        points += [Point(site, shape, Role.HELD_OUT) for shape in shapes]
+    return points
+
+
+def _coarse(grid: Grid, model: ModelConfig, seed: int) -> list[Shape]:
+    return list(_product(grid.contexts, grid.query_tokens, model))
+
+
+def _held_out(grid: Grid, model: ModelConfig, seed: int) -> list[Shape]:
+    return _random_shapes(grid, model, grid.held_out, seed)
+
+
+def _dense(grid: Grid, model: ModelConfig, seed: int) -> list[Shape]:
+    return list(_product([grid.dense_context], grid.dense_query_tokens, model))
+
+
+def _chunked(grid: Grid, model: ModelConfig, seed: int) -> list[Shape]:
+    """One prompt in chunks: each chunk size at the prefix of its first, middle and last chunk."""
+    steps = {chunk: grid.prompt // chunk for chunk in grid.chunks}
+    return [Shape(1, c, step * c) for c, n in steps.items() for step in sorted({1, (n + 1) // 2, n})]
+
+
+def _product(contexts: Iterable[tuple[int, int]], tokens: Iterable[int], model: ModelConfig) -> Iterator[Shape]:
+    for num_reqs, context in contexts:
+        kv_tokens = num_reqs * min(context, model.max_context)
+        for count in tokens:
+            if num_reqs <= count <= kv_tokens:
+                yield Shape(num_reqs, count, kv_tokens)
+
+
+def _random_shapes(
+    grid: Grid, model: ModelConfig, count: int, seed: int, max_query_tokens: int | None = None
+) -> list[Shape]:
+    """``count`` shapes, log-uniform in requests (1 to 64), context and query tokens, within the model's context."""
+    rng = random.Random(f"{seed}/{model.layers[0][0].has_window}")  # one stream for all V4 models, one for V3.2
+    low_q, high_q = grid.held_out_query_tokens
+    low_c, high_c = grid.held_out_context
+    shapes: list[Shape] = []
+    while len(shapes) < count:
+        num_reqs = round(_log_uniform(rng, 1, 64))
+        kv_tokens = num_reqs * round(_log_uniform(rng, low_c, min(high_c, model.max_context)))
+        tokens = round(_log_uniform(rng, low_q, min(high_q, max_query_tokens or high_q)))
+        if num_reqs <= tokens <= kv_tokens:
+            shapes.append(Shape(num_reqs, tokens, kv_tokens))
+    return shapes
+
+
+def _log_uniform(rng: random.Random, low: float, high: float) -> float:
+    return float(low * (high / low) ** rng.random())
+
+
+def _round_robin(columns: list[list[Point]]) -> Iterator[list[Point]]:
+    for index in range(max((len(column) for column in columns), default=0)):
+        yield [column[index] for column in columns if index < len(column)]

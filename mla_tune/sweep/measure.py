@@ -1,0 +1,239 @@
+"""Measuring one point: build inputs, check every candidate against the reference, then time them in turn.
+
+Runs inside the worker process. Correct before fast: a candidate that differs from the reference, or leaves output
+unwritten, is not timed. A failure is an outcome of that candidate and not an exception, unless it has taken the device's
+context with it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from mla_tune.bench.timing import Effort, GraphTimer, Timer, WallTimer, Work, summarize
+from mla_tune.kernels import candidates
+from mla_tune.kernels.inputs import InputBuilder, required_bytes
+from mla_tune.kernels.prepared import BoundStage, Prepared
+from mla_tune.site import SiteName
+from mla_tune.store.measurement import (
+    PER_FORWARD_TOTAL,
+    PER_LAYER_TOTAL,
+    Measurement,
+    Outcome,
+    Regime,
+)
+from mla_tune.sweep.grid import Point
+from mla_tune.sweep.judge import AttentionJudge, IndexerJudge, Judge
+from mla_tune.sweep.messages import TIMING
+from mla_tune.sweep.outcomes import Failure, failures
+
+
+@dataclass(frozen=True, slots=True)
+class _Ready:
+    """A candidate that gave the right answer, with what its first call cost."""
+
+    prepared: Prepared
+    first_call_s: float
+    workspace_bytes: int
+
+
+class DeviceLostError(RuntimeError):
+    """The device's context no longer works; this process can measure nothing more."""
+
+
+class PointMeasurer:
+    """Measures points on one device, keeping the input pools between them."""
+
+    def __init__(self, kind: str, seed: int = 0) -> None:
+        self.device = candidates.Device.current(kind)
+        self._builder = InputBuilder(self.device.torch_device, seed)
+        self._timers: list[tuple[Regime, Timer, Effort]] = []
+        if kind == "cpu":
+            self._timers.append((Regime.EAGER, WallTimer(), Effort(seconds=0.25, max_samples=15)))
+        else:
+            l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
+            graph = GraphTimer(l2_bytes)
+            eager = WallTimer(torch.cuda.synchronize, before=graph.flush)
+            self._timers.append((Regime.GRAPH, graph, Effort()))
+            # Host time scatters by a few percent whatever is done: a tighter target would only spend the budget.
+            self._timers.append((Regime.EAGER, eager, Effort(target=0.05, max_samples=10, seconds=0.1)))
+
+    @property
+    def regimes(self) -> tuple[Regime, ...]:
+        """Timing regimes of this device."""
+        return tuple(regime for regime, _, _ in self._timers)
+
+    def measure(self, point: Point, names: tuple[str, ...], enter: Callable[[str], None]) -> Iterator[Measurement]:
+        """Rows of every candidate in ``names``. ``enter`` is told which candidate runs next, in case it kills us."""
+        ready: dict[str, _Ready] = {}
+        try:
+            self._require_memory(point)
+            judge = self.judge(point)
+        except torch.OutOfMemoryError as error:
+            self._builder.release()
+            for name in names:
+                yield from failures(point, name, Failure(Outcome.NO_MEMORY, _one_line(error)), self.regimes)
+            return
+        for name in names:
+            enter(name)
+            result = self._prepare(point, name, judge)
+            if isinstance(result, Failure):
+                yield from failures(point, name, result, self.regimes)
+            else:
+                ready[name] = result
+        enter(TIMING)
+        yield from self._time_fairly(point, ready)
+
+    def _require_memory(self, point: Point) -> None:
+        if point.site.name is SiteName.INDEXER_METADATA:
+            return
+        needed = required_bytes(point.site, point.shape)
+        capacity = _memory_bytes(self.device)
+        if needed > capacity:
+            raise torch.OutOfMemoryError(f"needs {needed / 2**30:.1f} GiB, the device has {capacity / 2**30:.1f} GiB")
+
+    def judge(self, point: Point) -> Judge:
+        """Fresh inputs of ``point`` and the judge of what candidates make of them."""
+        if point.site.name is SiteName.INDEXER_METADATA:
+            return IndexerJudge(point.site, self._builder.context_lens(point.site, point.shape), self.device)
+        return AttentionJudge(self._builder.attention(point.site, point.shape), self.device)
+
+    def _prepare(self, point: Point, name: str, judge: Judge) -> _Ready | Failure:
+        reason = candidates.unsupported(point.site, name, self.device)
+        if reason is not None:
+            return Failure(Outcome.UNSUPPORTED, reason)
+        try:
+            prepared = judge.prepare(name)
+            judge.poison()
+            start = time.perf_counter()
+            peak = self._peak_bytes(prepared.run)
+            first_call_s = time.perf_counter() - start
+            wrong = judge.verdict(prepared.result())
+        except Exception as error:  # a candidate may raise anything; its failure must cost its own row only
+            return self._failure(error)
+        if wrong is not None:
+            return Failure(Outcome.WRONG_RESULT, wrong)
+        return _Ready(prepared, first_call_s, prepared.buffer_bytes() + peak)
+
+    def _failure(self, error: Exception) -> Failure:
+        self._require_context(error)
+        if isinstance(error, torch.OutOfMemoryError):
+            return Failure(Outcome.NO_MEMORY, _one_line(error))
+        kind = Outcome.COMPILE_ERROR if "ompilation" in type(error).__name__ else Outcome.RUNTIME_ERROR
+        return Failure(kind, _one_line(error))
+
+    def _require_context(self, error: Exception) -> None:
+        """Raise :class:`DeviceLostError` if the device no longer answers after ``error``."""
+        if self.device.kind == "cpu":
+            return
+        try:
+            torch.cuda.synchronize()
+            torch.ones(1, device="cuda").item()
+        except RuntimeError:
+            raise DeviceLostError(_one_line(error)) from error
+
+    def _peak_bytes(self, run: Callable[[], object]) -> int:
+        """Run once and give the device memory that it took on top, less its output; 0 on the CPU (not observable)."""
+        if self.device.kind == "cpu":
+            run()
+            return 0
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run()
+        torch.cuda.synchronize()
+        return max(0, torch.cuda.max_memory_allocated() - before)
+
+    def _time_fairly(self, point: Point, ready: dict[str, _Ready]) -> Iterator[Measurement]:
+        """Time all candidates in turn; if that fails, each alone, so that the failure falls on the one that fails."""
+        rows: list[Measurement] = []
+        try:
+            for regime, timer, effort in self._timers:
+                rows.extend(self._time(point, ready, regime, timer, effort))
+        except Exception as error:  # see _prepare
+            failure = self._failure(error)
+            if len(ready) == 1:
+                rows = failures(point, next(iter(ready)), failure, self.regimes)
+            else:
+                rows = [row for name in ready for row in self._time_fairly(point, {name: ready[name]})]
+        yield from rows
+
+    def _time(
+        self, point: Point, ready: dict[str, _Ready], regime: Regime, timer: Timer, effort: Effort
+    ) -> Iterator[Measurement]:
+        labels, works = [], []
+        for name, entry in ready.items():
+            for part, work in parts(entry.prepared).items():
+                labels.append((name, part))
+                works.append(work)
+        samples = dict(zip(labels, timer.measure(works, effort), strict=True)) if works else {}
+        for (name, part), taken in samples.items():
+            yield self._row(point, ready[name], name, part, regime, taken)
+            for alias in _aliases(ready[name].prepared, part):
+                yield self._row(point, ready[name], name, alias, regime, taken)
+
+    @staticmethod
+    def _row(
+        point: Point, entry: _Ready, name: str, part: str, regime: Regime, samples: tuple[float, ...]
+    ) -> Measurement:
+        summary = summarize(samples)
+        return Measurement(
+            site=point.site,
+            shape=point.shape,
+            role=point.role,
+            candidate=name,
+            part=part,
+            regime=regime,
+            outcome=Outcome.OK,
+            latency_us=summary.median_us,
+            ci_low_us=summary.low_us,
+            ci_high_us=summary.high_us,
+            num_samples=len(samples),
+            samples_us=samples,
+            first_call_s=entry.first_call_s,
+            workspace_bytes=entry.workspace_bytes,
+        )
+
+
+def parts(prepared: Prepared) -> dict[str, Work]:
+    """Every stage alone, and the per-layer and per-forward sequences where they have more than one stage."""
+    works = {bound.stage.name: Work(bound.run, bound.baseline) for bound in prepared.stages}
+    for total, sequence in _totals(prepared):
+        if len(sequence) > 1:
+            works[total] = Work(_in_order(sequence))
+    return works
+
+
+def _totals(prepared: Prepared) -> list[tuple[str, tuple[BoundStage, ...]]]:
+    return [(PER_LAYER_TOTAL, prepared.per_layer()), (PER_FORWARD_TOTAL, prepared.per_forward())]
+
+
+def _aliases(prepared: Prepared, part: str) -> list[str]:
+    """Totals that are this very stage: a sequence of one needs no timing of its own."""
+    return [t for t, sequence in _totals(prepared) if len(sequence) == 1 and sequence[0].stage.name == part]
+
+
+def _in_order(sequence: tuple[BoundStage, ...]) -> Callable[[], None]:
+    runs = [bound.run for bound in sequence]
+
+    def run() -> None:
+        for stage in runs:
+            stage()
+
+    return run
+
+
+def _memory_bytes(device: candidates.Device) -> int:
+    if device.kind == "cpu":
+        with open("/proc/meminfo") as meminfo:
+            available = next(line for line in meminfo if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    return int(torch.cuda.get_device_properties(0).total_memory * 0.95)
+
+
+def _one_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

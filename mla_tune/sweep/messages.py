@@ -1,0 +1,57 @@
+"""What the parent and its worker process say to each other."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mla_tune.sku import Environment
+from mla_tune.store.measurement import Measurement, Regime
+from mla_tune.sweep.grid import Point
+
+TIMING = ""
+"""In :class:`Entering`: no single candidate, all that gave the right answer are being timed in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One point with the candidates to measure at it."""
+
+    point: Point
+    candidates: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """First message of a worker: it is ready, and this is where it runs."""
+
+    environment: Environment
+    regimes: tuple[Regime, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Refused:
+    """First message instead of :class:`Hello`: the device cannot be used, with the reason in one line."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Entering:
+    """The worker is about to run this candidate, or to time them all (:data:`TIMING`)."""
+
+    candidate: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """All rows of a task that did not take the device down."""
+
+    measurements: tuple[Measurement, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The device's context is gone: the worker ends. ``measurements`` are the rows it had finished."""
+
+    measurements: tuple[Measurement, ...]
+    detail: str

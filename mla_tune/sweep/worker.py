@@ -1,0 +1,62 @@
+"""The process that touches the device: one per GPU (or for the CPU), replaced when it dies.
+
+It gets points over a pipe, says which candidate it is about to run, and sends back measurements, so that the parent knows
+from the last word what a dead worker died of. When the parent is gone the worker ends by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from multiprocessing.connection import Connection
+
+from mla_tune.bench.device import detect_environment
+from mla_tune.errors import MlaTuneError
+from mla_tune.store.measurement import Measurement
+from mla_tune.sweep.measure import DeviceLostError, PointMeasurer
+from mla_tune.sweep.messages import Done, Entering, Hello, Lost, Refused, Task
+
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(connection: Connection, kind: str, parent_pid: int) -> None:
+    """Serve tasks until the pipe closes or the device is lost. ``kind`` is ``cpu`` or ``cuda``."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _die_with(parent_pid)
+    try:
+        environment = detect_environment(gpu=kind == "cuda")
+        measurer = PointMeasurer(kind)
+    except (MlaTuneError, RuntimeError) as error:  # RuntimeError: what torch raises for a driver or device problem
+        connection.send(Refused(str(error).strip().splitlines()[0]))
+        return
+    connection.send(Hello(environment, measurer.regimes))
+    alive = True
+    while alive:
+        try:
+            task: Task = connection.recv()
+        except EOFError:
+            return
+        answer = _measure(connection, measurer, task)
+        connection.send(answer)
+        alive = isinstance(answer, Done)
+
+
+def _measure(connection: Connection, measurer: PointMeasurer, task: Task) -> Done | Lost:
+    rows: list[Measurement] = []
+    try:
+        for row in measurer.measure(task.point, task.candidates, lambda name: connection.send(Entering(name))):
+            rows.append(row)  # noqa: PERF402  -- what was measured before the device is lost must be kept
+    except DeviceLostError as lost:
+        return Lost(tuple(rows), str(lost))
+    return Done(tuple(rows))
+
+
+def _die_with(parent_pid: int) -> None:
+    """Ask the kernel to kill this process when its parent dies, even in the middle of a launch."""
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (AttributeError, OSError):  # not Linux: the closed pipe ends the worker after its current task
+        return
+    if os.getppid() != parent_pid:  # it died before the call took effect
+        os._exit(1)
