@@ -62,16 +62,27 @@ prepare_venv() {
     local wanted="$extras"
     [[ "$purpose" == run ]] || wanted="$extras,dev"
     say "installing mla-tune[$wanted] (the first time downloads about $size)"
-    pip_install ${pins[@]+"${pins[@]}"} -e "$root[$wanted]"
+    [[ ${#pins[@]} -eq 0 || "$(uname)" != Linux ]] || install_cpu_torch
+    pip_install ${pins[@]+"${pins[@]}"} -e "$root[$wanted]" ||
+        die "pip could not install mla-tune: its errors are above, all of its output is in $venv/install.log"
     # What `check` installed serves `run` as well.
     installation_stamp "$extras" | tee "$venv/.installed-for-run" >"$stamp.new"
     mv "$stamp.new" "$stamp"
 }
 
-# pip's own output goes to a log; only the end of it is shown, and only on failure.
+# The CPU build has a version of its own, 2.13.0+cpu, which only PyTorch's index carries (or a mirror that pip already
+# knows). That index is asked for this one package: where it is out of reach, pip takes seconds to give up on each.
+install_cpu_torch() {
+    local build index=${PYTORCH_CPU_INDEX:-}
+    build="$(grep '^torch==' "$constraints")+cpu"
+    pip_install --no-deps "$build" 2>/dev/null || pip_install --no-deps --index-url "$index" "$build" ||
+        die "pip found no $build: give it an index that has PyTorch's CPU builds (PIP_EXTRA_INDEX_URL), or allow $index"
+}
+
+# pip's own output goes to a log; only its errors are shown.
 pip_install() {
     local log="$venv/install.log"
     "$venv/bin/python" -m pip install --disable-pip-version-check --no-input "$@" >"$log" 2>&1 && return
     grep '^ERROR' "$log" >&2 || tail -n 5 "$log" >&2
-    die "pip could not install mla-tune: the lines above say why, all of its output is in $log"
+    return 1
 }
