@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -12,6 +13,7 @@ PER_LAYER_TOTAL = "per_layer"
 """Part name of a candidate's per-layer stages, run one after the other as the engine runs them."""
 PER_FORWARD_TOTAL = "per_forward"
 """Part name of all its stages that run once per forward or once per forward and layer type."""
+_INT64_MAX = 2**63 - 1
 
 
 class Regime(StrEnum):
@@ -78,3 +80,70 @@ class Measurement:
     def key(self) -> tuple[str, Shape, str, str, str]:
         """What makes two measurements of one environment the same: (site, shape, candidate, part, regime)."""
         return (self.site.key, self.shape, self.candidate, self.part, self.regime)
+
+    @property
+    def label(self) -> str:
+        """The key as messages show it: ``prefill_attention/swa_only/h64 (1, 64, 8192) sparse_fwd attention graph``."""
+        shape = f"({self.shape.num_reqs}, {self.shape.num_qo_tokens}, {self.shape.kv_tokens})"
+        return f"{self.site.key} {shape} {self.candidate} {self.part} {self.regime}"
+
+
+def fault(measurement: Measurement) -> str | None:
+    """Why a measurement may not be stored, in one line; None for a sound one.
+
+    An ``ok`` one has a latency of at least zero inside its interval (or no interval at all); any other has a reason and
+    no latency. The database and the export both hold to it, so that no NaN and no reasonless failure gets into either.
+    """
+    return _text_fault(measurement) or _number_fault(measurement) or _outcome_fault(measurement)
+
+
+def _text_fault(measurement: Measurement) -> str | None:
+    for name in ("candidate", "part", "detail"):
+        text: str = getattr(measurement, name)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            return f"{name} must be valid Unicode: got {text!r}"
+        if not text and name != "detail":
+            return f"{name} must not be empty"
+    return None
+
+
+def _number_fault(measurement: Measurement) -> str | None:
+    shape = measurement.shape
+    optional = (
+        measurement.latency_us,
+        measurement.ci_low_us,
+        measurement.ci_high_us,
+        measurement.first_call_s,
+        measurement.workspace_bytes,
+    )
+    numbers = (
+        *(number for number in optional if number is not None),
+        *measurement.samples_us,
+        measurement.num_samples,
+        shape.kv_tokens,
+    )
+    for number in numbers:
+        if not (math.isfinite(number) and 0 <= number <= _INT64_MAX):
+            return f"numbers must be finite, at least 0 and below 2^63: got {number!r}"
+    return None
+
+
+def _outcome_fault(measurement: Measurement) -> str | None:
+    latency, low, high = measurement.latency_us, measurement.ci_low_us, measurement.ci_high_us
+    if measurement.outcome is not Outcome.OK:
+        if not measurement.detail:
+            return f"outcome {measurement.outcome} must say its reason in detail: got none"
+        if (latency, low, high) != (None, None, None) or measurement.num_samples or measurement.samples_us:
+            return f"outcome {measurement.outcome} must come without latency and samples: got latency_us={latency}"
+        return None
+    if measurement.detail:
+        return f"outcome ok must come without detail: got {measurement.detail!r}"
+    if latency is None:
+        return "outcome ok must come with latency_us: got none"
+    if (low is None) != (high is None):
+        return f"an interval must have both ends or none: got {low} to {high}"
+    if low is not None and high is not None and not low <= latency <= high:
+        return f"latency_us must lie inside its interval: got {latency}, interval {low} to {high}"
+    return None

@@ -1,0 +1,65 @@
+"""The measurement database's schema, as the steps that make it. A step that was released is never edited."""
+
+from __future__ import annotations
+
+import sqlite_utils
+from sqlite_utils.migrations import Migrations
+
+MIGRATIONS = Migrations("mla_tune")
+
+
+@MIGRATIONS()
+def m001_initial(db: sqlite_utils.Database) -> None:
+    """Environments, points and measurements. A point has one role: (site, shape) is unique whatever the role."""
+    environments = {
+        "id": str,
+        "sku": str,
+        "sm_count": int,
+        "shared_memory_optin_bytes": int,
+        "driver": str,
+        "cuda": str,
+        "torch": str,
+        "triton": str,
+        "libraries": str,  # JSON: [{"name": ..., "version": ..., "sha256": ...}, ...]
+    }
+    db.table("environments").create(environments, pk="id", not_null=environments)
+
+    points = {"id": int, "site": str, "num_reqs": int, "num_qo_tokens": int, "kv_tokens": int, "role": str}
+    db.table("points").create(points, pk="id", not_null=set(points) - {"id"})
+    db.table("points").create_index(["site", "num_reqs", "num_qo_tokens", "kv_tokens"], unique=True)
+
+    measurements = {
+        "environment": str,
+        "point": int,
+        "candidate": str,
+        "part": str,
+        "regime": str,
+        "outcome": str,
+        "detail": str,
+        "latency_us": float,
+        "ci_low_us": float,
+        "ci_high_us": float,
+        "num_samples": int,
+        "samples_us": bytes,  # little-endian float64, in the order taken
+        "first_call_s": float,
+        "workspace_bytes": int,
+        "finished_at": str,  # ISO 8601, UTC
+    }
+    optional = {"latency_us", "ci_low_us", "ci_high_us", "first_call_s", "workspace_bytes"}
+    db.table("measurements").create(
+        measurements,
+        pk=("environment", "point", "candidate", "part", "regime"),
+        foreign_keys=[("environment", "environments", "id"), ("point", "points", "id")],
+        not_null=set(measurements) - optional,
+    )
+
+
+def applied_migrations(db: sqlite_utils.Database) -> list[str]:
+    """Names of the steps that made this database, oldest first; empty for one that mla-tune did not write."""
+    return [migration.name for migration in MIGRATIONS.applied(db)]
+
+
+def known_migrations() -> list[str]:
+    """Names of all steps of this version, oldest first: those that an empty database still lacks."""
+    with sqlite_utils.Database(memory=True, execute_plugins=False) as empty:
+        return [migration.name for migration in MIGRATIONS.pending(empty)]

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import random
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_tune.errors import StoreError
+from mla_tune.shape import Shape
+from mla_tune.sku import Environment
+from mla_tune.store import export
+from mla_tune.store.database import Database
+from mla_tune.store.export import export_lines, export_sha256, read_export, to_export_precision, write_export
+from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, fault
+from tests.store.strategies import (
+    C4A,
+    ENVIRONMENT,
+    environments,
+    export_order,
+    failure,
+    fixed_rows,
+    measurement_lists,
+    timing,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(environments, measurement_lists(), st.randoms(use_true_random=False))
+def test_reading_an_export_gives_what_was_written_to_export_precision(
+    environment: Environment, measurements: list[Measurement], rng: random.Random
+) -> None:
+    shuffled = rng.sample(measurements, len(measurements))
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "a.jsonl")
+        write_export(path, environment, shuffled)
+        assert read_export(path) == (environment, export_order(list(map(to_export_precision, measurements))))
+
+
+@settings(max_examples=60)
+@given(measurement_lists(), st.randoms(use_true_random=False))
+def test_the_bytes_do_not_depend_on_the_order_of_the_measurements(
+    measurements: list[Measurement], rng: random.Random
+) -> None:
+    shuffled = rng.sample(measurements, len(measurements))
+    assert list(export_lines(ENVIRONMENT, shuffled)) == list(export_lines(ENVIRONMENT, measurements))
+
+
+@settings(max_examples=15, deadline=None)
+@given(environments, measurement_lists())
+def test_export_import_export_gives_the_same_bytes(environment: Environment, measurements: list[Measurement]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        first, second = Path(folder, "1.jsonl"), Path(folder, "2.jsonl")
+        write_export(first, environment, measurements)
+        with Database.open(Path(folder, "a.db")) as database:
+            assert database.merge(*read_export(first)) == len(measurements)
+            write_export(second, environment, database.measurements(environment.id))
+        assert second.read_bytes() == first.read_bytes()
+        assert export_sha256(second) == hashlib.sha256(first.read_bytes()).hexdigest()
+
+
+@given(measurement_lists())
+def test_export_precision_keeps_measurements_sound_and_applying_it_twice_changes_nothing(
+    measurements: list[Measurement],
+) -> None:
+    once = [to_export_precision(measurement) for measurement in measurements]
+    assert [fault(measurement) for measurement in once] == [None] * len(once)
+    assert [to_export_precision(measurement) for measurement in once] == once
+
+
+def test_the_lines_of_an_export_are_these() -> None:
+    first, second, *rest = export_lines(ENVIRONMENT, fixed_rows()[:3])
+    assert not rest
+    assert json.loads(first) == {
+        "format": "mla-tune-measurements",
+        "version": 1,
+        "environment": {
+            "sku": "nvidia-h200",
+            "sm_count": 132,
+            "shared_memory_optin_bytes": 232448,
+            "driver": "580.95.05",
+            "cuda": "13.0",
+            "torch": "2.11.0+cu130",
+            "triton": "3.6.0",
+            "libraries": [
+                {"name": "sgl-deep-gemm", "version": "0.1.2", "sha256": "1f" * 32},
+                {"name": "sgl-flash-mla", "version": "1.0.0", "sha256": "2e" * 32},
+            ],
+        },
+    }
+    assert second == (
+        '{"site":"prefill_attention/c4a/h64/k512","role":"fit","shape":[16,8192,131072],"results":['
+        '{"candidate":"sparse_fwd","first_call_s":1.234568,"workspace_bytes":3221225472,"timings":['
+        '["attention","graph",812.346,804.222,820.469,3],["dequantize","graph",30.0,29.7,30.3,3]]},'
+        '{"candidate":"with_kvcache","outcome":"unsupported","detail":"package flash_mla is not installed",'
+        '"parts":[["per_layer","graph"]]}]}\n'
+    )
+
+
+def test_a_candidate_that_fails_in_one_way_takes_one_entry_whatever_its_parts() -> None:
+    failures = [replace(failure(), part=part, regime=regime) for part, regime in product(["a", "b", "c"], Regime)]
+    _, line = export_lines(ENVIRONMENT, failures)
+    assert line.count("package flash_mla is not installed") == 1
+
+
+def test_twenty_thousand_measurements_stay_under_five_megabytes() -> None:
+    rng = random.Random(1)
+    rows = [
+        replace(
+            timing(rng.uniform(10, 1e5), shape=Shape(1, qo, 1 << 20), part=part), candidate=candidate, regime=regime
+        )
+        for qo in range(1, 1001)
+        for candidate in ("sparse_fwd", "with_kvcache")
+        for part in ("per_forward", "per_layer", "attention", "dequantize", "combine")
+        for regime in Regime
+    ]
+    assert len(rows) == 20_000
+    assert sum(map(len, export_lines(ENVIRONMENT, rows))) < 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("measurements", "words"),
+    [
+        ([timing(), timing(1.0)], "must occur once"),
+        ([timing(), replace(timing(part="combine"), role=Role.HELD_OUT)], "must have one role"),
+        ([replace(timing(), latency_us=math.nan)], "must be finite"),
+        ([failure(detail="")], "must say its reason"),
+    ],
+)
+def test_what_an_export_cannot_hold_is_refused_and_no_file_is_made(
+    tmp_path: Path, measurements: list[Measurement], words: str
+) -> None:
+    with pytest.raises(StoreError, match=words):
+        write_export(tmp_path / "a.jsonl", ENVIRONMENT, measurements)
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_export_into_a_missing_folder_is_refused_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(StoreError) as refusal:
+        write_export(tmp_path / "missing" / "a.jsonl", ENVIRONMENT, fixed_rows())
+    assert "missing/a.jsonl: No such file or directory" in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def _refused(path: Path, data: bytes) -> str:
+    path.write_bytes(data)
+    with pytest.raises(StoreError) as refusal:
+        read_export(path)
+    message = str(refusal.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (b"", "truncated"),
+        (b"not json", "malformed"),
+        (b"[]", "Expected `object`"),
+        (b"\xff", "malformed"),
+        (b'{"format": "mla-tune-measurements", "version": 2, "later": 1}', "version up to 1: got 2; upgrade"),
+        (b'{"format": "mla-tune-measurements", "version": 0, "environment": {}}', "missing required field"),
+        (b'{"format": "other", "version": 1, "environment": {}}', "missing required field"),
+        (b'{"format": "mla-tune-measurements", "version": 1, "deep": ' + b"[" * 100_000, "header"),
+    ],
+)
+def test_a_wrong_header_is_refused_with_the_accepted_one(tmp_path: Path, line: bytes, words: str) -> None:
+    message = _refused(tmp_path / "a.jsonl", line + b"\n")
+    assert "line 1 must hold" in message
+    assert words in message
+
+
+def test_a_header_of_another_format_or_an_older_version_is_refused(tmp_path: Path) -> None:
+    (line,) = export_lines(ENVIRONMENT, [])
+    for key, value in (("format", "other"), ("version", 0)):
+        changed = json.dumps({**json.loads(line), key: value}).encode()
+        assert repr(value) in _refused(tmp_path / "a.jsonl", changed)
+
+
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda point: point.update(note="x"), "unknown field `note`"),
+        (lambda point: point["results"][0].update(latency=1), "unknown field `latency`"),
+        (lambda point: point.pop("role"), "missing required field `role`"),
+        (lambda point: point.update(role="train"), "Invalid enum value 'train'"),
+        (lambda point: point.update(site="prefill_attention/c5a"), "got 'prefill_attention/c5a'"),
+        (lambda point: point.update(site="c4a"), "must be a key like prefill_attention/"),
+        (lambda point: point.update(shape=[2, 1, 5]), "num_reqs <= num_qo_tokens"),
+        (lambda point: point.update(shape=[1, 1, 2**63]), "below 2^63"),
+        (lambda point: point.update(shape=["1", 1, 5]), "Expected `int`, got `str`"),
+        (lambda point: point.update(results=[]), "holds no measurement"),
+        (lambda point: point["results"][0]["timings"].append(["x", "graph", math.nan, 1, 1, 1]), "malformed"),
+        (lambda point: point["results"][0]["timings"].append(["x", "graph", math.inf, 1, 1, 1]), "malformed"),
+        (lambda point: point["results"][0]["timings"].append(["x", "graph", 5, 1, 1, 1]), "inside its interval"),
+        (lambda point: point["results"][0]["timings"].append(["x", "graph", 5, 1, 9]), "length 6"),
+        (lambda point: point["results"].append(point["results"][0]), "must occur once"),
+        (lambda point: point["results"][0].update(outcome="crash", detail="x"), "without latency"),
+        (lambda point: point["results"][1].pop("outcome"), "without detail"),
+        (lambda point: point["results"][1].pop("detail"), "must say its reason"),
+    ],
+)
+def test_a_wrong_point_is_refused_with_its_line_number(tmp_path: Path, edit: Edit, words: str) -> None:
+    header, first, second = export_lines(ENVIRONMENT, fixed_rows())
+    point = json.loads(second)
+    edit(point)
+    message = _refused(tmp_path / "a.jsonl", (header + first + json.dumps(point) + "\n").encode())
+    assert "line 3 must hold a point" in message
+    assert words in message
+
+
+def test_a_repeated_point_a_blank_line_and_a_cut_line_are_refused(tmp_path: Path) -> None:
+    header, first, second = export_lines(ENVIRONMENT, fixed_rows())
+    path = tmp_path / "a.jsonl"
+    assert "line 4 must hold a point that no line before has" in _refused(
+        path, (header + first + second + first).encode()
+    )
+    assert "line 3" in _refused(path, (header + first + "\n" + second).encode())
+    assert "line 3" in _refused(path, (header + first + second[:-3]).encode())
+
+
+def test_line_ends_that_a_checkout_rewrote_read_the_same(tmp_path: Path) -> None:
+    text = "".join(export_lines(ENVIRONMENT, fixed_rows()))
+    (tmp_path / "a.jsonl").write_bytes(text.replace("\n", "\r\n").encode())
+    assert read_export(tmp_path / "a.jsonl") == (
+        ENVIRONMENT,
+        export_order(list(map(to_export_precision, fixed_rows()))),
+    )
+
+
+def test_an_export_beyond_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = "".join(export_lines(ENVIRONMENT, fixed_rows())).encode()
+    monkeypatch.setattr(export, "MAX_BYTES", len(data) - 1)
+    assert f"at most {len(data) - 1} bytes" in _refused(tmp_path / "a.jsonl", data)
+
+
+def test_an_export_that_is_missing_or_a_folder_is_refused_in_one_line(tmp_path: Path) -> None:
+    for path in (tmp_path, tmp_path / "missing.jsonl"):
+        with pytest.raises(StoreError, match="cannot read") as refusal:
+            read_export(path)
+        assert "\n" not in str(refusal.value)
+
+
+def test_merging_keeps_raw_samples_of_what_is_only_repeated_and_replaces_what_differs(tmp_path: Path) -> None:
+    kept, changed = timing(), timing(30.0, part="dequantize")
+    write_export(tmp_path / "a.jsonl", ENVIRONMENT, [kept, replace(changed, latency_us=30.3)])
+    with Database.open(tmp_path / "a.db") as database:
+        database.record(ENVIRONMENT, [kept, changed])
+        assert database.merge(*read_export(tmp_path / "a.jsonl")) == 1
+        assert database.measurements(ENVIRONMENT.id, C4A) == [
+            kept,
+            to_export_precision(replace(changed, latency_us=30.3)),
+        ]
+
+
+def test_an_outcome_of_every_kind_survives_the_export(tmp_path: Path) -> None:
+    rows = [replace(failure(outcome, "it\nfailed"), part=outcome) for outcome in Outcome if outcome is not Outcome.OK]
+    write_export(tmp_path / "a.jsonl", ENVIRONMENT, rows)
+    assert read_export(tmp_path / "a.jsonl")[1] == export_order(rows)
