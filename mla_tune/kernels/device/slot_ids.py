@@ -1,0 +1,77 @@
+# mypy: disable-error-code="import-untyped,untyped-decorator"
+"""Triton kernel: cache slots of a run of positions of each request, laid out flat."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from mla_tune.kernels.launch import SlotIdsConfig
+
+
+@triton.jit(do_not_specialize=["page_table_stride", "num_rows", "num_reqs", "search_steps"])
+def _request_slots(
+    page_table_ptr: tl.tensor,
+    page_table_stride: tl.tensor,
+    lens_ptr: tl.tensor,
+    cu_rows_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_reqs: tl.tensor,
+    search_steps: tl.tensor,
+    PAGE_SIZE: tl.constexpr,  # noqa: N803
+    FROM_END: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+) -> None:
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    in_range = row < num_rows
+    # The request of a row is the number of requests that end at or before it: a binary search.
+    request = tl.zeros((ROWS,), tl.int32)
+    end = tl.zeros((ROWS,), tl.int32) + num_reqs
+    for _ in range(search_steps):
+        middle = (request + end) // 2
+        open_ = request < end
+        boundary = tl.load(cu_rows_ptr + 1 + middle, mask=open_, other=0)
+        after = open_ & (boundary <= row)
+        request = tl.where(after, middle + 1, request)
+        end = tl.where(open_ & (boundary > row), middle, end)
+    known = in_range & (request < num_reqs)
+    length = tl.load(lens_ptr + request, mask=known, other=0).to(tl.int64)
+    if FROM_END:
+        position = length - (tl.load(cu_rows_ptr + 1 + request, mask=known, other=0) - row)
+    else:
+        position = row - tl.load(cu_rows_ptr + request, mask=known, other=0)
+    exists = known & (position >= 0) & (position < length)
+    page_index = position // PAGE_SIZE
+    page_at = request.to(tl.int64) * page_table_stride + page_index
+    page = tl.load(page_table_ptr + page_at, mask=exists, other=0).to(tl.int64)
+    slot = tl.where(exists, page * PAGE_SIZE + (position - page_index * PAGE_SIZE), -1)
+    tl.store(out_ptr + row, slot.to(tl.int32), mask=in_range)
+
+
+def launch(
+    page_table: torch.Tensor,
+    lens: torch.Tensor,
+    cu_rows: torch.Tensor,
+    out: torch.Tensor,
+    page_size: int,
+    from_end: bool,
+    config: SlotIdsConfig,
+) -> None:
+    """One launch; ``from_end`` takes the last positions below ``lens``, otherwise the first."""
+    num_rows, num_reqs = out.shape[0], lens.shape[0]
+    _request_slots[(triton.cdiv(num_rows, config.rows_per_program),)](
+        page_table,
+        page_table.stride(0),
+        lens,
+        cu_rows,
+        out,
+        num_rows,
+        num_reqs,
+        num_reqs.bit_length(),
+        PAGE_SIZE=page_size,
+        FROM_END=from_end,
+        ROWS=config.rows_per_program,
+        num_warps=config.num_warps,
+    )

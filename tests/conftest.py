@@ -1,0 +1,69 @@
+"""Fixtures shared by all tests. Without a GPU, Triton kernels run in Triton's interpreter."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import pytest
+from hypothesis import settings
+
+if TYPE_CHECKING:
+    from mla_tune.kernels.launch import Backend
+
+settings.register_profile("mla-tune", deadline=None)  # a first example may compile a kernel
+settings.load_profile("mla-tune")
+
+
+def _has_cuda() -> bool:
+    if importlib.util.find_spec("torch") is None:
+        return False
+    import torch
+
+    return torch.cuda.is_available()
+
+
+HAS_CUDA = _has_cuda()
+if not HAS_CUDA:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if HAS_CUDA:
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One implementation of the kernels, and where its tensors lie."""
+
+    device: str
+    backend: Backend
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether Triton's interpreter runs the kernels."""
+        return self.device == "cpu" and self.backend == "triton"
+
+
+@pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Every device that the machine has."""
+    return str(request.param)
+
+
+@pytest.fixture(scope="session", params=["triton", "torch"])
+def target(request: pytest.FixtureRequest, device: str) -> Target:
+    """Every implementation on every device; the interpreter only stands in for a GPU."""
+    from mla_tune.kernels.launch import Backend
+
+    chosen = Target(device, Backend(request.param))
+    if chosen.interpreted and HAS_CUDA:
+        pytest.skip("the GPU compiles these kernels, so the interpreter is off")
+    return chosen

@@ -1,0 +1,92 @@
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_tune.errors import UsageError
+from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
+from mla_tune.kernels.launch import MetadataConfig
+from mla_tune.kernels.reference import metadata_reference
+from tests.conftest import Target
+
+POISON = -77
+LENGTHS = st.lists(st.one_of(st.integers(0, 3000), st.just(0), st.integers(0, 1 << 20)), max_size=400)
+
+
+@given(
+    lengths=LENGTHS,
+    num_sms=st.sampled_from([1, 3, 16]),
+    column=st.booleans(),
+    config=st.sampled_from([None, MetadataConfig(4, 2, 1), MetadataConfig(16, 16, 4)]),
+)
+@settings(max_examples=40)
+def test_the_schedule_is_the_references_whatever_the_number_of_rows(
+    target: Target, lengths: list[int], num_sms: int, column: bool, config: MetadataConfig | None
+) -> None:
+    context_lens = torch.tensor(lengths, dtype=torch.int32, device=target.device)
+    if column:
+        context_lens = context_lens[:, None]
+    out = torch.full((num_sms + 1, 2), POISON, dtype=torch.int32, device=target.device)
+    expected = metadata_reference(context_lens, num_sms)
+    assert paged_mqa_logits_metadata(context_lens, 64, num_sms, out, config, target.backend) is out
+    assert torch.equal(out, expected)
+    assert torch.equal(paged_mqa_logits_metadata_serial(context_lens, 32, num_sms), expected)
+
+
+@pytest.mark.parametrize("num_rows", [1, 131, 132, 133, 9000])
+def test_a_gpus_worth_of_sms_is_served(target: Target, num_rows: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    context_lens = torch.randint(0, 20000, (num_rows,), generator=generator, dtype=torch.int32).to(target.device)
+    num_sms = 8 if target.interpreted else 132
+    out = paged_mqa_logits_metadata(context_lens, 64, num_sms, backend=target.backend)
+    assert torch.equal(out, metadata_reference(context_lens, num_sms))
+
+
+def test_the_first_sms_take_the_remainder_and_those_without_work_start_at_the_end(target: Target) -> None:
+    context_lens = torch.tensor([256, 1, 0], dtype=torch.int32, device=target.device)
+    out = paged_mqa_logits_metadata(context_lens, 64, 4, backend=target.backend)
+    assert out.tolist() == [[0, 0], [1, 0], [3, 0], [3, 0], [3, 0]]
+
+
+def test_sums_past_32_bits_stay_exact(target: Target) -> None:
+    # 4 tiles of 2**19 splits each would fit; 2**13 rows of 2**31 - 256 tokens are 2**36 splits.
+    context_lens = torch.full((1 << 13,), (1 << 31) - 256 - 1, dtype=torch.int32, device=target.device)
+    out = paged_mqa_logits_metadata(context_lens, 64, 4, backend=target.backend)
+    assert torch.equal(out, metadata_reference(context_lens, 4))
+
+
+def test_wrong_arguments_are_refused_in_one_line() -> None:
+    good = torch.ones(4, dtype=torch.int32)
+    for context_lens, block_kv, num_sms, out in (
+        (good, 16, 4, None),
+        (good, 64, 0, None),
+        (good.long(), 64, 4, None),
+        (good.view(2, 2), 64, 4, None),
+        (good, 64, 4, torch.zeros(4, 2, dtype=torch.int32)),
+    ):
+        with pytest.raises(UsageError) as error:
+            paged_mqa_logits_metadata(context_lens, block_kv, num_sms, out)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_rows", [1, 31, 64, 2048, 12288])
+def test_the_schedule_is_deep_gemms_entry_by_entry(num_rows: int) -> None:
+    deep_gemm = pytest.importorskip("deep_gemm")
+    generator = torch.Generator().manual_seed(num_rows)
+    context_lens = torch.randint(1, 1 << 18, (num_rows, 1), generator=generator, dtype=torch.int32).cuda()
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    expected = deep_gemm.get_paged_mqa_logits_metadata(context_lens, 64, num_sms)
+    assert torch.equal(paged_mqa_logits_metadata(context_lens, 64, num_sms), expected)
+
+
+@pytest.mark.gpu
+def test_one_compiled_kernel_serves_every_number_of_rows() -> None:
+    from mla_tune.kernels.device.indexer_metadata import _metadata
+
+    for num_rows in (1, 2, 16, 17, 4096, 100_000):
+        paged_mqa_logits_metadata(torch.ones(num_rows, dtype=torch.int32, device="cuda"), 64, 132)
+    compiled_before = len(_metadata.device_caches[0][0])
+    for num_rows in (3, 32, 8191, 1_000_000):
+        paged_mqa_logits_metadata(torch.ones(num_rows, dtype=torch.int32, device="cuda"), 64, 131)
+    assert len(_metadata.device_caches[0][0]) == compiled_before
