@@ -119,7 +119,7 @@ class FlashMla:
             call.attn_sink,
             call.extra_cache,
             None if call.extra_slots is None else call.extra_slots.unsqueeze(1),
-            call.lengths,
+            call.lengths if call.q.shape[2] == V_DIM else None,  # V3.2 refuses a length: there -1 ends a selection
             call.extra_lengths,
             **self._switch(True),  # only the legacy half knows the 584 and 656 byte formats
         )[0]

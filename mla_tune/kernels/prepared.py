@@ -59,4 +59,4 @@ class Prepared:
 
     def buffer_bytes(self) -> int:
         """Bytes of the kept buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
+        return sum(buffer.nbytes for buffer in self.buffers)

@@ -56,12 +56,17 @@ def gpu_grid(sm_count: int) -> Grid:
     return Grid(
         dense_context=(1, 128 * _K),
         dense_query_tokens=tuple(sorted([1 << n for n in range(16)] + waves)),
-        contexts=((1, _K), (1, 8 * _K), (1, _K * _K), (8, 32 * _K), (16, 128 * _K), (64, 4 * _K), (64, _K * _K)),
+        contexts=(
+            *((1, context * _K) for context in (1, 8, 1024)),
+            *((4, context * _K) for context in (16, 1024)),
+            *((16, context * _K) for context in (2, 128, 1024)),
+            *((64, context * _K) for context in (4, 32, 1024)),
+        ),
         query_tokens=(16, 64, 256, 1024, 4096, 16384),
         prompt=128 * _K,
         chunks=tuple(_K << n for n in range(7)),
         indexer_query_tokens=(64, 256, 1024, 4096, 8192, 11673, 14336, 15360, 32768),
-        held_out=30,
+        held_out=40,
         held_out_indexer=6,
         held_out_query_tokens=(16, 32 * _K),
         held_out_context=(2 * _K, _K * _K),
@@ -110,6 +115,19 @@ def grid_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteN
     return list(unique.values())
 
 
+def verification_points(models: Iterable[ModelConfig], names: Iterable[SiteName]) -> list[Point]:
+    """Small shapes that every device can compare with the reference: one request and a ragged few, at every site."""
+    points = [
+        Point(model.site(name, layer, h_q if name is SiteName.PREFILL_ATTENTION else None), shape)
+        for name in names
+        for model in models
+        for h_q in model.heads
+        for layer in model.site_layers(name)
+        for shape in (Shape(1, 1, 1), Shape(1, 33, 4097), Shape(5, 17, 23456))
+    ]
+    return list(dict.fromkeys(points))
+
+
 def _attention_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Point]:
     sites = {
         model.site(SiteName.PREFILL_ATTENTION, layer, h_q): model
@@ -135,7 +153,7 @@ def _indexer_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Po
     # Ascending query tokens: a candidate that fails from some count up is then not tried above it.
     for tokens in grid.indexer_query_tokens:
         for site, model in sites.items():
-            for contexts in (grid.dense_context, grid.contexts[-1]):
+            for contexts in (grid.contexts[0], grid.dense_context, grid.contexts[-1]):
                 points += [Point(site, shape) for shape in _product([contexts], [tokens], model)]
     for site, model in sites.items():
         shapes = _random_shapes(grid, model, grid.held_out_indexer, seed, max_query_tokens=8192)

@@ -27,8 +27,8 @@ from mla_tune.store.measurement import (
 )
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.judge import AttentionJudge, IndexerJudge, Judge
-from mla_tune.sweep.messages import TIMING
-from mla_tune.sweep.outcomes import Failure, failures
+from mla_tune.sweep.messages import TIMING, Task
+from mla_tune.sweep.outcomes import Failure, failures, total_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +66,9 @@ class PointMeasurer:
         """Timing regimes of this device."""
         return tuple(regime for regime, _, _ in self._timers)
 
-    def measure(self, point: Point, names: tuple[str, ...], enter: Callable[[str], None]) -> Iterator[Measurement]:
-        """Rows of every candidate in ``names``. ``enter`` is told which candidate runs next, in case it kills us."""
+    def measure(self, task: Task, enter: Callable[[str], None]) -> Iterator[Measurement]:
+        """Rows of every candidate of the task. ``enter`` is told which one runs next, in case it kills this process."""
+        point, names = task.point, task.candidates
         ready: dict[str, _Ready] = {}
         try:
             self._require_memory(point)
@@ -84,6 +85,9 @@ class PointMeasurer:
                 yield from failures(point, name, result, self.regimes)
             else:
                 ready[name] = result
+        if not task.timed:
+            yield from (_right(point, name) for name in ready)
+            return
         enter(TIMING)
         yield from self._time_fairly(point, ready)
 
@@ -116,7 +120,8 @@ class PointMeasurer:
             return self._failure(error)
         if wrong is not None:
             return Failure(Outcome.WRONG_RESULT, wrong)
-        return _Ready(prepared, first_call_s, prepared.buffer_bytes() + peak)
+        output_bytes = prepared.result().nbytes
+        return _Ready(prepared, first_call_s, prepared.buffer_bytes() + max(0, peak - output_bytes))
 
     def _failure(self, error: Exception) -> Failure:
         self._require_context(error)
@@ -136,7 +141,7 @@ class PointMeasurer:
             raise DeviceLostError(_one_line(error)) from error
 
     def _peak_bytes(self, run: Callable[[], object]) -> int:
-        """Run once and give the device memory that it took on top, less its output; 0 on the CPU (not observable)."""
+        """Run once and give the device memory that it took on top, output included; 0 on the CPU (not observable)."""
         if self.device.kind == "cpu":
             run()
             return 0
@@ -145,7 +150,7 @@ class PointMeasurer:
         before = torch.cuda.memory_allocated()
         run()
         torch.cuda.synchronize()
-        return max(0, torch.cuda.max_memory_allocated() - before)
+        return torch.cuda.max_memory_allocated() - before
 
     def _time_fairly(self, point: Point, ready: dict[str, _Ready]) -> Iterator[Measurement]:
         """Time all candidates in turn; if that fails, each alone, so that the failure falls on the one that fails."""
@@ -196,6 +201,12 @@ class PointMeasurer:
             first_call_s=entry.first_call_s,
             workspace_bytes=entry.workspace_bytes,
         )
+
+
+def _right(point: Point, name: str) -> Measurement:
+    """A row that says only that a candidate's output is right."""
+    part, regime = total_part(point), Regime.EAGER
+    return Measurement(point.site, point.shape, point.role, name, part, regime, Outcome.OK)
 
 
 def parts(prepared: Prepared) -> dict[str, Work]:

@@ -18,6 +18,8 @@ class Task:
 
     point: Point
     candidates: tuple[str, ...]
+    timed: bool = True
+    """False: only compare with the reference; right candidates then give one row without a latency."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,21 +22,16 @@ class Failure:
     detail: str
 
 
+def total_part(point: Point) -> str:
+    """The part that stands for a whole candidate at a point: its per-layer path, or the indexer's only stage."""
+    return PER_FORWARD_TOTAL if point.site.name is SiteName.INDEXER_METADATA else PER_LAYER_TOTAL
+
+
 def failures(point: Point, candidate: str, failure: Failure, regimes: Sequence[Regime]) -> list[Measurement]:
-    """Rows of a candidate that has no timing: one for each regime, at the part of its whole-path timing."""
-    indexer = point.site.name is SiteName.INDEXER_METADATA
-    part = PER_FORWARD_TOTAL if indexer else PER_LAYER_TOTAL
+    """Rows of a candidate that has no timing: one for each regime, at the part that stands for it."""
+    part, detail = total_part(point), " ".join(failure.detail.split())
     return [
-        Measurement(
-            point.site,
-            point.shape,
-            point.role,
-            candidate,
-            part,
-            regime,
-            failure.outcome,
-            " ".join(failure.detail.split()),
-        )
+        Measurement(point.site, point.shape, point.role, candidate, part, regime, failure.outcome, detail)
         for regime in regimes
     ]
 

@@ -10,8 +10,8 @@ import multiprocessing
 import os
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
@@ -117,10 +117,16 @@ class Sweep:
             elapsed_s=time.monotonic() - start,
         )
 
+    def check(self, points: Iterable[Point]) -> Iterator[Measurement]:
+        """Compare every candidate with the reference at ``points``, without timing; nothing is stored."""
+        for point in points:
+            rows = self._measure(Task(point, point.site.candidates, timed=False))
+            yield from {row.candidate: row for row in rows}.values()
+
     def _measure_or_skip(self, task: Task, deaths: Deaths) -> list[Measurement]:
         hopeless = {name: failure for name in task.candidates if (failure := deaths.hopeless(task.point, name))}
         worth_trying = tuple(name for name in task.candidates if name not in hopeless)
-        rows = self._measure(Task(task.point, worth_trying))
+        rows = self._measure(replace(task, candidates=worth_trying))
         for name, failure in hopeless.items():
             rows += failures(task.point, name, failure, self.regimes)
         return rows
@@ -138,13 +144,13 @@ class Sweep:
             self._restart()
             left = tuple(c for c in current.candidates if c not in {row.candidate for row in finished})
             if culprit == TIMING and len(left) > 1:  # nobody knows whose fault it was: each alone
-                queue.extendleft(Task(task.point, (name,)) for name in left)
+                queue.extendleft(replace(task, candidates=(name,)) for name in left)
                 continue
             blamed = culprit or left[0]
             rows += failures(task.point, blamed, failure, self.regimes)
             others = tuple(name for name in left if name != blamed)
             if others:
-                queue.appendleft(Task(task.point, others))
+                queue.appendleft(replace(task, candidates=others))
         return rows
 
     def _attempt(self, task: Task) -> tuple[list[Measurement], str, Failure | None]:

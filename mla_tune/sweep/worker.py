@@ -45,7 +45,7 @@ def serve(connection: Connection, kind: str, parent_pid: int) -> None:
 def _measure(connection: Connection, measurer: PointMeasurer, task: Task) -> Done | Lost:
     rows: list[Measurement] = []
     try:
-        for row in measurer.measure(task.point, task.candidates, lambda name: connection.send(Entering(name))):
+        for row in measurer.measure(task, lambda name: connection.send(Entering(name))):
             rows.append(row)  # noqa: PERF402  -- what was measured before the device is lost must be kept
     except DeviceLostError as lost:
         return Lost(tuple(rows), str(lost))

@@ -1,0 +1,68 @@
+"""Commands on measurement databases: ``db export``, ``db import``, ``db ls``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_tune.cli.places import database_path, export_path, policy_sku
+from mla_tune.errors import StoreError
+from mla_tune.sku import Environment
+from mla_tune.store.database import Database
+from mla_tune.store.export import read_export
+
+GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose files are meant.")]
+DbOption = Annotated[Path | None, typer.Option("--db", help="Working database (default db/<sku>.db).")]
+
+
+def export(
+    gpu: GpuOption = "auto",
+    db: DbOption = None,
+    environment: Annotated[
+        str | None, typer.Option("--environment", help="Environment id, if there are several.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Export file (default db/<sku>.jsonl).")] = None,
+) -> None:
+    """Write one environment's measurements as sorted JSON lines, ready to commit."""
+    from mla_tune.cli import pipeline
+
+    sku = policy_sku(gpu)
+    with Database.open(db or database_path(sku), create=False) as database:
+        chosen = _environment(database, environment)
+        pipeline.export(database, chosen, out or export_path(chosen.sku))
+    print(out or export_path(chosen.sku))
+
+
+def _environment(database: Database, wanted: str | None) -> Environment:
+    environments = database.environments()
+    matching = [e for e in environments if wanted is None or e.id == wanted]
+    if len(matching) == 1:
+        return matching[0]
+    accepted = ", ".join(e.id for e in environments) or "none"
+    raise StoreError(
+        f"--environment must name one that {database.path} holds: got {wanted or 'none'}; accepted: {accepted}; "
+        "see `mla-tune db ls`"
+    )
+
+
+def import_(
+    source: Annotated[Path, typer.Argument(help="Export file to read.")],
+    db: DbOption = None,
+) -> None:
+    """Read an export into a working database (raw samples are not in exports)."""
+    environment, rows = read_export(source)
+    path = db or database_path(environment.sku)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with Database.open(path) as database:
+        new = database.merge(environment, rows)
+    print(f"{new} of {len(rows)} measurements were new: {path}")
+
+
+def ls(gpu: GpuOption = "auto", db: DbOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
+    """List the environments in a database, with their outcomes."""
+    from mla_tune.cli import render
+
+    with Database.open(db or database_path(policy_sku(gpu)), create=False) as database:
+        render.database(database.summaries(), as_json)

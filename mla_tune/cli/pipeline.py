@@ -1,0 +1,74 @@
+"""The main job behind ``sweep`` and ``fit``: measure, refine near the crossovers, export, fit, write the policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mla_tune.learn.costs import CostModel
+from mla_tune.learn.fit import fit_policy
+from mla_tune.learn.refine import crossover_shapes
+from mla_tune.policy import Policy, Source, write_policy
+from mla_tune.site import ModelConfig, SiteName
+from mla_tune.sku import Environment
+from mla_tune.store.database import Database
+from mla_tune.store.export import export_sha256, read_export, write_export
+from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points
+from mla_tune.sweep.runner import Progress, Report, Sweep
+
+SEED = 20250
+"""Seed of the held-out shapes; part of what a policy's evaluation means, so it is fixed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a sweep will measure before it looks for crossovers."""
+
+    grid: Grid
+    models: tuple[ModelConfig, ...]
+    points: tuple[Point, ...]
+
+
+def make_plan(kind: str, sm_count: int, models: Sequence[ModelConfig], names: Sequence[SiteName]) -> Plan:
+    """The structured grid and the held-out points for a device."""
+    grid = cpu_grid() if kind == "cpu" else gpu_grid(sm_count)
+    return Plan(grid, tuple(models), tuple(grid_points(grid, models, names, SEED)))
+
+
+def run_sweep(
+    plan: Plan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
+) -> list[Report]:
+    """Measure the plan, then both sides of every crossover that its curves predict; a report for each."""
+    first = sweep.run(database, plan.points, budget_s, on_progress)
+    known = {(point.site, point.shape) for point in plan.points}
+    if first.left:
+        return [first]
+    costs = CostModel(sweep.environment, database.measurements(sweep.environment.id))
+    crossovers = [
+        Point(site, shape)
+        for site, shape in crossover_shapes(costs, plan.models)
+        if (site, shape) not in known and attention_flops(site, shape) <= plan.grid.max_attention_flops
+    ]
+    return [first, sweep.run(database, crossovers, budget_s - first.elapsed_s, on_progress)] if crossovers else [first]
+
+
+def export(database: Database, environment: Environment, path: Path) -> None:
+    """Write the measurements of one environment for committing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_export(path, environment, database.measurements(environment.id))
+
+
+def fit(measurements: Path, out: Path) -> Policy:
+    """Fit the policy of an export and write it. Nothing is written unless the fit succeeds."""
+    environment, rows = read_export(measurements)
+    source = Source(
+        file=measurements.as_posix(),
+        sha256=export_sha256(measurements),
+        measurements=len(rows),
+        command=f"mla-tune fit --measurements {measurements.as_posix()} --out {out.as_posix()}",
+    )
+    policy = fit_policy(environment, rows, source=source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_policy(out, policy)
+    return policy

@@ -1,0 +1,130 @@
+"""Commands on policies: ``fit``, ``lookup``, ``explain``, ``policy show``."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_tune.cli.places import export_path, policy_path, policy_sku
+from mla_tune.errors import PolicyError
+from mla_tune.packaged import packaged_policy
+from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
+from mla_tune.runtime import Dispatcher
+from mla_tune.shape import Shape
+from mla_tune.site import FORWARD
+
+GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose policy is meant.")]
+PolicyOption = Annotated[
+    Path | None, typer.Option("--policy", help="Policy file (default: policies/<sku>.yaml, else the shipped one).")
+]
+MeasurementsOption = Annotated[
+    Path | None, typer.Option("--measurements", help="Export to read (default db/<sku>.jsonl).")
+]
+SiteOption = Annotated[str, typer.Option("--site", help="prefill_attention or indexer_metadata.")]
+ModelOption = Annotated[str, typer.Option("--model", help="deepseek-v4-flash, deepseek-v4-pro or deepseek-v3.2.")]
+LayerOption = Annotated[str, typer.Option("--layer", help="A layer type of the model, or forward for its whole mix.")]
+HeadsOption = Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")]
+TokensArgument = Annotated[int, typer.Argument(help="Query tokens of the forward.")]
+ContextArgument = Annotated[int, typer.Argument(help="Context tokens of all requests together.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+
+
+def fit(
+    gpu: GpuOption = "auto",
+    measurements: MeasurementsOption = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Policy file to write (default policies/<sku>.yaml).")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
+    from mla_tune.cli import pipeline, render
+
+    source = measurements or export_path(policy_sku(gpu))
+    target = out or policy_path(source.stem if measurements else policy_sku(gpu))
+    policy = pipeline.fit(source, target)
+    render.policy_summary(policy, target, as_json)
+    if not as_json:
+        render.next_command(policy, target)
+
+
+def lookup(
+    num_qo_tokens: TokensArgument,
+    kv_tokens: ContextArgument,
+    model: ModelOption,
+    gpu: GpuOption = "auto",
+    policy: PolicyOption = None,
+    site: SiteOption = "prefill_attention",
+    layer: LayerOption = FORWARD,
+    h_q: HeadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the candidate that a policy answers for one forward."""
+    loaded, name = _policy(policy, gpu)
+    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
+    answer = resolved.explain(num_qo_tokens, kv_tokens)
+    print(json.dumps(asdict(answer)) if as_json else answer.candidate)
+
+
+def explain(
+    num_qo_tokens: TokensArgument,
+    kv_tokens: ContextArgument,
+    model: ModelOption,
+    gpu: GpuOption = "auto",
+    policy: PolicyOption = None,
+    measurements: MeasurementsOption = None,
+    site: SiteOption = "prefill_attention",
+    layer: LayerOption = FORWARD,
+    h_q: HeadsOption = None,
+    num_reqs: Annotated[int, typer.Option("--num-reqs", help="Requests in the forward.")] = 1,
+    as_json: JsonOption = False,
+) -> None:
+    """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
+    shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
+    loaded, name = _policy(policy, gpu)
+    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
+    from mla_tune.cli import render
+    from mla_tune.learn.costs import CostModel
+    from mla_tune.learn.explain import explain as explain_choice
+    from mla_tune.store.export import read_export
+
+    table = _require_table(resolved.table, name)
+    environment, rows = read_export(measurements or export_path(loaded.gpu.sku))
+    render.explanation(explain_choice(CostModel(environment, rows), table, shape), table, as_json)
+
+
+def show(
+    gpu: GpuOption = "auto",
+    policy: PolicyOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
+    from mla_tune.cli import render
+
+    loaded, name = _policy(policy, gpu)
+    render.policy_summary(loaded, Path(name), as_json)
+    if not as_json:
+        render.held_out(loaded)
+        render.provenance(loaded, name)
+
+
+def _policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
+    """The policy that the options name, and what to call it in messages."""
+    if path is not None:
+        return parse_policy(read_policy_file(path), str(path)), str(path)
+    sku = policy_sku(gpu)
+    local = policy_path(sku)
+    if local.is_file():
+        return parse_policy(read_policy_file(local), str(local)), str(local)
+    shipped = packaged_policy(sku)
+    return parse_policy(shipped.read_bytes(), shipped.name), shipped.name
+
+
+def _require_table(table: Table | None, name: str) -> Table:
+    if table is None:
+        raise PolicyError(f"a choice is explained by its table: {name} has none there; see `mla-tune policy show`")
+    return table
