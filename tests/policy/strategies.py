@@ -1,0 +1,203 @@
+"""Hypothesis strategies for valid policies, and one realistic policy to break."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from hypothesis import strategies as st
+
+from mla_tune.policy import (
+    Choice,
+    Gpu,
+    HeldOut,
+    Library,
+    Limit,
+    Policy,
+    PolicyEnvironment,
+    Range,
+    Row,
+    Slowdown,
+    Source,
+    Table,
+)
+from mla_tune.policy_rules import accepted_heads
+from mla_tune.site import CANDIDATES, FORWARD, MODELS, SiteName
+
+KEYS = [
+    (site, model.name, h_q, layer)
+    for site in SiteName
+    for model in MODELS.values()
+    for h_q in accepted_heads(site, model)
+    for layer in (*model.site_layers(site), FORWARD)
+]
+"""Every (site, model, h_q, layer) that a policy may have a table for."""
+
+MAX = 2**63 - 1
+counts = st.one_of(st.integers(1, 40_000), st.integers(1, MAX - 1))
+words = st.text(st.characters(codec="utf-8", exclude_categories=["C", "Z"]) | st.just(" "), min_size=1, max_size=20)
+names = words | st.sampled_from(
+    ["yes", "1e3", "0x1F", "1.0.0", "null", "12:30:45", "2024-01-01", "~", "a: b", "[x]", "#"]
+)
+slowdowns = st.floats(1, 1e9, allow_nan=False)
+
+
+def table(**changes: Any) -> Table:
+    """A table with one crossover at 4096 query tokens, changed as asked."""
+    base = Table(
+        site="prefill_attention",
+        model="deepseek-v4-flash",
+        h_q=64,
+        layer="c4a",
+        incumbent="sparse_fwd",
+        candidates=("sparse_fwd", "with_kvcache"),
+        noise_band=0.03,
+        measured=Range(num_qo_tokens=(16, 32768), kv_tokens=(2048, 1 << 26)),
+        limits=(),
+        rows=(
+            Row(
+                kv_tokens_from=0,
+                choices=(
+                    Choice(num_qo_tokens_from=0, candidate="with_kvcache"),
+                    Choice(num_qo_tokens_from=4096, candidate="sparse_fwd", bracket=(3900, 4300)),
+                ),
+            ),
+            Row(
+                kv_tokens_from=1 << 20,
+                choices=(
+                    Choice(num_qo_tokens_from=0, candidate="with_kvcache"),
+                    Choice(num_qo_tokens_from=6000, candidate="sparse_fwd", bracket=(5800, 6100)),
+                ),
+            ),
+        ),
+        held_out=HeldOut(
+            points=40,
+            slowdown=(
+                Slowdown(rule="policy", geomean=1.01, mean=1.012, p95=1.05, worst=1.2),
+                Slowdown(rule="num_qo_tokens > 11673", geomean=1.2, mean=1.3, p95=2.0, worst=4.5),
+            ),
+        ),
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def policy(*tables: Table, **changes: Any) -> Policy:
+    """A policy of one H200 with ``tables`` (by default one), changed as asked."""
+    base = Policy(
+        schema=1,
+        gpu=Gpu(sku="nvidia-h200", sm_count=132),
+        evidence="measured",
+        regime="graph",
+        environment=PolicyEnvironment(
+            driver="580.1",
+            cuda="13.0",
+            torch="2.11.0+cu130",
+            triton="3.6.0",
+            shared_memory_optin_bytes=232448,
+            libraries=(Library(name="sgl-flash-mla", version="1.0.0", sha256="0" * 64),),
+        ),
+        source=Source(
+            file="db/nvidia-h200.jsonl", sha256="1" * 64, measurements=1234, command="mla-tune fit --gpu h200"
+        ),
+        tables=tables or (table(),),
+    )
+    return msgspec.structs.replace(base, **changes)
+
+
+def full_policy() -> Policy:
+    """A table for every site, model, head count and layer, eight rows each: what one GPU's file holds."""
+    row = table().rows[1]
+    rows = tuple(Row(kv_tokens_from=start * 100_000, choices=row.choices) for start in range(8))
+    indexer_rows = (Row(kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="jit"),)),)
+    tables = []
+    for site, model, h_q, layer in KEYS:
+        changes: dict[str, Any] = {"site": site.value, "model": model, "h_q": h_q, "layer": str(layer), "rows": rows}
+        if site is SiteName.INDEXER_METADATA:
+            changes |= {"incumbent": "jit", "candidates": ("deep_gemm", "jit"), "rows": indexer_rows}
+        tables.append(table(**changes))
+    return policy(*tables)
+
+
+@st.composite
+def rows(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Row, ...]:
+    starts = [0, *sorted(draw(st.sets(counts, max_size=3)))]
+    return tuple(Row(kv_tokens_from=start, choices=draw(choices(candidates))) for start in starts)
+
+
+@st.composite
+def choices(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Choice, ...]:
+    starts = [0, *sorted(draw(st.sets(counts, max_size=3 if len(candidates) > 1 else 0)))]
+    found: list[Choice] = []
+    for start in starts:
+        others = [name for name in candidates if not found or name != found[-1].candidate]
+        bracket = None
+        if start and draw(st.booleans()):
+            bracket = (draw(st.integers(0, start)), draw(st.integers(start, MAX)))
+        found.append(Choice(num_qo_tokens_from=start, candidate=draw(st.sampled_from(others)), bracket=bracket))
+    return tuple(found)
+
+
+@st.composite
+def limits(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Limit, ...]:
+    found = []
+    for candidate in draw(st.lists(st.sampled_from(candidates), max_size=2)):
+        largest = draw(st.integers(0, MAX - 1) | st.integers(0, 40_000))
+        fails_at = draw(st.integers(largest + 1, MAX))
+        reason = draw(names)
+        found.append(
+            Limit(candidate=candidate, num_qo_tokens=largest, fails_at=fails_at, found_by="sweep", reason=reason)
+        )
+    return tuple(found)
+
+
+@st.composite
+def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]) -> Table:
+    site, model, h_q, layer = key
+    candidates = tuple(sorted(draw(st.sets(st.sampled_from(CANDIDATES[site]), min_size=1))))
+    ranges = st.tuples(counts, counts).map(lambda pair: (min(pair), max(pair)))
+    rules = ["policy", *draw(st.lists(words.filter(lambda word: word != "policy"), unique=True, max_size=2))]
+    return Table(
+        site=site.value,
+        model=model,
+        h_q=h_q,
+        layer=str(layer),
+        incumbent=draw(st.sampled_from(candidates)),
+        candidates=candidates,
+        noise_band=draw(st.floats(0, 1, exclude_max=True)),
+        measured=Range(num_qo_tokens=draw(ranges), kv_tokens=draw(ranges)),
+        limits=draw(limits(candidates)),
+        rows=draw(rows(candidates)),
+        held_out=HeldOut(
+            points=draw(counts),
+            slowdown=tuple(
+                Slowdown(
+                    rule=rule, geomean=draw(slowdowns), mean=draw(slowdowns), p95=draw(slowdowns), worst=draw(slowdowns)
+                )
+                for rule in rules
+            ),
+        ),
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> Policy:
+    keys = draw(st.lists(st.sampled_from(KEYS), unique=True, min_size=1, max_size=2))
+    libraries = draw(st.lists(st.builds(Library, name=names, version=names, sha256=names), max_size=2))
+    environment = st.builds(
+        PolicyEnvironment,
+        driver=names,
+        cuda=names | st.just(""),
+        torch=names,
+        triton=names,
+        shared_memory_optin_bytes=st.integers(0, MAX),
+        libraries=st.just(tuple({library.name: library for library in libraries}.values())),
+    )
+    return Policy(
+        schema=1,
+        gpu=Gpu(sku=draw(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)), sm_count=draw(counts)),
+        evidence=draw(st.sampled_from(["measured", "modelled"])),
+        regime=draw(st.sampled_from(["graph", "eager"])),
+        environment=draw(environment),
+        source=draw(st.builds(Source, file=names, sha256=names, measurements=counts, command=names)),
+        tables=tuple(draw(tables(key)) for key in keys),
+    )

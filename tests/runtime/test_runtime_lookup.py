@@ -1,0 +1,168 @@
+"""``choose`` answers what a reading of the table by hand answers, everywhere, and never past a limit."""
+
+from __future__ import annotations
+
+import tracemalloc
+from itertools import product, repeat
+
+import pytest
+from hypothesis import assume, example, given, settings
+from hypothesis import strategies as st
+
+from mla_tune.errors import PolicyError
+from mla_tune.lookup import Reason, compile_table
+from mla_tune.policy import Choice, Limit, Range, Row, Table
+from mla_tune.runtime import Dispatcher, Resolved
+from tests.policy.strategies import policy, table, tables
+
+EVERY_INT = st.integers(0, 1 << 62) | st.integers(-5, 50_000)
+
+
+def resolved(of: Table) -> Resolved:
+    """The only table of a policy, as a server resolves it."""
+    return Dispatcher(policy(of), source="test").resolve(of.site, model=of.model, layer=of.layer, h_q=of.h_q)
+
+
+def runs(of: Table, candidate: str, num_qo_tokens: int) -> bool:
+    """Whether no limit of ``candidate`` is passed."""
+    return not any(limit.candidate == candidate and num_qo_tokens > limit.num_qo_tokens for limit in of.limits)
+
+
+def read_by_hand(of: Table, num_qo_tokens: int, kv_tokens: int) -> str:
+    """The contract, line by line: the oracle of these tests."""
+    answer = of.incumbent
+    inside_q = of.measured.num_qo_tokens[0] <= num_qo_tokens <= of.measured.num_qo_tokens[1]
+    inside_kv = of.measured.kv_tokens[0] <= kv_tokens <= of.measured.kv_tokens[1]
+    if inside_q and inside_kv:
+        for row in of.rows:
+            if kv_tokens >= row.kv_tokens_from:
+                for choice in row.choices:
+                    if num_qo_tokens >= choice.num_qo_tokens_from:
+                        answer = choice.candidate
+    if runs(of, answer, num_qo_tokens):
+        return answer
+    return next(name for name in (of.incumbent, *of.candidates) if runs(of, name, num_qo_tokens))
+
+
+def corners(of: Table) -> list[tuple[int, int]]:
+    """Every point beside a boundary of the table, on both axes."""
+    q = {0, -1, 1 << 62, *of.measured.num_qo_tokens, *(limit.num_qo_tokens for limit in of.limits)}
+    q |= {choice.num_qo_tokens_from for row in of.rows for choice in row.choices}
+    kv = {0, -1, 1 << 62, *of.measured.kv_tokens, *(row.kv_tokens_from for row in of.rows)}
+    return list(product({x + d for x in q for d in (-1, 0, 1)}, {x + d for x in kv for d in (-1, 0, 1)}))
+
+
+def leaves_a_candidate(of: Table) -> bool:
+    """Whether some candidate has no limit, and thus can run at every count."""
+    return bool(set(of.candidates) - {limit.candidate for limit in of.limits})
+
+
+@settings(max_examples=200, deadline=None)
+@given(tables(), st.lists(st.tuples(EVERY_INT, EVERY_INT), max_size=20))
+def test_choose_agrees_with_reading_the_table_by_hand(of: Table, points: list[tuple[int, int]]) -> None:
+    assume(leaves_a_candidate(of))
+    site = resolved(of)
+    for num_qo_tokens, kv_tokens in points + corners(of):
+        answer = site.choose(num_qo_tokens, kv_tokens)
+        assert answer == read_by_hand(of, num_qo_tokens, kv_tokens)
+        assert answer in of.candidates
+        assert runs(of, answer, num_qo_tokens)
+
+
+@settings(max_examples=100, deadline=None)
+@given(tables())
+@example(table())
+def test_an_explanation_names_what_choose_answers_and_why(of: Table) -> None:
+    assume(leaves_a_candidate(of))
+    site = resolved(of)
+    for num_qo_tokens, kv_tokens in corners(of):
+        found = site.explain(num_qo_tokens, kv_tokens)
+        assert found.candidate == site.choose(num_qo_tokens, kv_tokens)
+        if found.reason is Reason.TABLE:
+            assert found.num_qo_tokens_from is not None
+            assert found.num_qo_tokens_from <= num_qo_tokens
+            row = next(row for row in of.rows if row.kv_tokens_from == found.kv_tokens_from)
+            assert Choice(
+                num_qo_tokens_from=found.num_qo_tokens_from, candidate=found.candidate, bracket=found.bracket
+            ) in row.choices  # fmt: skip
+
+
+@settings(max_examples=150, deadline=None)
+@given(tables())
+def test_a_table_is_refused_at_resolve_exactly_if_all_its_candidates_are_limited(of: Table) -> None:
+    if leaves_a_candidate(of):
+        resolved(of)
+    else:
+        with pytest.raises(PolicyError, match="must leave one candidate at every token count"):
+            resolved(of)
+
+
+def test_the_crossovers_of_a_table_are_where_it_says() -> None:
+    choose = resolved(table()).choose
+    assert choose(4095, 100_000) == "with_kvcache"
+    assert choose(4096, 100_000) == "sparse_fwd"
+    assert choose(5999, 1 << 20) == "with_kvcache"
+    assert choose(6000, 1 << 20) == "sparse_fwd"
+
+
+def test_the_incumbent_is_kept_outside_the_measured_ranges_of_either_axis() -> None:
+    site = resolved(table())
+    for point in ((15, 100_000), (32769, 100_000), (100, 2047), (100, (1 << 26) + 1)):
+        assert site.choose(*point) == "sparse_fwd"
+        assert site.explain(*point).reason is Reason.OUTSIDE
+    assert site.choose(16, 2048) == "with_kvcache"
+
+
+def test_past_its_limit_the_incumbent_gives_way_even_where_nothing_was_measured() -> None:
+    limit = Limit(candidate="sparse_fwd", num_qo_tokens=11622, fails_at=11673, found_by="sweep", reason="shared memory")
+    site = resolved(table(limits=(limit,)))
+    assert site.choose(11622, 100_000) == "sparse_fwd"
+    assert site.choose(11623, 100_000) == "with_kvcache"
+    assert site.choose(1 << 40, 1 << 50) == "with_kvcache"
+    assert site.explain(11623, 100_000).reason is Reason.LIMIT
+    assert site.explain(11623, 100_000).num_qo_tokens_from == 4096
+
+
+def test_the_lower_of_two_limits_counts() -> None:
+    limits = tuple(
+        Limit(candidate="with_kvcache", num_qo_tokens=count, fails_at=9000, found_by="sweep", reason="x")
+        for count in (2000, 1000)
+    )
+    choose = resolved(table(limits=limits)).choose
+    assert choose(1000, 100_000) == "with_kvcache"
+    assert choose(1001, 100_000) == "sparse_fwd"
+
+
+def one_row(*choices: Choice) -> Table:
+    """A table that answers the same for all contexts, measured everywhere."""
+    everywhere = Range(num_qo_tokens=(1, 1 << 62), kv_tokens=(1, 1 << 62))
+    return table(measured=everywhere, rows=(Row(kv_tokens_from=0, choices=choices),))
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        table(),
+        one_row(Choice(num_qo_tokens_from=0, candidate="sparse_fwd")),
+        one_row(
+            Choice(num_qo_tokens_from=0, candidate="sparse_fwd"),
+            Choice(num_qo_tokens_from=900, candidate="with_kvcache"),
+        ),
+    ],
+    ids=["two axes", "constant", "few choices"],
+)
+def test_a_call_allocates_nothing(of: Table) -> None:
+    choose = compile_table(of)
+    choose(8192, 100_000)
+    calls = repeat(None, 20_000)
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        tracemalloc.reset_peak()
+        for _ in calls:
+            choose(8192, 100_000)
+        after, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after == before
+    assert peak - before < 100  # the iterator's own object, and nothing that a call makes and drops
