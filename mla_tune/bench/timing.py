@@ -41,7 +41,7 @@ class Effort:
 
     target: float = 0.01
     max_samples: int = 30
-    seconds: float = 0.4
+    seconds: float = 0.3
     """Time for all works of one call together; never cuts below :data:`MIN_SAMPLES`."""
 
 

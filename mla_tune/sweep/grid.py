@@ -53,9 +53,11 @@ _K = 1024
 def gpu_grid(sm_count: int) -> Grid:
     """The grid of a GPU. Multiples of the SM count, plus and minus one, are where the attention kernels' waves begin."""
     waves = [sm_count * n + d for n in (1, 2, 4) for d in (-1, 0, 1)]
+    # Half octaves where one query chunk fills a forward: schedulers of some builds change their ways up there.
+    halves = [round(1024 * 2 ** (n + 0.5)) for n in range(5)]
     return Grid(
         dense_context=(1, 128 * _K),
-        dense_query_tokens=tuple(sorted([1 << n for n in range(16)] + waves)),
+        dense_query_tokens=tuple(sorted([1 << n for n in range(16)] + waves + halves)),
         contexts=(
             *((1, context * _K) for context in (1, 8, 1024)),
             *((4, context * _K) for context in (16, 1024)),
