@@ -61,6 +61,7 @@ prepare_venv() {
     rm -f "$venv"/.installed-for-*
     local wanted="$extras"
     [[ "$purpose" == run ]] || wanted="$extras,dev"
+    mkdir -p "$root/policies" # git keeps no empty folder, and packaging needs this one
     say "installing mla-tune[$wanted] (the first time downloads about $size)"
     [[ ${#pins[@]} -eq 0 || "$(uname)" != Linux ]] || install_cpu_torch
     pip_install ${pins[@]+"${pins[@]}"} -e "$root[$wanted]" ||
