@@ -6,6 +6,7 @@ that a stage is fitted over the very numbers that it was measured at. Standard l
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from mla_tune.errors import UsageError
@@ -83,10 +84,10 @@ def workload(site: Site, shape: Shape) -> Workload:
     requests = list(zip(shape.extend_lens(), shape.seq_lens(), strict=True))
     context = max(seq for _, seq in requests)
     selected = window = 0
-    for extend, seq in requests:
-        selected += _selected_upto(site, seq) - _selected_upto(site, seq - extend)
+    for (extend, seq), count in Counter(requests).items():
+        selected += count * (_selected_upto(site, seq) - _selected_upto(site, seq - extend))
         if layer.has_window:
-            window += _sum_min_floor(seq, 1, SWA_WINDOW) - _sum_min_floor(seq - extend, 1, SWA_WINDOW)
+            window += count * (_sum_min_floor(seq, 1, SWA_WINDOW) - _sum_min_floor(seq - extend, 1, SWA_WINDOW))
     width = selection_width(site, context)
     return Workload(
         num_qo_tokens=shape.num_qo_tokens,

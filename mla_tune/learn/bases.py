@@ -1,0 +1,125 @@
+"""What each stage's time is made of: the physical terms that its curve may use.
+
+Every term is non-negative and grows with the work, so that a fitted curve can be followed beyond the measured points.
+What the terms miss is left to the local correction in :mod:`mla_tune.learn.curves`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mla_tune.learn.work import Array, Work
+from mla_tune.site import LayerType, Site
+from mla_tune.stages import Stage
+
+_HEADS_PER_BLOCK = 64
+"""Query heads that one thread block of either attention kernel serves."""
+_ENTRIES_PER_TILE = 64
+"""Attended entries that it takes in one step."""
+_L2_BYTES = 50e6
+"""L2 of an H100 or H200; where a pool passes it, gathers go to memory. Only its order of magnitude matters here."""
+
+
+@dataclass(frozen=True, slots=True)
+class Basis:
+    """Terms and coordinates of one stage."""
+
+    terms: Callable[[Work], list[Array]]
+    """Non-negative terms, each (num_shapes,); the first is the constant."""
+    coordinates: Callable[[Work], list[Array]]
+    """Axes on which neighbouring points correct each other, each (num_shapes,), in octaves."""
+    may_break: bool = False
+    """Whether the kernel may change its algorithm at some query token count, and jump there."""
+
+
+def basis(site: Site, candidate: str, stage: Stage, sm_count: int) -> Basis:
+    """The basis of one stage, by its name; a whole timing that stands for its stages gets every term."""
+    if stage.name == "attention":
+        return _attention(site, candidate, sm_count)
+    return _BY_NAME.get(stage.name, _GENERIC)
+
+
+def _attention(site: Site, candidate: str, sm_count: int) -> Basis:
+    blocks_per_query = (site.h_q or _HEADS_PER_BLOCK) / _HEADS_PER_BLOCK
+
+    def queries(work: Work) -> Array:
+        return work.num_qo_tokens * blocks_per_query / sm_count
+
+    def waves(work: Work) -> Array:
+        return np.ceil(queries(work))
+
+    def sparse_fwd(work: Work) -> list[Array]:
+        # One block per query and 64 heads: a staircase in waves, each as long as the tiles of one query, as far as the
+        # blocks do not overtake each other. Gathers that miss the L2 add their bytes.
+        tiles = np.ceil(work.attended / _ENTRIES_PER_TILE)
+        missed = work.num_qo_tokens * work.attended * _miss_rate(work.rows * 1024)
+        return [_ones(work), queries(work), waves(work), waves(work) * tiles, missed]
+
+    def with_kvcache(work: Work) -> list[Array]:
+        # Split over the context, so the tiles of all queries spread evenly over the SMs; the staircase remains in part.
+        # Every query also pays for the merge of its splits. A cached row is 584 or 656 bytes.
+        tiles = np.ceil(work.selected / _ENTRIES_PER_TILE) + np.ceil(work.window / _ENTRIES_PER_TILE)
+        cached_rows = work.rows if site.layer is not LayerType.SWA_ONLY else work.kv_tokens
+        missed = work.num_qo_tokens * work.attended * _miss_rate(cached_rows * 600)
+        return [_ones(work), queries(work), np.ceil(queries(work) * tiles), waves(work) * tiles, missed]
+
+    def coordinates(work: Work) -> list[Array]:
+        # Where the rows lie matters less than how many a query reads.
+        return [_octaves(work.num_qo_tokens), _octaves(work.attended), 0.5 * _octaves(work.rows)]
+
+    return Basis(sparse_fwd if candidate == "sparse_fwd" else with_kvcache, coordinates)
+
+
+def _miss_rate(pool_bytes: Array) -> Array:
+    return pool_bytes / (pool_bytes + _L2_BYTES)
+
+
+def _ones(work: Work) -> Array:
+    return np.ones_like(work.num_qo_tokens)
+
+
+def _octaves(values: Array) -> Array:
+    return np.log2(np.maximum(values, 1.0))
+
+
+_IN_QUERIES = Basis(
+    lambda w: [_ones(w), w.num_qo_tokens],
+    lambda w: [_octaves(w.num_qo_tokens)],
+    may_break=True,
+)
+_BY_NAME = {
+    "schedule": _IN_QUERIES,
+    "metadata": _IN_QUERIES,
+    "dequantize_compressed": Basis(
+        lambda w: [_ones(w), w.compressed_rows],
+        lambda w: [_octaves(w.compressed_rows)],
+    ),
+    "dequantize_window": Basis(
+        lambda w: [_ones(w), w.window_rows],
+        lambda w: [_octaves(w.window_rows)],
+    ),
+    "row_ids": Basis(
+        lambda w: [_ones(w), w.compressed_rows],
+        lambda w: [_octaves(w.compressed_rows)],
+    ),
+    "window_ids": Basis(
+        lambda w: [_ones(w), w.num_qo_tokens, w.window_rows],
+        lambda w: [_octaves(w.num_qo_tokens), _octaves(w.window_rows)],
+    ),
+    "combine": Basis(
+        lambda w: [_ones(w), w.num_qo_tokens, w.num_qo_tokens * w.index_width],
+        lambda w: [_octaves(w.num_qo_tokens), _octaves(w.index_width)],
+    ),
+}
+_GENERIC = Basis(
+    lambda w: [_ones(w), w.num_qo_tokens, w.rows, w.num_qo_tokens * w.attended],
+    lambda w: [_octaves(w.num_qo_tokens), _octaves(w.kv_tokens), 0.5 * _octaves(w.num_reqs)],
+)
+
+
+def whole_path_coordinates(work: Work) -> list[Array]:
+    """Axes for the correction of a whole path: the shape itself, the split into requests counting half."""
+    return _GENERIC.coordinates(work)

@@ -1,0 +1,123 @@
+"""From measurements to a policy: the one entry of the fit.
+
+The same measurements give the same policy, in whatever order they come. Held-out points reach only the judgement, and
+the limits (a failure that was seen must not be served).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from statistics import median
+
+import msgspec
+
+from mla_tune.errors import FitError
+from mla_tune.learn.costs import CostModel
+from mla_tune.learn.crossover import Candidates, swept_shapes, table_rows
+from mla_tune.learn.evaluate import held_out
+from mla_tune.learn.limits import is_unsafe, limits
+from mla_tune.learn.observations import Observations
+from mla_tune.learn.scope import Scope, scopes
+from mla_tune.learn.training import measured_range
+from mla_tune.policy import (
+    SCHEMA_VERSION,
+    Gpu,
+    HeldOut,
+    Library,
+    Policy,
+    PolicyEnvironment,
+    Source,
+    Table,
+)
+from mla_tune.sku import Environment
+from mla_tune.store.measurement import Measurement, Role
+
+_LEAST_NOISE_BAND = 0.01
+"""Two timings of the same kernel in two processes differ by up to this, however tight each of them is."""
+_HALF_WIDTHS = 2.0
+"""Confidence half-widths that make the band: each of the two candidates has its own."""
+
+
+def fit_policy(environment: Environment, measurements: Iterable[Measurement], *, source: Source) -> Policy:
+    """The policy that ``measurements`` of one environment support.
+
+    A site, or a model, that was not swept has no table; nor has one whose incumbent never ran, since there is nothing
+    to switch from; nor a mix of layer types that share no points. Raises :class:`FitError` if no table is left, or if
+    one cannot be judged on a held-out point.
+    """
+    costs = CostModel(environment, measurements)
+    tables = [table for scope in scopes() if (table := fit_table(costs, scope)) is not None]
+    if not tables:
+        raise FitError(
+            f"a policy needs measurements of at least one site whose incumbent ran: got none for {environment.sku}; "
+            "next: run `mla-tune sweep`"
+        )
+    return Policy(
+        schema=SCHEMA_VERSION,
+        gpu=Gpu(sku=environment.sku, sm_count=environment.sm_count),
+        evidence="measured",
+        regime=str(costs.observations.regime),
+        environment=PolicyEnvironment(
+            driver=environment.driver,
+            cuda=environment.cuda,
+            torch=environment.torch,
+            triton=environment.triton,
+            shared_memory_optin_bytes=environment.shared_memory_optin_bytes,
+            libraries=tuple(
+                Library(name=library.name, version=library.version, sha256=library.sha256)
+                for library in environment.libraries
+            ),
+        ),
+        source=source,
+        tables=tuple(tables),
+    )
+
+
+def fit_table(costs: CostModel, scope: Scope) -> Table | None:
+    """One table, judged; None where the incumbent never ran, or where the sites of a mix have no points in common.
+
+    Raises :class:`FitError` without a held-out point.
+    """
+    candidates = _candidates(costs.observations, scope)
+    if candidates is None:
+        return None
+    swept = swept_shapes(costs, scope, candidates.names)
+    if len(scope.parts) > 1 and not (swept and scope.swept(costs.observations, Role.HELD_OUT)):
+        return None
+    table = Table(
+        site=str(scope.name),
+        model=scope.model.name,
+        h_q=scope.h_q,
+        layer=str(scope.layer),
+        incumbent=candidates.incumbent,
+        candidates=tuple(sorted(candidates.names)),
+        noise_band=candidates.noise_band,
+        measured=measured_range(swept),
+        limits=candidates.limits,
+        rows=table_rows(costs, scope, candidates),
+        held_out=HeldOut(points=0, slowdown=()),
+    )
+    return msgspec.structs.replace(table, held_out=held_out(costs.observations, table))
+
+
+def _candidates(observations: Observations, scope: Scope) -> Candidates | None:
+    """The candidates that a table may choose from, the incumbent first; None if that never ran."""
+    incumbent = scope.model.incumbent(scope.name)
+    sites = [site for site, _ in scope.parts]
+    ran = scope.candidates(observations)
+    if incumbent not in ran:
+        return None
+    others = [name for name in ran if name != incumbent and not is_unsafe(observations, sites, name)]
+    names = (incumbent, *others)
+    found = limits(observations, sites, names)
+    if len({limit.candidate for limit in found}) == len(names):
+        raise FitError(
+            f"a table must leave one candidate at every query token count: got limits on all of {', '.join(names)} for "
+            f"{scope.name} of {scope.model.name}, layer {scope.layer}; next: see why they fail, then sweep again"
+        )
+    return Candidates(names, incumbent, _noise_band(observations, scope), found)
+
+
+def _noise_band(observations: Observations, scope: Scope) -> float:
+    errors = [error for site, _ in scope.parts for error in observations.relative_errors(site)]
+    return round(max(_LEAST_NOISE_BAND, _HALF_WIDTHS * median(errors) if errors else 0.0), 4)

@@ -1,0 +1,61 @@
+"""Capability bounds that the sweep ran into."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mla_tune.learn.observations import Observations
+from mla_tune.policy import Limit
+from mla_tune.site import Site
+from mla_tune.store.measurement import Outcome
+
+# Not no_memory (a matter of what else is on the device), not timeout (of patience), not unsupported (never launched).
+_CAPABILITY = (Outcome.RUNTIME_ERROR, Outcome.CRASH, Outcome.WRONG_RESULT, Outcome.COMPILE_ERROR)
+_REASON_CHARACTERS = 160
+
+
+def limits(observations: Observations, sites: Iterable[Site], candidates: Iterable[str]) -> tuple[Limit, ...]:
+    """One limit for each candidate that failed from some count of query tokens on, at any of ``sites``.
+
+    Held-out points count too: a limit is about safety, not cost, and a failure that was seen must not be served. A
+    candidate that failed at its smallest count has no limit, see :func:`is_unsafe`.
+    """
+    chosen = list(sites)
+    found = [_limit(candidate, *_counts(observations, chosen, candidate)) for candidate in sorted(candidates)]
+    return tuple(limit for limit in found if limit is not None)
+
+
+def is_unsafe(observations: Observations, sites: Iterable[Site], candidate: str) -> bool:
+    """Whether the candidate failed at its smallest count of query tokens, so that no count is known to be safe."""
+    ran, failed = _counts(observations, list(sites), candidate)
+    return bool(failed) and min(failed) <= min(ran, default=min(failed))
+
+
+def _counts(observations: Observations, sites: list[Site], candidate: str) -> tuple[set[int], dict[int, str]]:
+    """Query token counts at which the candidate ran, and those at which it failed with what the failure said."""
+    ran: set[int] = set()
+    failed: dict[int, str] = {}
+    for site in sites:
+        for shape in observations.shapes(site):
+            failure = observations.failure(site, candidate, shape)
+            if failure is not None and failure.outcome in _CAPABILITY:
+                failed.setdefault(shape.num_qo_tokens, failure.detail)
+            elif observations.cost(site, candidate, shape) is not None:
+                ran.add(shape.num_qo_tokens)
+    return ran, failed
+
+
+def _limit(candidate: str, ran: set[int], failed: dict[int, str]) -> Limit | None:
+    if not failed:
+        return None
+    fails_at = min(failed)
+    below = [count for count in ran if count < fails_at]
+    if not below:
+        return None
+    reason = _one_line(failed[fails_at])
+    return Limit(candidate=candidate, num_qo_tokens=max(below), fails_at=fails_at, found_by="sweep", reason=reason)
+
+
+def _one_line(detail: str) -> str:
+    text = " ".join("".join(c if c.isprintable() else " " for c in detail).split())
+    return text if len(text) <= _REASON_CHARACTERS else f"{text[: _REASON_CHARACTERS - 3]}..."

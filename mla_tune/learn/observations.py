@@ -1,0 +1,181 @@
+"""Measurements, ordered and indexed as the fit and the evaluation ask for them.
+
+The order in which measurements arrive never matters: everything here is sorted first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from mla_tune.shape import Shape
+from mla_tune.site import ModelConfig, Site, SiteName
+from mla_tune.stages import Amortization, stages
+from mla_tune.store.measurement import (
+    PER_FORWARD_TOTAL,
+    PER_LAYER_TOTAL,
+    Measurement,
+    Outcome,
+    Regime,
+    Role,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one candidate takes at one shape, by how often it is paid, in microseconds."""
+
+    per_layer_us: float
+    per_layer_type_us: float
+    per_forward_us: float
+
+    def amortized(self, shares: Shares) -> float:
+        """Microseconds per layer once the parts that layers share are spread over them."""
+        return (
+            self.per_layer_us
+            + self.per_layer_type_us * shares.of(Amortization.PER_LAYER_TYPE)
+            + self.per_forward_us * shares.of(Amortization.PER_FORWARD)
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """Which part of a stage one layer pays."""
+
+    per_layer_type: float
+    per_forward: float
+
+    def of(self, amortization: Amortization) -> float:
+        """Share of a stage of this class."""
+        if amortization is Amortization.PER_LAYER_TYPE:
+            return self.per_layer_type
+        return self.per_forward if amortization is Amortization.PER_FORWARD else 1.0
+
+
+def shares(model: ModelConfig, site: Site) -> Shares:
+    """Shares at one site of a model. Metadata has no per-layer part: its cost is quoted whole, not spread."""
+    if site.name is SiteName.INDEXER_METADATA:
+        return Shares(1.0, 1.0)
+    return Shares(1 / model.layer_count(site.layer), 1 / model.num_layers)
+
+
+_RESOLUTION_US = 0.1
+"""Least time that a part counts for: a stage timed as a difference of two calls may come out at zero or below."""
+
+# The first that occurs at a point names its outcome: what says most about the kernel comes first.
+_SEVERITY = (
+    Outcome.WRONG_RESULT,
+    Outcome.CRASH,
+    Outcome.RUNTIME_ERROR,
+    Outcome.COMPILE_ERROR,
+    Outcome.TIMEOUT,
+    Outcome.NO_MEMORY,
+    Outcome.UNSUPPORTED,
+)
+
+
+class Observations:
+    """All measurements of one environment, in the regime that the policy minimizes."""
+
+    def __init__(self, measurements: Iterable[Measurement]) -> None:
+        ordered = sorted(measurements, key=_order)
+        graph = any(m.regime is Regime.GRAPH and m.outcome is Outcome.OK for m in ordered)
+        self.regime = Regime.GRAPH if graph else Regime.EAGER
+        self._parts: dict[tuple[Site, str, Shape], dict[str, Measurement]] = {}
+        self._failures: dict[tuple[Site, str, Shape], Measurement] = {}
+        self._roles: dict[Site, dict[Shape, Role]] = {}
+        for m in ordered:
+            point = (m.site, m.candidate, m.shape)
+            self._roles.setdefault(m.site, {})[m.shape] = m.role
+            if m.outcome is not Outcome.OK:
+                first = self._failures.setdefault(point, m)
+                if _SEVERITY.index(m.outcome) < _SEVERITY.index(first.outcome):
+                    self._failures[point] = m
+            elif m.regime is self.regime:
+                self._parts.setdefault(point, {})[m.part] = m
+
+    def shapes(self, site: Site, role: Role | None = None) -> list[Shape]:
+        """Shapes at which anything was attempted, sorted."""
+        return sorted(s for s, r in self._roles.get(site, {}).items() if role is None or r is role)
+
+    def candidates(self, site: Site) -> tuple[str, ...]:
+        """Candidates with at least one whole timing among the fit points, sorted."""
+        fit_shapes = self.shapes(site, Role.FIT)
+        return tuple(c for c in site.candidates if any(self.cost(site, c, s) is not None for s in fit_shapes))
+
+    def part(self, site: Site, candidate: str, shape: Shape, name: str) -> Measurement | None:
+        """The successful measurement of one part; a group of one stage is its own total."""
+        parts = self._parts.get((site, candidate, shape), {})
+        if name in parts or name not in (PER_LAYER_TOTAL, PER_FORWARD_TOTAL):
+            return parts.get(name)
+        members = group(site, candidate, name)
+        return parts.get(members[0]) if len(members) == 1 else None
+
+    def latencies(self, site: Site, candidate: str, name: str) -> tuple[list[Shape], list[float]]:
+        """Fit points at which one part was timed: their shapes and latencies in microseconds."""
+        pairs = [(s, _latency_us(self.part(site, candidate, s, name))) for s in self.shapes(site, Role.FIT)]
+        timed = [(s, us) for s, us in pairs if us is not None]
+        return [s for s, _ in timed], [us for _, us in timed]
+
+    def cost(self, site: Site, candidate: str, shape: Shape) -> Cost | None:
+        """Measured whole-path cost; None unless every whole timing that the candidate has succeeded here."""
+        totals = {}
+        for name in (PER_LAYER_TOTAL, PER_FORWARD_TOTAL):
+            us = _latency_us(self.part(site, candidate, shape, name)) if group(site, candidate, name) else 0.0
+            if us is None:
+                return None
+            totals[name] = us
+        shared_us = totals[PER_FORWARD_TOTAL]
+        once = self._once_per_forward_share(site, candidate, shape)
+        if once is None:
+            return None
+        return Cost(totals[PER_LAYER_TOTAL], shared_us * (1 - once), shared_us * once)
+
+    def _once_per_forward_share(self, site: Site, candidate: str, shape: Shape) -> float | None:
+        """Share of the per-forward total that all layer types share, by the stages timed one by one."""
+        kinds = {
+            s.name: s.amortization for s in stages(site, candidate) if s.amortization is not Amortization.PER_LAYER
+        }
+        if len(set(kinds.values())) < 2:
+            return float(Amortization.PER_FORWARD in kinds.values())
+        total_us = once_us = 0.0
+        for name, amortization in kinds.items():
+            us = _latency_us(self.part(site, candidate, shape, name))
+            if us is None:
+                return None
+            total_us += us
+            once_us += us if amortization is Amortization.PER_FORWARD else 0.0
+        return once_us / total_us
+
+    def failure(self, site: Site, candidate: str, shape: Shape) -> Measurement | None:
+        """Why the candidate has no cost here; None if it has one, or if nothing was recorded."""
+        if self.cost(site, candidate, shape) is not None:
+            return None
+        return self._failures.get((site, candidate, shape))
+
+    def relative_errors(self, site: Site) -> list[float]:
+        """Half-width of the confidence interval over the median, for each whole timing of the fit points."""
+        errors = []
+        for shape in self.shapes(site, Role.FIT):
+            for candidate in site.candidates:
+                for name in (PER_LAYER_TOTAL, PER_FORWARD_TOTAL):
+                    m = self.part(site, candidate, shape, name)
+                    if m and m.latency_us and m.latency_us > 0 and m.ci_low_us is not None and m.ci_high_us is not None:
+                        errors.append((m.ci_high_us - m.ci_low_us) / 2 / m.latency_us)
+        return errors
+
+
+def group(site: Site, candidate: str, total: str) -> tuple[str, ...]:
+    """Names of the stages that one whole timing covers."""
+    per_layer = total == PER_LAYER_TOTAL
+    return tuple(s.name for s in stages(site, candidate) if (s.amortization is Amortization.PER_LAYER) == per_layer)
+
+
+def _latency_us(measurement: Measurement | None) -> float | None:
+    if measurement is None or measurement.latency_us is None:
+        return None
+    return max(measurement.latency_us, _RESOLUTION_US)
+
+
+def _order(m: Measurement) -> tuple[object, ...]:
+    return (*m.key, m.role, m.outcome, m.detail, m.latency_us or 0.0)

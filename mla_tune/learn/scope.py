@@ -1,0 +1,80 @@
+"""What one table chooses for, and what each candidate costs there: measured, or predicted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mla_tune.learn.costs import CostModel
+from mla_tune.learn.observations import Observations, shares
+from mla_tune.learn.work import Array, Work
+from mla_tune.shape import Shape
+from mla_tune.site import FORWARD, MODELS, ModelConfig, Site, SiteName
+from mla_tune.store.measurement import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """What one table chooses for: a layer type of a model, or its whole mix of layers."""
+
+    name: SiteName
+    model: ModelConfig
+    layer: str
+    h_q: int | None
+    parts: tuple[tuple[Site, int], ...]
+    """Each site that the choice covers, with the layers that it counts for (1 in a table of one layer type)."""
+
+    def measured_us(self, observations: Observations, candidate: str, shape: Shape) -> float | None:
+        """Measured whole-path cost: per layer, or per forward; None if any part of it was not measured."""
+        total_us = 0.0
+        for site, layers in self.parts:
+            cost = observations.cost(site, candidate, shape)
+            if cost is None:
+                return None
+            total_us += layers * cost.amortized(shares(self.model, site))
+        return total_us
+
+    def predicted_us(self, costs: CostModel, candidate: str, works: Sequence[Work]) -> Array:
+        """Predicted cost, (num_shapes,); ``works`` holds the shapes' work at each site of :attr:`parts`."""
+        total_us = np.zeros_like(works[0].num_qo_tokens)
+        for (site, layers), load in zip(self.parts, works, strict=True):
+            total_us += layers * costs.costs(site, candidate).amortized_us(load, shares(self.model, site))
+        return total_us
+
+    def error(self, costs: CostModel, candidate: str) -> float:
+        """Relative error of a prediction between the measured points, weighted by layers."""
+        layers = sum(count for _, count in self.parts)
+        return sum(count * costs.costs(site, candidate).error for site, count in self.parts) / layers
+
+    def candidates(self, observations: Observations) -> tuple[str, ...]:
+        """Candidates that ran at every site of the scope, sorted."""
+        ran = [set(observations.candidates(site)) for site, _ in self.parts]
+        return tuple(sorted(set.intersection(*ran)))
+
+    def swept(self, observations: Observations, role: Role) -> list[Shape]:
+        """Shapes of one role at which every site of the scope was attempted, sorted."""
+        return sorted(set.intersection(*(set(observations.shapes(site, role)) for site, _ in self.parts)))
+
+
+def scopes() -> Iterator[Scope]:
+    """Every table that a policy can have, in the order of its file: site, model, heads, layer types, whole forward."""
+    for name in SiteName:
+        for model in MODELS.values():
+            for h_q in model.heads if name is SiteName.PREFILL_ATTENTION else (None,):
+                yield from _layer_scopes(name, model, h_q)
+
+
+def scope(name: SiteName, model: ModelConfig, layer: str, h_q: int | None) -> Scope:
+    """The scope of one table; its key is taken to be valid."""
+    return next(found for found in _layer_scopes(name, model, h_q) if found.layer == layer)
+
+
+def _layer_scopes(name: SiteName, model: ModelConfig, h_q: int | None) -> Iterator[Scope]:
+    sites = [model.site(name, layer, h_q) for layer in model.site_layers(name)]
+    for site in sites:
+        yield Scope(name, model, site.layer, h_q, ((site, 1),))
+    # A forward computes metadata once for all layers of a type, and attention in each of them.
+    counted = tuple((s, model.layer_count(s.layer) if name is SiteName.PREFILL_ATTENTION else 1) for s in sites)
+    yield Scope(name, model, FORWARD, h_q, counted)

@@ -1,0 +1,112 @@
+"""The shapes that a table is learned for: a dense regular grid, spread evenly over the logarithm of each axis.
+
+A table knows query tokens and context tokens alone. What it cannot see, how the tokens fall into requests, is averaged
+over: every cell of the grid holds all the request counts that fit there, with equal weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from mla_tune.learn.work import Work, work
+from mla_tune.policy import Range
+from mla_tune.shape import Shape
+from mla_tune.site import Site
+
+IntArray = npt.NDArray[np.int64]
+
+_QUERY_STEPS_PER_OCTAVE = 6
+_CONTEXT_STEPS_PER_OCTAVE = 2
+_BINS_PER_OCTAVE = 2
+"""Rows of a table before merging, per octave of context tokens."""
+_QUERY_OCTAVES = 16
+_MIN_CONTEXT = 64
+_REQUESTS = (1, 2, 4, 8, 16, 32, 64)
+"""Request counts of a prefill batch; 64 is the largest that is swept."""
+
+QUERY_COUNTS: tuple[int, ...] = tuple(
+    sorted(
+        {round(2 ** (step / _QUERY_STEPS_PER_OCTAVE)) for step in range(_QUERY_OCTAVES * _QUERY_STEPS_PER_OCTAVE + 1)}
+    )
+)
+"""Query token counts of the grid, 1 .. 65536."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TrainingGrid:
+    """Shapes up to one context length, with the cell of each: a bin of context tokens and a count of query tokens."""
+
+    shapes: tuple[Shape, ...]
+    bins: IntArray
+    """(num_shapes,) bin of context tokens, see :func:`bin_start`."""
+    columns: IntArray
+    """(num_shapes,) index into :data:`QUERY_COUNTS`."""
+    _works: dict[tuple[str, int | None], Work] = field(default_factory=dict)
+
+    def work(self, site: Site) -> Work:
+        """Work of every shape at ``site``; heads play no role in it."""
+        key = (str(site.layer), site.topk)
+        if key not in self._works:
+            self._works[key] = work(site, self.shapes)
+        return self._works[key]
+
+    def inside(self, swept: Sequence[Shape]) -> npt.NDArray[np.bool_]:
+        """Which shapes lie inside the ranges of the swept ones, axis by axis; (num_shapes,)."""
+        mask = np.ones(len(self.shapes), dtype=bool)
+        for axis in (_num_reqs, _context, _num_qo_tokens, _kv_tokens):
+            values = [axis(shape) for shape in swept]
+            here = np.array([axis(shape) for shape in self.shapes])
+            mask &= (here >= min(values)) & (here <= max(values))
+        return mask
+
+
+def measured_range(swept: Sequence[Shape]) -> Range:
+    """The closed ranges that a table may claim."""
+    tokens, kv_tokens = [s.num_qo_tokens for s in swept], [s.kv_tokens for s in swept]
+    return Range(num_qo_tokens=(min(tokens), max(tokens)), kv_tokens=(min(kv_tokens), max(kv_tokens)))
+
+
+def bin_start(index: int) -> int:
+    """Context tokens from which a bin begins, halfway to the bin before on the logarithmic axis."""
+    return int(np.ceil(2 ** ((index - 0.5) / _BINS_PER_OCTAVE)))
+
+
+@lru_cache(maxsize=4)
+def training_grid(max_context: int) -> TrainingGrid:
+    """The grid for models of one context length. Shapes, bins and columns are in one fixed order."""
+    steps = int(np.log2(max_context / _MIN_CONTEXT) * _CONTEXT_STEPS_PER_OCTAVE)
+    contexts = {round(_MIN_CONTEXT * 2 ** (step / _CONTEXT_STEPS_PER_OCTAVE)) for step in range(steps + 1)}
+    cells = [
+        (Shape(num_reqs, tokens, num_reqs * context), column)
+        for num_reqs in _REQUESTS
+        for context in sorted(contexts | {max_context})
+        for column, tokens in enumerate(QUERY_COUNTS)
+        if num_reqs <= tokens <= num_reqs * context
+    ]
+    kv_tokens = np.array([shape.kv_tokens for shape, _ in cells])
+    return TrainingGrid(
+        shapes=tuple(shape for shape, _ in cells),
+        bins=np.rint(_BINS_PER_OCTAVE * np.log2(kv_tokens)).astype(np.int64),
+        columns=np.array([column for _, column in cells], dtype=np.int64),
+    )
+
+
+def _num_reqs(shape: Shape) -> int:
+    return shape.num_reqs
+
+
+def _context(shape: Shape) -> int:
+    return shape.context
+
+
+def _num_qo_tokens(shape: Shape) -> int:
+    return shape.num_qo_tokens
+
+
+def _kv_tokens(shape: Shape) -> int:
+    return shape.kv_tokens
