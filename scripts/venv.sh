@@ -46,7 +46,7 @@ installation_stamp() {
 
 # prepare_venv run|check: makes .venv serve that script; returns at once where it already does.
 prepare_venv() {
-    local purpose="$1" extras="tune" pins=(-c "$constraints") size="0.6 GB" python
+    local purpose="$1" extras="tune" pins=(-c "$constraints") size="about 0.6 GB" python
     if has_nvidia_gpu; then extras="tune,gpu" pins=() size="several GB"; fi
     local stamp="$venv/.installed-for-$purpose"
     if [[ -f "$stamp" && "$(installation_stamp "$extras" 2>/dev/null)" == "$(<"$stamp")" ]]; then return; fi
@@ -62,7 +62,7 @@ prepare_venv() {
     local wanted="$extras"
     [[ "$purpose" == run ]] || wanted="$extras,dev"
     mkdir -p "$root/policies" # git keeps no empty folder, and packaging needs this one
-    say "installing mla-tune[$wanted] (the first time downloads about $size)"
+    say "installing mla-tune[$wanted] (the first time downloads $size)"
     [[ ${#pins[@]} -eq 0 || "$(uname)" != Linux ]] || install_cpu_torch
     pip_install ${pins[@]+"${pins[@]}"} -e "$root[$wanted]" ||
         die "pip could not install mla-tune: its errors are above, all of its output is in $venv/install.log"
