@@ -66,7 +66,7 @@ def combine_topk_swa_indices(
         return
     from mla_tune.kernels.device import combine as device
 
-    device.launch(*arguments, config or CombineConfig())
+    device.launch(*arguments, config or CombineConfig.default(out.shape[1]))
 
 
 def _checked_topk(topk_indices: torch.Tensor | None, num_tokens: int, topk: int | None, layer: LayerType) -> int:

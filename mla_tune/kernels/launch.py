@@ -48,10 +48,10 @@ def _require_triton() -> None:
 
 @dataclass(frozen=True, slots=True)
 class DequantizeConfig:
-    """Launch of the dequantize kernel. The default is the fastest of those tried on an H200 (about 1600 B a row)."""
+    """Launch of the dequantize kernel. The default is the fastest on an H200: 3.84 TB/s of a copy's 4.17, 2M rows."""
 
     rows_per_program: int = 4
-    num_warps: int = 1
+    num_warps: int = 2
 
     def __post_init__(self) -> None:
         require_powers_of_two(rows_per_program=self.rows_per_program, num_warps=self.num_warps)
@@ -72,9 +72,9 @@ class SlotIdsConfig:
 class CombineConfig:
     """Launch of the index combine kernel: a program writes ``tokens_per_program`` x ``columns_per_program`` indices."""
 
-    tokens_per_program: int = 8
-    columns_per_program: int = 128
-    num_warps: int = 4
+    tokens_per_program: int
+    columns_per_program: int
+    num_warps: int
 
     def __post_init__(self) -> None:
         require_powers_of_two(
@@ -82,6 +82,11 @@ class CombineConfig:
             columns_per_program=self.columns_per_program,
             num_warps=self.num_warps,
         )
+
+    @classmethod
+    def default(cls, width: int) -> CombineConfig:
+        """The fastest of those tried on an H200: at 640 columns, and (65 against 82 us) at 8320."""
+        return cls(8, 128, 4) if width < 2048 else cls(4, 256, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +99,8 @@ class MetadataConfig:
 
     def __post_init__(self) -> None:
         require_powers_of_two(tiles=self.tiles, columns=self.columns, num_warps=self.num_warps)
+        if self.columns < 4:
+            raise UsageError(f"columns must hold one 16-byte load: got {self.columns}; accepted: 4, 8, 16, ...")
 
 
 def require_powers_of_two(**values: int) -> None:

@@ -17,9 +17,9 @@ LENGTHS = st.lists(st.one_of(st.integers(0, 3000), st.just(0), st.integers(0, 1 
     lengths=LENGTHS,
     num_sms=st.sampled_from([1, 3, 16]),
     column=st.booleans(),
-    config=st.sampled_from([None, MetadataConfig(4, 2, 1), MetadataConfig(16, 16, 4)]),
+    config=st.sampled_from([None, MetadataConfig(2, 4, 1), MetadataConfig(16, 16, 4)]),
 )
-@settings(max_examples=40)
+@settings(max_examples=60)
 def test_the_schedule_is_the_references_whatever_the_number_of_rows(
     target: Target, lengths: list[int], num_sms: int, column: bool, config: MetadataConfig | None
 ) -> None:
@@ -67,6 +67,8 @@ def test_wrong_arguments_are_refused_in_one_line() -> None:
         with pytest.raises(UsageError) as error:
             paged_mqa_logits_metadata(context_lens, block_kv, num_sms, out)
         assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="16-byte"):
+        MetadataConfig(columns=2)
 
 
 @pytest.mark.gpu

@@ -10,7 +10,21 @@ import triton.language as tl
 from mla_tune.kernels.launch import SlotIdsConfig
 
 
-@triton.jit(do_not_specialize=["page_table_stride", "num_rows", "num_reqs", "search_steps"])
+@triton.jit
+def _requests_ended(cu_rows_ptr: tl.tensor, row: tl.tensor, least: tl.tensor, most: tl.tensor) -> tl.tensor:
+    """Requests that end at or before ``row``, known to be ``least`` to ``most``; a scalar."""
+    low = tl.full((), 0, tl.int32) + least
+    high = tl.full((), 0, tl.int32) + most
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(cu_rows_ptr + 1 + middle) <= row:
+            low = middle + 1
+        else:
+            high = middle
+    return low
+
+
+@triton.jit(do_not_specialize=["page_table_stride", "num_rows", "num_reqs"])
 def _request_slots(
     page_table_ptr: tl.tensor,
     page_table_stride: tl.tensor,
@@ -19,23 +33,27 @@ def _request_slots(
     out_ptr: tl.tensor,
     num_rows: tl.tensor,
     num_reqs: tl.tensor,
-    search_steps: tl.tensor,
     PAGE_SIZE: tl.constexpr,  # noqa: N803
     FROM_END: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(0).to(tl.int64) * ROWS
+    row = block + tl.arange(0, ROWS)
     in_range = row < num_rows
-    # The request of a row is the number of requests that end at or before it: a binary search.
-    request = tl.zeros((ROWS,), tl.int32)
-    end = tl.zeros((ROWS,), tl.int32) + num_reqs
-    for _ in range(search_steps):
+    # The request of a row is the number of requests that end at or before it. A binary search finds it for the block's
+    # first and last row; only where they differ is there another one for every row.
+    first = _requests_ended(cu_rows_ptr, block, 0, num_reqs)
+    last = _requests_ended(cu_rows_ptr, tl.minimum(block + ROWS, num_rows) - 1, first, num_reqs)
+    request = tl.zeros((ROWS,), tl.int32) + first
+    end = tl.zeros((ROWS,), tl.int32) + last
+    span = last - first
+    while span > 0:
         middle = (request + end) // 2
-        open_ = request < end
-        boundary = tl.load(cu_rows_ptr + 1 + middle, mask=open_, other=0)
-        after = open_ & (boundary <= row)
-        request = tl.where(after, middle + 1, request)
-        end = tl.where(open_ & (boundary > row), middle, end)
+        is_open = request < end
+        boundary = tl.load(cu_rows_ptr + 1 + middle, mask=is_open, other=0)
+        request = tl.where(is_open & (boundary <= row), middle + 1, request)
+        end = tl.where(is_open & (boundary > row), middle, end)
+        span = span // 2
     known = in_range & (request < num_reqs)
     length = tl.load(lens_ptr + request, mask=known, other=0).to(tl.int64)
     if FROM_END:
@@ -43,6 +61,7 @@ def _request_slots(
     else:
         position = row - tl.load(cu_rows_ptr + request, mask=known, other=0)
     exists = known & (position >= 0) & (position < length)
+    position = position.to(tl.int32)  # of one request; faster to divide than int64
     page_index = position // PAGE_SIZE
     page_at = request.to(tl.int64) * page_table_stride + page_index
     page = tl.load(page_table_ptr + page_at, mask=exists, other=0).to(tl.int64)
@@ -69,7 +88,6 @@ def launch(
         out,
         num_rows,
         num_reqs,
-        num_reqs.bit_length(),
         PAGE_SIZE=page_size,
         FROM_END=from_end,
         ROWS=config.rows_per_program,
