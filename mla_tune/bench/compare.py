@@ -35,11 +35,11 @@ def mismatch(output: torch.Tensor, reference: torch.Tensor, tolerance: Tolerance
         return f"{bad_rows.numel()} of {out.shape[0]} rows hold NaN or infinity, the first is row {int(bad_rows[0])}"
     error, norm = (out - ref).norm(dim=1), ref.norm(dim=1)
     overall = float(error.norm() / norm.norm().clamp_min(1e-30))
-    if overall > tolerance.overall:
+    if not overall <= tolerance.overall:  # also where it is NaN, as with a reference that is
         return f"relative error {overall:.2e} exceeds {tolerance.overall:.0e}"
     relative = error / norm.clamp_min(float(norm.mean()) * 1e-3 + 1e-30)
     row = int(relative.argmax())
-    if float(relative[row]) > tolerance.worst_row:
+    if not float(relative[row]) <= tolerance.worst_row:
         return f"row {row} has relative error {float(relative[row]):.2e}, above {tolerance.worst_row:.0e}"
     return None
 
