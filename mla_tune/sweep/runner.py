@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
@@ -170,7 +172,7 @@ class Sweep:
                     return list(message.measurements), culprit, None
                 elif isinstance(message, Lost):
                     return list(message.measurements), culprit, Failure(Outcome.RUNTIME_ERROR, message.detail)
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):  # OSError: it died in the middle of a message
             self._process.join(STOP_TIMEOUT_S)
             return [], culprit, Failure(Outcome.CRASH, f"worker ended with exit code {self._process.exitcode}")
 
@@ -179,7 +181,13 @@ class Sweep:
         self._process = self._context.Process(
             target=_enter_worker, args=(theirs, self._kind, os.getpid()), daemon=True, name="mla-tune worker"
         )
-        self._process.start()
+        # Ctrl-C in a terminal reaches the worker too, which would print a traceback until it has set its own handler.
+        resource_tracker.ensure_running()  # first: starting it unblocks the signal again
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
         self._connection = ours
         hello = self._first_message()
@@ -193,7 +201,7 @@ class Sweep:
             if self._connection.poll(START_TIMEOUT_S):
                 message: Hello | Refused = self._connection.recv()
                 return message
-        except (EOFError, ConnectionError):
+        except (EOFError, OSError):
             self._process.join(STOP_TIMEOUT_S)
         code = self._process.exitcode
         self._stop()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from contextlib import suppress
 from multiprocessing.connection import Connection
 
 from mla_tune.bench.device import detect_environment
@@ -30,16 +31,16 @@ def serve(connection: Connection, kind: str, parent_pid: int) -> None:
     except (MlaTuneError, RuntimeError) as error:  # RuntimeError: what torch raises for a driver or device problem
         connection.send(Refused(str(error).strip().splitlines()[0]))
         return
-    connection.send(Hello(environment, measurer.regimes))
-    alive = True
-    while alive:
-        try:
-            task: Task = connection.recv()
-        except EOFError:
-            return
-        answer = _measure(connection, measurer, task)
+    with suppress(EOFError, ConnectionError):  # the parent has closed its end: nobody wants the rest
+        connection.send(Hello(environment, measurer.regimes))
+        _answer_tasks(connection, measurer)
+
+
+def _answer_tasks(connection: Connection, measurer: PointMeasurer) -> None:
+    answer: Done | Lost = Done(())
+    while isinstance(answer, Done):
+        answer = _measure(connection, measurer, connection.recv())
         connection.send(answer)
-        alive = isinstance(answer, Done)
 
 
 def _measure(connection: Connection, measurer: PointMeasurer, task: Task) -> Done | Lost:
