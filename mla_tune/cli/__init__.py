@@ -20,15 +20,14 @@ def run(arguments: Sequence[str]) -> int:
     Whatever goes wrong ends as one line on standard error.
     """
     try:
-        from mla_tune.cli.app import app, usage_error
-    except ModuleNotFoundError as error:
-        return _fail(f"the command line needs {error.name}, which is not installed: pip install 'mla-tune[tune]'", 1)
-    try:
-        return app(args=list(arguments), prog_name="mla-tune", standalone_mode=False) or 0
+        from mla_tune.cli.app import invoke
+
+        code = invoke(arguments)
+        if sys.stdout is not None:  # None: started with it closed
+            sys.stdout.flush()  # here, so that a reader that has gone or a full disk is met inside this try
+        return code
     except MlaTuneError as error:
         return _fail(str(error), error.exit_code)
-    except usage_error as error:
-        return _fail(f"{error.format_message()} See 'mla-tune --help'.", 2)
     except ModuleNotFoundError as error:
         return _fail(f"this command needs {error.name}, which is not installed: pip install 'mla-tune[tune]'", 1)
     except KeyboardInterrupt:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import typer
 
 from mla_tune import __version__
 from mla_tune.cli import databases, policies, sweeping
+from mla_tune.errors import UsageError
 
-usage_error: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
+_UsageProblem: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """Base of the exceptions for a malformed command line; typer has moved it between releases, but not in the hierarchy."""
 
 app = typer.Typer(
@@ -40,6 +43,27 @@ def _version(value: bool) -> None:
     if value:
         print(f"mla-tune {__version__}")
         raise typer.Exit
+
+
+def invoke(arguments: Sequence[str]) -> int:
+    """Run one command line and give its exit code. Raises :class:`UsageError` for a malformed one.
+
+    Not ``app()``, which swallows Ctrl-C: the exception passes through here.
+    """
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("mla-tune", list(arguments)) as context:
+            command.invoke(context)
+    except typer.Exit as end:
+        return end.exit_code
+    except _UsageProblem as problem:
+        path = problem.ctx.command_path if problem.ctx else "mla-tune"
+        text = problem.format_message().strip()
+        if "\n" in text:  # a group without its command: the message is the whole help
+            print(text)
+            text = "a command is missing"
+        raise UsageError(f"{text.rstrip('.')}; see '{path} --help'") from None
+    return 0
 
 
 @app.callback()
