@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.places import database_path, export_path, policy_sku
+from mla_tune.cli.places import database_path, export_path, make_folder, policy_sku
 from mla_tune.errors import StoreError
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
@@ -54,7 +54,7 @@ def import_(
     """Read an export into a working database (raw samples are not in exports)."""
     environment, rows = read_export(source)
     path = db or database_path(environment.sku)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     with Database.open(path) as database:
         new = database.merge(environment, rows)
     print(f"{new} of {len(rows)} measurements were new: {path}")

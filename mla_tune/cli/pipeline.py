@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mla_tune.cli.places import make_folder
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.fit import fit_policy
 from mla_tune.learn.refine import crossover_shapes
@@ -55,20 +57,21 @@ def run_sweep(
 
 def export(database: Database, environment: Environment, path: Path) -> None:
     """Write the measurements of one environment for committing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     write_export(path, environment, database.measurements(environment.id))
 
 
 def fit(measurements: Path, out: Path) -> Policy:
     """Fit the policy of an export and write it. Nothing is written unless the fit succeeds."""
     environment, rows = read_export(measurements)
+    command = shlex.join(["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()])
     source = Source(
         file=measurements.as_posix(),
         sha256=export_sha256(measurements),
         measurements=len(rows),
-        command=f"mla-tune fit --measurements {measurements.as_posix()} --out {out.as_posix()}",
+        command=command,
     )
     policy = fit_policy(environment, rows, source=source)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_policy(out, policy)
     return policy

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_tune.errors import EnvironmentMismatchError
+from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 from mla_tune.gpu import GpuIdentity, detect_gpu
 from mla_tune.sku import CPU, resolve_sku
 
@@ -69,3 +69,14 @@ def export_path(sku: str) -> Path:
 def policy_path(sku: str) -> Path:
     """The policy of a SKU, below the current folder."""
     return Path("policies") / f"{sku}.yaml"
+
+
+def make_folder(path: Path) -> None:
+    """Make the folder that ``path`` will be written to. Raises :class:`MlaTuneError` where that cannot be."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise MlaTuneError(
+            f"{path} must lie in a folder that exists or can be made: {error.filename}: {error.strerror}; "
+            "name another, or run from another folder"
+        ) from None

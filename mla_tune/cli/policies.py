@@ -64,6 +64,7 @@ def lookup(
     as_json: JsonOption = False,
 ) -> None:
     """Print the candidate that a policy answers for one forward."""
+    Shape(1, num_qo_tokens, kv_tokens)  # refuses token counts that no forward has
     loaded, name = _policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
     answer = resolved.explain(num_qo_tokens, kv_tokens)

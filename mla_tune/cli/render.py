@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
+from mla_tune.cli.places import export_path
 from mla_tune.policy import Policy, Row, Table
 
 if TYPE_CHECKING:
@@ -81,39 +83,40 @@ def _point_text(point: Point) -> str:
     return f"{point.site.key} reqs={shape.num_reqs} qo={shape.num_qo_tokens} kv={shape.kv_tokens}"
 
 
-def sweep_reports(reports: Sequence[Report], database: Path, as_json: bool) -> None:
-    """What a sweep did, and how to go on where it did not finish."""
-    measured, known, left = (sum(getattr(r, f) for r in reports) for f in ("points", "already_done", "left"))
-    failed, elapsed_s = (sum(getattr(r, f) for r in reports) for f in ("failed", "elapsed_s"))
-    restarts = reports[-1].restarts
-    if as_json:
-        print(
-            json.dumps(
-                {
-                    "database": str(database),
-                    "measured": measured,
-                    "known": known,
-                    "left": left,
-                    "failed_rows": failed,
-                    "restarts": restarts,
-                    "seconds": round(elapsed_s, 1),
-                }
-            )
-        )
-        return
-    status.print(
-        f"{measured} points measured in {elapsed_s:.0f} s, {known} known before; {failed} rows without a timing, "
-        f"{restarts} worker restarts; stored in {database}",
-        highlight=False,
-    )
-    if left:
-        status.print(f"{left} points are left: run the same command again to go on", highlight=False)
+def _sweep_counts(reports: Sequence[Report], database: Path) -> dict[str, object]:
+    return {
+        "database": str(database),
+        "measured": sum(report.points for report in reports),
+        "known": sum(report.already_done for report in reports),
+        "left": sum(report.left for report in reports),
+        "failed_rows": sum(report.failed for report in reports),
+        "restarts": reports[-1].restarts,
+        "seconds": round(sum(report.elapsed_s for report in reports), 1),
+    }
+
+
+def sweep_reports(reports: Sequence[Report], database: Path) -> None:
+    """What a sweep did, and how to go on where it did not finish, on standard error."""
+    counts = _sweep_counts(reports, database)
+    lines = [
+        "{measured} points measured in {seconds} s, {known} known before; {failed_rows} rows without a timing, "
+        "{restarts} worker restarts; stored in {database}".format(**counts)
+    ]
+    if counts["left"]:
+        lines.append(f"{counts['left']} points are left: run the same command again to go on")
+    for line in lines:
+        status.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def sweep_json(reports: Sequence[Report], database: Path, policy: Policy | None, path: Path) -> None:
+    """What a sweep did and the policy that came of it (null without one), as one JSON document."""
+    print(json.dumps({**_sweep_counts(reports, database), "policy": _policy_json(policy, path) if policy else None}))
 
 
 def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
     """The thresholds of a policy and how it did on points that the fit did not see."""
     if as_json:
-        print(json.dumps({"path": str(path), **msgspec.to_builtins(policy)}))
+        print(json.dumps(_policy_json(policy, path)))
         return
     title = f"{policy.gpu.sku}, {policy.gpu.sm_count} SMs, {policy.evidence}, {policy.regime} time"
     table = RichTable("site", "model", "h_q", "layer", "kv_tokens", "choice by num_qo_tokens", "slowdown", title=title)
@@ -126,6 +129,10 @@ def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
             )
     console.print(table)
     console.print("slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False)
+
+
+def _policy_json(policy: Policy, path: Path) -> dict[str, object]:
+    return {"path": str(path), **msgspec.to_builtins(policy)}
 
 
 def _head(table: Table) -> tuple[str, str, str, str]:
@@ -176,12 +183,14 @@ def provenance(policy: Policy, source: str) -> None:
 def next_command(policy: Policy, path: Path) -> None:
     """Where the policy lies and what to try with it."""
     table = policy.tables[-1] if policy.tables[-1].site == "prefill_attention" else policy.tables[0]
-    console.print(f"policy written to {path}", highlight=False)
     tokens, kv_tokens = table.measured.num_qo_tokens[1] // 2 or 1, table.measured.kv_tokens[1] // 2
-    print(
-        f"next: mla-tune explain --policy {path} --site {table.site} --model {table.model} --layer {table.layer} "
-        f"{tokens} {max(kv_tokens, tokens)}"
-    )
+    words = ["mla-tune", "explain", "--policy", str(path)]
+    if Path(policy.source.file) != export_path(policy.gpu.sku):
+        words += ["--measurements", policy.source.file]
+    words += ["--site", table.site, "--model", table.model, "--layer", table.layer]
+    words += [] if table.h_q is None else ["--h-q", str(table.h_q)]
+    print(f"policy written to {path}")
+    print(f"next: {shlex.join([*words, str(tokens), str(max(kv_tokens, tokens))])}")
 
 
 def explanation(result: Explanation, table: Table, as_json: bool) -> None:

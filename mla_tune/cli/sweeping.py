@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mla_tune.cli import render
-from mla_tune.cli.places import Device, database_path, export_path, policy_path, this_device
+from mla_tune.cli.places import Device, database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import MlaTuneError, UsageError
 from mla_tune.site import MODELS, ModelConfig, SiteName
 from mla_tune.site import model as find_model
@@ -61,19 +61,26 @@ def _sweep(device: Device, plan: Plan, budget_s: float, path: Path, no_fit: bool
     from mla_tune.store.database import Database
     from mla_tune.sweep.runner import Sweep
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    outputs = [path] if no_fit else [path, export_path(device.sku), policy_path(device.sku)]
+    for output in outputs:  # now, not after minutes of measuring
+        make_folder(output)
     with Database.open(path) as database, Sweep(device.kind) as worker:
         with render.live_progress(quiet=as_json) as on_progress:
             reports = pipeline.run_sweep(plan, worker, database, budget_s, on_progress)
         environment = worker.environment
         if not no_fit:
             pipeline.export(database, environment, export_path(device.sku))
-    render.sweep_reports(reports, path, as_json)
-    if no_fit:
-        return
-    policy = pipeline.fit(export_path(device.sku), policy_path(device.sku))
-    render.policy_summary(policy, policy_path(device.sku), as_json)
     if not as_json:
+        render.sweep_reports(reports, path)
+    policy = None
+    try:
+        if not no_fit:
+            policy = pipeline.fit(export_path(device.sku), policy_path(device.sku))
+    finally:
+        if as_json:
+            render.sweep_json(reports, path, policy, policy_path(device.sku))
+    if policy and not as_json:
+        render.policy_summary(policy, policy_path(device.sku), as_json)
         render.next_command(policy, policy_path(device.sku))
 
 
@@ -95,6 +102,8 @@ def verify(
         raise MlaTuneError(
             f"every candidate must match the reference: {len(wrong)} of {len(results)} checks failed; see above"
         )
+    if not any(row.outcome is Outcome.OK for row in results):
+        raise MlaTuneError("one candidate at least must be compared: every one is unsupported here; see above")
 
 
 def env(as_json: JsonOption = False) -> None:
