@@ -59,10 +59,10 @@ class DequantizeConfig:
 
 @dataclass(frozen=True, slots=True)
 class SlotIdsConfig:
-    """Launch of the slot id kernel."""
+    """Launch of the slot id kernel. The default is the fastest on an H200 at 16M rows of 64 requests (53 us)."""
 
-    rows_per_program: int = 1024
-    num_warps: int = 4
+    rows_per_program: int = 512
+    num_warps: int = 2
 
     def __post_init__(self) -> None:
         require_powers_of_two(rows_per_program=self.rows_per_program, num_warps=self.num_warps)
@@ -91,11 +91,15 @@ class CombineConfig:
 
 @dataclass(frozen=True, slots=True)
 class MetadataConfig:
-    """Launch of the indexer metadata kernel: rows are split into ``tiles``, each read ``columns`` at a time."""
+    """Launch of the indexer metadata kernel: rows are split into ``tiles``, each read ``columns`` at a time.
 
-    tiles: int = 256
+    On an H200 the default takes 3.0, 3.9 and 5.9 us at 64, 11673 and 32768 rows; (256, 32, 8) takes 4.1, 4.7 and 5.7,
+    and 11 instead of 16 at 131072.
+    """
+
+    tiles: int = 128
     columns: int = 32
-    num_warps: int = 16
+    num_warps: int = 4
 
     def __post_init__(self) -> None:
         require_powers_of_two(tiles=self.tiles, columns=self.columns, num_warps=self.num_warps)
