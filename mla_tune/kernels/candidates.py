@@ -8,7 +8,8 @@ from functools import lru_cache
 import torch
 
 from mla_tune.kernels import flash_mla, indexer, sparse_fwd, with_kvcache
-from mla_tune.kernels.inputs import AttentionInputs, kv_format
+from mla_tune.kernels.formats import kv_format
+from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.site import Site, SiteName
 

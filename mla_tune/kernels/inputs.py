@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_tune.kernels.formats import DSA, V4, KVFormat, PagedSelection, quantize_k_cache
+from mla_tune.kernels.formats import V4, KVFormat, PagedSelection, kv_format, quantize_k_cache
 from mla_tune.shape import Shape, Workload, compressed_row_counts, window_row_counts, workload
 from mla_tune.site import SWA_PAGE_SIZE, SWA_WINDOW, LayerType, Site
 
@@ -105,11 +105,6 @@ class AttentionInputs:
         slots = table.flatten()[page] * cache.page_size + rows % cache.page_size
         slot_ids = torch.where(rows >= 0, slots, -1)
         return PagedSelection(cache.data, cache.fmt, cache.page_size, slot_ids, lengths)
-
-
-def kv_format(layer: LayerType) -> KVFormat:
-    """Cache format of a layer type: 656-byte records for ``dsa``, 584-byte records for all V4 layers."""
-    return DSA if layer is LayerType.DSA else V4
 
 
 def required_bytes(site: Site, shape: Shape) -> int:

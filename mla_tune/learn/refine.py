@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 
 import numpy as np
 
@@ -14,28 +16,32 @@ from mla_tune.site import ModelConfig, Site, SiteName
 from mla_tune.store.measurement import Role
 
 _PER_OCTAVE = 8
+_AXIS = 3
+"""Query token counts that make a context an axis of the grid, rather than one chunk of a prefill."""
 
 
 def crossover_shapes(costs: CostModel, models: Iterable[ModelConfig]) -> list[tuple[Site, Shape]]:
-    """One shape on each side of every crossover between the two fastest candidates of every attention site.
+    """For every attention site, a shape just below the first and one just above the last change of the fastest candidate.
 
-    The crossovers are looked for along query tokens, at each (requests, context) that the fit points of the site cover.
+    Changes are looked for along query tokens, at each (requests, context) where the fit points of the site have an
+    axis. The sites take turns in the result, so that all get some of a budget that ends early.
     """
-    found: dict[tuple[Site, Shape], None] = {}
-    for model in models:
-        for h_q in model.heads:
-            for layer in model.site_layers(SiteName.PREFILL_ATTENTION):
-                site = model.site(SiteName.PREFILL_ATTENTION, layer, h_q)
-                for shape in _site_crossovers(costs, model, site):
-                    found[site, shape] = None
-    return list(found)
+    sites = {
+        model.site(SiteName.PREFILL_ATTENTION, layer, h_q): model
+        for model in models
+        for h_q in model.heads
+        for layer in model.site_layers(SiteName.PREFILL_ATTENTION)
+    }
+    columns = [[(site, shape) for shape in _site_crossovers(costs, model, site)] for site, model in sites.items()]
+    return [found for row in zip_longest(*columns) for found in row if found is not None]
 
 
 def _site_crossovers(costs: CostModel, model: ModelConfig, site: Site) -> Iterator[Shape]:
     names = costs.candidates(site)
     if len(names) < 2:
         return
-    contexts = sorted({(s.num_reqs, s.kv_tokens) for s in costs.observations.shapes(site, Role.FIT)})
+    swept = Counter((s.num_reqs, s.kv_tokens) for s in costs.observations.shapes(site, Role.FIT))
+    contexts = sorted(context for context, counts in swept.items() if counts >= _AXIS)
     largest = max((s.num_qo_tokens for s in costs.observations.shapes(site, Role.FIT)), default=0)
     for num_reqs, kv_tokens in contexts:
         shapes = [
@@ -49,9 +55,10 @@ def _site_crossovers(costs: CostModel, model: ModelConfig, site: Site) -> Iterat
         share = shares(model, site)
         costs_us: Array = np.stack([costs.costs(site, name).amortized_us(load, share) for name in names])
         winner = costs_us.argmin(axis=0)
-        for index in np.flatnonzero(winner[1:] != winner[:-1]):
-            yield shapes[index]
-            yield shapes[index + 1]
+        switches = np.flatnonzero(winner[1:] != winner[:-1])
+        if len(switches):
+            yield shapes[switches[0]]
+            yield shapes[switches[-1] + 1]
 
 
 def _counts(low: int, high: int) -> list[int]:

@@ -53,22 +53,22 @@ _K = 1024
 def gpu_grid(sm_count: int) -> Grid:
     """The grid of a GPU. Multiples of the SM count, plus and minus one, are where the attention kernels' waves begin."""
     waves = [sm_count * n + d for n in (1, 2, 4) for d in (-1, 0, 1)]
-    # Half octaves where one query chunk fills a forward: schedulers of some builds change their ways up there.
-    halves = [round(1024 * 2 ** (n + 0.5)) for n in range(5)]
+    # Half octaves where a crossover is likely, and where schedulers of some builds change their ways.
+    halves = [round(2 ** (n + 0.5)) for n in (7, 8, 9, 13, 14)]
     return Grid(
         dense_context=(1, 128 * _K),
         dense_query_tokens=tuple(sorted([1 << n for n in range(16)] + waves + halves)),
         contexts=(
             *((1, context * _K) for context in (1, 8, 1024)),
-            *((4, context * _K) for context in (16, 1024)),
-            *((16, context * _K) for context in (2, 128, 1024)),
+            *((4, context * _K) for context in (16,)),
+            *((16, context * _K) for context in (2, 128)),
             *((64, context * _K) for context in (4, 32, 1024)),
         ),
         query_tokens=(16, 64, 256, 1024, 4096, 16384),
         prompt=128 * _K,
         chunks=tuple(_K << n for n in range(7)),
-        indexer_query_tokens=(64, 256, 1024, 4096, 8192, 11673, 14336, 15360, 32768),
-        held_out=40,
+        indexer_query_tokens=(1, 16, 64, 256, 1024, 4096, 8192, 11673, 14336, 15360, 32768),
+        held_out=36,
         held_out_indexer=6,
         held_out_query_tokens=(16, 32 * _K),
         held_out_context=(2 * _K, _K * _K),
@@ -152,14 +152,15 @@ def _indexer_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Po
         for model in models
         for layer in model.site_layers(SiteName.INDEXER_METADATA)
     }
+    # One set of held-out shapes for all: DeepGEMM compiles for seconds at each new count of rows.
+    shortest = min(models, key=lambda model: model.max_context)
     # Ascending query tokens: a candidate that fails from some count up is then not tried above it.
     for tokens in grid.indexer_query_tokens:
         for site, model in sites.items():
             for contexts in (grid.contexts[0], grid.dense_context, grid.contexts[-1]):
                 points += [Point(site, shape) for shape in _product([contexts], [tokens], model)]
-    for site, model in sites.items():
-        shapes = _random_shapes(grid, model, grid.held_out_indexer, seed, max_query_tokens=8192)
-        points += [Point(site, shape, Role.HELD_OUT) for shape in shapes]
+    held_out = _random_shapes(grid, shortest, grid.held_out_indexer, seed, max_query_tokens=8192)
+    points += [Point(site, shape, Role.HELD_OUT) for site in sites for shape in held_out]
     return points
 
 

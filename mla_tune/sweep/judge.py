@@ -9,15 +9,11 @@ import torch
 from mla_tune.bench.compare import BF16_ATTENTION, mismatch, unwritten
 from mla_tune.kernels import candidates
 from mla_tune.kernels.formats import PagedSelection
-from mla_tune.kernels.indexer import BLOCK_KV
-from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata_serial
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.reference import metadata_reference, paged_attention_reference
 from mla_tune.site import Site
 
-_MAX_LISTED_SPLITS = 1 << 20
-"""The plain reference lists every split; above a million the prefix sum, which tests hold equal to it, stands in."""
 SAMPLED_ROWS = 32
 """Query tokens compared with the reference at each point; the rest of the output is checked for unwritten values."""
 
@@ -92,7 +88,7 @@ class IndexerJudge:
 
     def verdict(self, output: torch.Tensor) -> str | None:
         """Why ``output`` is wrong; None if it is right."""
-        expected = self._expected()
+        expected = metadata_reference(self._context_lens.cpu(), self._device.sm_count)
         if output.shape != expected.shape:
             return f"shape {tuple(output.shape)} differs from the reference's {tuple(expected.shape)}"
         wrong = (output.to(expected.device) != expected).any(dim=1).nonzero().flatten()
@@ -101,9 +97,3 @@ class IndexerJudge:
         entry = int(wrong[0])
         got, want = output[entry].tolist(), expected[entry].tolist()
         return f"{wrong.numel()} of {expected.shape[0]} entries differ, the first is {entry}: {got} instead of {want}"
-
-    def _expected(self) -> torch.Tensor:
-        lens, num_sms = self._context_lens.cpu(), self._device.sm_count
-        if int((lens.long() + 255).div(256, rounding_mode="floor").sum()) > _MAX_LISTED_SPLITS:
-            return paged_mqa_logits_metadata_serial(lens, BLOCK_KV, num_sms)
-        return metadata_reference(lens, num_sms)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
-from mla_tune.bench.timing import Effort, GraphTimer, Timer, WallTimer, Work, summarize
+from mla_tune.bench.timing import MIN_SAMPLES, Effort, GraphTimer, Timer, WallTimer, Work, summarize
 from mla_tune.kernels import candidates
 from mla_tune.kernels.inputs import InputBuilder, required_bytes
 from mla_tune.kernels.prepared import BoundStage, Prepared
@@ -58,8 +58,8 @@ class PointMeasurer:
             graph = GraphTimer(l2_bytes)
             eager = WallTimer(torch.cuda.synchronize, before=graph.flush)
             self._timers.append((Regime.GRAPH, graph, Effort()))
-            # Host time scatters by a few percent whatever is done: a tighter target would only spend the budget.
-            self._timers.append((Regime.EAGER, eager, Effort(target=0.05, max_samples=10, seconds=0.1)))
+            # Host time scatters by a few percent whatever is done: more samples would only spend the budget.
+            self._timers.append((Regime.EAGER, eager, Effort(max_samples=MIN_SAMPLES)))
 
     @property
     def regimes(self) -> tuple[Regime, ...]:

@@ -57,3 +57,7 @@ class Lost:
 
     measurements: tuple[Measurement, ...]
     detail: str
+
+
+Message = Hello | Refused | Entering | Done | Lost
+"""Anything that a worker may say."""

@@ -6,27 +6,18 @@ its measurement at that point, nothing else: the outcome is stored, the worker r
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import signal
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from multiprocessing import resource_tracker
-from multiprocessing.connection import Connection
 
-from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Measurement, Outcome
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.messages import TIMING, Done, Entering, Hello, Lost, Refused, Task
+from mla_tune.sweep.messages import TIMING, Done, Entering, Lost, Task
 from mla_tune.sweep.outcomes import Deaths, Failure, failures
-
-START_TIMEOUT_S = 180.0
-"""Longest wait for a new worker: importing torch and creating a CUDA context on a cold machine takes tens of seconds."""
-STOP_TIMEOUT_S = 5.0
+from mla_tune.sweep.process import WorkerProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +52,6 @@ class Report:
     elapsed_s: float
 
 
-def _enter_worker(connection: Connection, kind: str, parent_pid: int) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)  # an interpreter's timings would be stored as the kernels'
-    from mla_tune.sweep.worker import serve  # imported here so that the parent never loads torch
-
-    serve(connection, kind, parent_pid)
-
-
 class Sweep:
     """A worker for one device and the database that its measurements go to. Use as a context manager."""
 
@@ -75,14 +59,20 @@ class Sweep:
         """Start the worker. Raises :class:`EnvironmentMismatchError` if the device cannot be used."""
         self._kind, self._timeout_s = kind, timeout_s
         self._restarts = 0
-        self._context = multiprocessing.get_context("spawn")
-        self._start()
+        self._worker = WorkerProcess(kind)
+        self.environment: Environment = self._worker.hello.environment
+        self.regimes = self._worker.hello.regimes
 
     def __enter__(self) -> Sweep:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._stop()
+        self._worker.stop()
+
+    @property
+    def worker_pid(self) -> int | None:
+        """Process id of the worker of the moment."""
+        return self._worker.pid
 
     def run(
         self,
@@ -160,64 +150,24 @@ class Sweep:
         culprit = TIMING
         deadline = time.monotonic() + self._timeout_s
         try:
-            self._connection.send(task)
+            self._worker.send(task)
             while True:
-                if not self._connection.poll(max(0.0, deadline - time.monotonic())):
-                    detail = f"no answer within {self._timeout_s:.0f} s"
-                    return [], culprit, Failure(Outcome.TIMEOUT, detail)
-                message = self._connection.recv()
+                message = self._worker.receive(deadline - time.monotonic())
                 if isinstance(message, Entering):
                     culprit = message.candidate
                 elif isinstance(message, Done):
                     return list(message.measurements), culprit, None
                 elif isinstance(message, Lost):
                     return list(message.measurements), culprit, Failure(Outcome.RUNTIME_ERROR, message.detail)
+                else:
+                    return [], culprit, Failure(Outcome.TIMEOUT, f"no answer within {self._timeout_s:.0f} s")
         except (EOFError, OSError):  # OSError: it died in the middle of a message
-            self._process.join(STOP_TIMEOUT_S)
-            return [], culprit, Failure(Outcome.CRASH, f"worker ended with exit code {self._process.exitcode}")
-
-    def _start(self) -> None:
-        ours, theirs = self._context.Pipe()
-        self._process = self._context.Process(
-            target=_enter_worker, args=(theirs, self._kind, os.getpid()), daemon=True, name="mla-tune worker"
-        )
-        # Ctrl-C in a terminal reaches the worker too, which would print a traceback until it has set its own handler.
-        resource_tracker.ensure_running()  # first: starting it unblocks the signal again
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
-        self._connection = ours
-        hello = self._first_message()
-        if isinstance(hello, Refused):
-            self._stop()
-            raise EnvironmentMismatchError(hello.reason)
-        self.environment, self.regimes = hello.environment, hello.regimes
-
-    def _first_message(self) -> Hello | Refused:
-        try:
-            if self._connection.poll(START_TIMEOUT_S):
-                message: Hello | Refused = self._connection.recv()
-                return message
-        except (EOFError, OSError):
-            self._process.join(STOP_TIMEOUT_S)
-        code = self._process.exitcode
-        self._stop()
-        raise MlaTuneError(f"the {self._kind} worker did not start (exit code {code}): run 'mla-tune env' to see why")
+            return [], culprit, Failure(Outcome.CRASH, self._worker.epitaph())
 
     def _restart(self) -> None:
-        self._stop()
+        self._worker.stop()
         self._restarts += 1
-        self._start()
-
-    def _stop(self) -> None:
-        self._connection.close()
-        self._process.join(0.2)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join(STOP_TIMEOUT_S)
+        self._worker = WorkerProcess(self._kind)
 
 
 def missing_tasks(database: Database, environment: Environment, plan: Iterable[Point]) -> list[Task]:

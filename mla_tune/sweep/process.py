@@ -1,0 +1,100 @@
+"""A worker process as the parent holds it: started, asked, listened to, replaced, and never left behind."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+from multiprocessing import resource_tracker
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
+from mla_tune.sweep.messages import Hello, Message, Refused, Task
+
+START_TIMEOUT_S = 180.0
+"""Longest wait for a new worker: importing torch and creating a CUDA context on a cold machine takes tens of seconds."""
+STOP_TIMEOUT_S = 5.0
+_LAST_WORDS = 200
+"""Characters of a dead worker's output that a measurement keeps."""
+
+
+class WorkerProcess:
+    """One worker. Whatever it or a kernel library prints goes to a file of its own, never to this process's output."""
+
+    def __init__(self, kind: str) -> None:
+        """Start it and wait until it is ready. Raises :class:`EnvironmentMismatchError` if the device cannot be used."""
+        self._kind = kind
+        handle, name = tempfile.mkstemp(prefix="mla-tune-worker-", suffix=".log")
+        os.close(handle)
+        self._log = Path(name)
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_enter, args=(theirs, kind, os.getpid(), name), daemon=True, name="mla-tune worker"
+        )
+        # Ctrl-C in a terminal reaches the worker too, which would print a traceback until it has set its own handler.
+        resource_tracker.ensure_running()  # first: starting it unblocks the signal again
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        theirs.close()
+        self.hello = self._greeting()
+
+    @property
+    def pid(self) -> int | None:
+        """Process id."""
+        return self._process.pid
+
+    def send(self, task: Task) -> None:
+        """Hand it a task. Raises ``OSError`` if it is dead."""
+        self._connection.send(task)
+
+    def receive(self, timeout_s: float) -> Message | None:
+        """Its next message; None if none comes within ``timeout_s``. Raises ``EOFError`` or ``OSError`` if it is dead."""
+        if not self._connection.poll(max(0.0, timeout_s)):
+            return None
+        message: Message = self._connection.recv()
+        return message
+
+    def epitaph(self) -> str:
+        """How it ended and the last line that it printed, for a process that is dead or dying."""
+        self._process.join(STOP_TIMEOUT_S)
+        ending = f"worker ended with exit code {self._process.exitcode}"
+        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        return f"{ending}: {lines[-1][:_LAST_WORDS]}" if lines else ending
+
+    def stop(self) -> None:
+        """End it: by closing its pipe, and by force where that is not enough."""
+        self._connection.close()
+        self._process.join(0.2)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join(STOP_TIMEOUT_S)
+        self._log.unlink(missing_ok=True)
+
+    def _greeting(self) -> Hello:
+        try:
+            message = self.receive(START_TIMEOUT_S)
+        except (EOFError, OSError):
+            message = None
+        if isinstance(message, Hello):
+            return message
+        ending = message.reason if isinstance(message, Refused) else self.epitaph()
+        self.stop()
+        if isinstance(message, Refused):
+            raise EnvironmentMismatchError(ending)
+        raise MlaTuneError(f"the {self._kind} worker did not start: {ending}; run `mla-tune env` to see why")
+
+
+def _enter(connection: Connection, kind: str, parent_pid: int, log: str) -> None:
+    sink = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
+    os.environ.pop("TRITON_INTERPRET", None)  # an interpreter's timings would be stored as the kernels'
+    from mla_tune.sweep.worker import serve  # imported here so that the parent never loads torch
+
+    serve(connection, kind, parent_pid)
