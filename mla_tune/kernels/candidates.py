@@ -49,7 +49,11 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
         return None
     if site.name is SiteName.INDEXER_METADATA:
         return indexer.deep_gemm_missing() if candidate == "deep_gemm" else None
-    return flash_mla_missing() or _flash_mla(device.major).unsupported(site.h_q or 0, kv_format(site.layer).head_dim)
+    missing = flash_mla_missing()
+    if missing is not None:
+        return missing
+    head_dim = kv_format(site.layer).head_dim
+    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate == "with_kvcache")
 
 
 def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:

@@ -63,14 +63,17 @@ class FlashMla:
         parameters = inspect.signature(self._module.flash_mla_sparse_fwd).parameters
         self._has_switch = "use_legacy" in parameters
 
-    def unsupported(self, h_q: int, head_dim: int) -> str | None:
-        """Why this build cannot serve these heads on this architecture; None if it can."""
+    def unsupported(self, h_q: int, head_dim: int, paged: bool) -> str | None:
+        """Why this build cannot serve these heads on this architecture; None if it can.
+
+        ``paged`` asks for the KV-cache kernel, else for sparse prefill over a workspace.
+        """
         if self._major not in ARCHITECTURES:
             return f"FlashMLA has kernels for sm90 and sm100; this GPU is sm{self._major}0"
         if h_q not in HEAD_COUNTS:
             return f"FlashMLA takes 64 or 128 query heads, not {h_q}: pad them"
         has_legacy = getattr(self._module, "has_legacy", None)
-        needs_legacy = self._major == 9 or head_dim != V_DIM
+        needs_legacy = paged or self._needs_legacy(head_dim)
         if has_legacy is not None and needs_legacy and not has_legacy():
             return "this sgl-flash-mla was built without its legacy kernels (sm90, V3.2 and V4 cache formats)"
         return None
@@ -85,7 +88,6 @@ class FlashMla:
         attn_sink: torch.Tensor | None,
     ) -> torch.Tensor:
         """Sparse prefill over a flat workspace: q (n, h_q, d), kv (rows, d), indices (n, width) -> (n, h_q, 512)."""
-        legacy = self._major == 9 or q.shape[2] != V_DIM  # the current half is SM100 with 512 dimensions only
         out: torch.Tensor = self._module.flash_mla_sparse_fwd(
             q,
             kv.unsqueeze(1),
@@ -94,7 +96,7 @@ class FlashMla:
             d_v=V_DIM,
             attn_sink=attn_sink,
             topk_length=lengths,
-            **self._switch(legacy),
+            **self._switch(self._needs_legacy(q.shape[2])),
         )[0]
         return out
 
@@ -124,6 +126,9 @@ class FlashMla:
             **self._switch(True),  # only the legacy half knows the 584 and 656 byte formats
         )[0]
         return out.squeeze(1)
+
+    def _needs_legacy(self, head_dim: int) -> bool:
+        return self._major == 9 or head_dim != V_DIM  # the current half is SM100 with 512 dimensions only
 
     def _switch(self, legacy: bool) -> dict[str, bool]:
         return {"use_legacy": legacy} if self._has_switch else {}
