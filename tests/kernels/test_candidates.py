@@ -1,0 +1,157 @@
+"""Both candidates of every site give the reference's answer on the CPU, in the stages that the fit adds up."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mla_tune.kernels import candidates
+from mla_tune.kernels.formats import page_parts
+from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
+from mla_tune.kernels.prepared import Prepared
+from mla_tune.shape import Shape
+from mla_tune.site import Site, SiteName
+from mla_tune.stages import Amortization, stages
+from mla_tune.sweep.judge import AttentionJudge, IndexerJudge, Judge
+from tests.shapes import every_site, shapes
+
+CPU = torch.device("cpu")
+DEVICE = candidates.Device.current("cpu")
+NAN_BYTE = 0xFF
+attention_sites = every_site(SiteName.PREFILL_ATTENTION)
+
+
+def judge_of(site: Site, shape: Shape) -> Judge:
+    builder = InputBuilder(CPU)
+    if site.name is SiteName.INDEXER_METADATA:
+        return IndexerJudge(site, builder.context_lens(site, shape), DEVICE)
+    return AttentionJudge(builder.attention(site, shape), DEVICE, rows=shape.num_qo_tokens)
+
+
+def poison_what_no_query_attends_to(inputs: AttentionInputs) -> int:
+    """Turn those cache rows into NaN and give their number."""
+    poisoned = 0
+    for part in inputs.selections():
+        unused = torch.ones(part.cache.shape[0] * part.page_size, dtype=torch.bool)
+        unused[part.slot_ids[part.slot_ids >= 0].long()] = False
+        pages = unused.view(-1, part.page_size)
+        parts = page_parts(part.cache, part.fmt, part.page_size)
+        for view in (parts.nope, parts.scales, parts.rope):
+            view[pages] = NAN_BYTE
+        poisoned += int(unused.sum())
+    return poisoned
+
+
+@settings(max_examples=5)
+@given(shape=shapes(max_reqs=4, max_extend=6, max_context=1200))
+@example(shape=Shape(1, 1, 1))  # nothing to select, a window of one
+@example(shape=Shape(1, 5, 100))  # shorter than the window
+@example(shape=Shape(3, 3, 400))  # one query a request, as in decoding; requests of different lengths
+@example(shape=Shape(2, 7, 7))  # no context but the new tokens
+@example(shape=Shape(1, 2, 9000))  # more rows than top-k
+@pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
+def test_every_candidate_gives_the_references_answer(site: Site, shape: Shape) -> None:
+    judge = judge_of(site, shape)
+    for name in site.candidates:
+        assert candidates.unsupported(site, name, DEVICE) is None
+        prepared = judge.prepare(name)
+        judge.poison()
+        prepared.run()
+        assert judge.verdict(prepared.result()) is None, name
+
+
+@settings(max_examples=4)
+@given(shape=shapes(max_reqs=3, max_extend=6, max_context=1500))
+@example(shape=Shape(3, 5, 9001))
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_cache_rows_that_no_query_attends_to_do_not_matter(site: Site, shape: Shape) -> None:
+    inputs = InputBuilder(CPU).attention(site, shape)
+    judge = AttentionJudge(inputs, DEVICE, rows=shape.num_qo_tokens)
+    before = {}
+    for name in site.candidates:
+        prepared = judge.prepare(name)
+        prepared.run()
+        before[name] = prepared.result().clone()
+    assert poison_what_no_query_attends_to(inputs) > 0
+    for name, output in before.items():
+        prepared = judge.prepare(name)
+        prepared.run()
+        assert prepared.result().equal(output), name
+
+
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_a_cache_row_that_is_attended_to_does_matter(site: Site) -> None:
+    inputs = InputBuilder(CPU).attention(site, Shape(2, 6, 900))
+    judge = AttentionJudge(inputs, DEVICE)
+    for cache in (inputs.window, inputs.compressed):
+        if cache is not None:
+            cache.data.fill_(NAN_BYTE)
+    for name in site.candidates:
+        prepared = judge.prepare(name)
+        prepared.run()
+        assert judge.verdict(prepared.result()) is not None, name
+
+
+@pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
+def test_bound_stages_are_those_of_the_shared_list_in_its_order(site: Site) -> None:
+    judge = judge_of(site, Shape(2, 5, 300))
+    for name in site.candidates:
+        prepared = judge.prepare(name)
+        assert prepared.candidate == name
+        assert tuple(bound.stage for bound in prepared.stages) == stages(site, name)
+        assert [*prepared.per_forward(), *prepared.per_layer()] == list(prepared.stages)
+        assert all(bound.stage.amortization is Amortization.PER_LAYER for bound in prepared.per_layer())
+
+
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_a_layer_can_be_run_again_without_what_its_forward_ran_once(site: Site) -> None:
+    judge = judge_of(site, Shape(2, 5, 700))
+    for name in site.candidates:
+        prepared = judge.prepare(name)
+        prepared.run()
+        first = prepared.result().clone()
+        for _ in range(2):
+            for bound in prepared.per_layer():
+                bound.run()
+        assert prepared.result().equal(first), name
+
+
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_kept_buffers_are_counted(site: Site) -> None:
+    judge = judge_of(site, Shape(2, 5, 700))
+    sparse, paged = (judge.prepare(name) for name in ("sparse_fwd", "with_kvcache"))
+    assert paged.buffer_bytes() == 0
+    assert sparse.buffer_bytes() == sum(buffer.nbytes for buffer in sparse.buffers) > 0
+
+
+def test_a_result_before_the_first_run_is_refused() -> None:
+    prepared: Prepared = judge_of(attention_sites[0], Shape(1, 1, 1)).prepare("sparse_fwd")
+    with pytest.raises(RuntimeError, match="sparse_fwd has not run yet"):
+        prepared.result()
+
+
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_the_judge_names_a_wrong_and_an_unwritten_row(site: Site) -> None:
+    judge = judge_of(site, Shape(2, 5, 700))
+    prepared = judge.prepare("sparse_fwd")
+    prepared.run()
+    for value, said in ((float("nan"), "unwritten"), (7.0, "relative error")):
+        output = prepared.result().clone()
+        output[3] = value
+        assert said in (judge.verdict(output) or "")
+
+
+@settings(max_examples=20)
+@given(st.integers(0, 1 << 30))
+def test_the_indexers_judge_wants_every_entry_equal(seed: int) -> None:
+    judge = judge_of(every_site(SiteName.INDEXER_METADATA)[0], Shape(2, 40, 90000))
+    prepared = judge.prepare("jit")
+    prepared.run()
+    output = prepared.result().clone()
+    assert judge.verdict(output) is None
+    entry = seed % output.shape[0]
+    output[entry, seed % 2] += 1
+    assert (judge.verdict(output) or "").startswith(f"1 of {output.shape[0]} entries differ, the first is {entry}:")
+    assert "differs from the reference's" in (judge.verdict(output[:-1]) or "")

@@ -1,0 +1,167 @@
+"""The FlashMLA adapter: either distribution gets the arguments it wants and gives the reference's answer."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+
+from mla_tune.bench.compare import BF16_ATTENTION, mismatch
+from mla_tune.kernels import candidates, flash_mla, indexer, sparse_fwd, with_kvcache
+from mla_tune.kernels.flash_mla import FlashMla
+from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
+from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.reference import paged_attention_reference
+from mla_tune.shape import Shape
+from mla_tune.site import LayerType, Site, SiteName
+from tests.kernels.flash_mla_stand_in import Recorder, stand_in
+from tests.shapes import every_site, shapes
+
+attention_sites = every_site(SiteName.PREFILL_ATTENTION)
+
+
+def prepare(inputs: AttentionInputs, name: str, kernels: FlashMla) -> Prepared:
+    return sparse_fwd.prepare(inputs, kernels) if name == "sparse_fwd" else with_kvcache.prepare(inputs, kernels)
+
+
+def reference(inputs: AttentionInputs) -> torch.Tensor:
+    return paged_attention_reference(inputs.q, inputs.selections(), inputs.sm_scale, inputs.attn_sink)[0]
+
+
+@settings(max_examples=3)
+@given(shape=shapes(max_reqs=3, max_extend=6, max_context=900))
+@example(shape=Shape(1, 1, 1))
+@example(shape=Shape(2, 5, 9001))
+@pytest.mark.parametrize("switch", [False, True], ids=["upstream", "with_switch"])
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_both_kernels_give_the_references_answer_through_the_adapter(site: Site, switch: bool, shape: Shape) -> None:
+    inputs = InputBuilder(torch.device("cpu")).attention(site, shape)
+    recorder = Recorder()
+    kernels = FlashMla(9, stand_in(switch, recorder))
+    for name in site.candidates:
+        prepared = prepare(inputs, name, kernels)
+        prepared.run()
+        assert prepared.result().shape == (shape.num_qo_tokens, site.h_q, 512)
+        assert mismatch(prepared.result(), reference(inputs), BF16_ATTENTION) is None, name
+    assert recorder.calls
+
+
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_v4_passes_its_window_first_and_v3_2_its_selection_alone_and_without_lengths(site: Site) -> None:
+    inputs = InputBuilder(torch.device("cpu")).attention(site, Shape(2, 5, 900))
+    recorder = Recorder()
+    prepare(inputs, "with_kvcache", FlashMla(9, stand_in(True, recorder))).run()
+    selections = inputs.selections()
+    for call in recorder.calls:
+        assert call["indices"][:, 0].equal(selections[0].slot_ids)
+        if site.layer is LayerType.DSA:
+            assert call["topk_length"] is None
+            continue
+        assert call["topk_length"].equal(inputs.window_counts)
+        if site.layer is LayerType.SWA_ONLY:
+            assert call["extra_k_cache"] is call["extra_indices_in_kvcache"] is call["extra_topk_length"] is None
+            continue
+        assert call["extra_indices_in_kvcache"][:, 0].equal(selections[1].slot_ids)
+        assert call["extra_topk_length"].equal(inputs.selected_counts)
+        assert call["extra_k_cache"].shape[1] == site.layer.page_size
+
+
+@pytest.mark.parametrize(
+    ("major", "head_dim", "legacy"), [(9, 512, True), (9, 576, True), (10, 512, False), (10, 576, True)]
+)
+def test_the_legacy_half_serves_sm90_and_v3_2_and_every_fp8_cache(major: int, head_dim: int, legacy: bool) -> None:
+    layer = LayerType.DSA if head_dim == 576 else LayerType.C4A
+    site = next(site for site in attention_sites if site.layer is layer)
+    inputs = InputBuilder(torch.device("cpu")).attention(site, Shape(1, 3, 300))
+    recorder = Recorder()
+    for name in site.candidates:
+        prepare(inputs, name, FlashMla(major, stand_in(True, recorder))).run()
+    sparse = [call["use_legacy"] for call in recorder.calls if "kv" in call]
+    paged = [call["use_legacy"] for call in recorder.calls if "k_cache" in call]
+    assert set(sparse) == {legacy}
+    assert set(paged) == {True}
+
+
+def test_the_schedule_stage_plans_anew_each_time_and_attention_reuses_one_plan() -> None:
+    inputs = InputBuilder(torch.device("cpu")).attention(attention_sites[0], Shape(1, 3, 300))
+    recorder = Recorder()
+    schedule, attention = prepare(inputs, "with_kvcache", FlashMla(9, stand_in(False, recorder))).stages
+
+    def plans(run: Callable[[], object] | None) -> list[object]:
+        assert run is not None
+        recorder.calls.clear()
+        for _ in range(3):
+            run()
+        return [call["tile_scheduler_metadata"] for call in recorder.calls]
+
+    assert len({id(plan) for plan in plans(schedule.run)}) == 3
+    reused = {id(plan) for plan in [*plans(attention.run), *plans(schedule.baseline)]}
+    assert len(reused) == 1
+    assert attention.baseline is None
+
+
+@pytest.mark.parametrize("major", [8, 12])
+def test_an_architecture_without_kernels_is_named(major: int) -> None:
+    reason = FlashMla(major, stand_in(False, Recorder())).unsupported(64, 512, paged=False)
+    assert reason == f"FlashMLA has kernels for sm90 and sm100; this GPU is sm{major}0"
+
+
+@pytest.mark.parametrize("h_q", [0, 16, 32, 65, 256])
+def test_head_counts_that_the_kernels_lack_are_named_with_what_to_do(h_q: int) -> None:
+    reason = FlashMla(9, stand_in(False, Recorder())).unsupported(h_q, 512, paged=True)
+    assert reason == f"FlashMLA takes 64 or 128 query heads, not {h_q}: pad them"
+
+
+@pytest.mark.parametrize("legacy", [None, True, False])
+@pytest.mark.parametrize("major", [9, 10])
+@pytest.mark.parametrize("head_dim", [512, 576])
+@pytest.mark.parametrize("paged", [False, True])
+def test_only_a_build_without_its_legacy_half_lacks_what_that_half_serves(
+    legacy: bool | None, major: int, head_dim: int, paged: bool
+) -> None:
+    reason = FlashMla(major, stand_in(legacy is not None, Recorder(), legacy)).unsupported(64, head_dim, paged)
+    if legacy is False and (major == 9 or head_dim == 576 or paged):
+        assert reason == "this sgl-flash-mla was built without its legacy kernels (sm90, V3.2 and V4 cache formats)"
+    else:
+        assert reason is None
+
+
+@pytest.fixture
+def no_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    for module in ("flash_mla", "deep_gemm"):
+        monkeypatch.setitem(sys.modules, module, None)
+    candidates.flash_mla_missing.cache_clear()
+    indexer.deep_gemm_missing.cache_clear()
+    yield
+    candidates.flash_mla_missing.cache_clear()
+    indexer.deep_gemm_missing.cache_clear()
+
+
+@pytest.mark.usefixtures("no_libraries")
+@pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
+def test_without_the_libraries_a_gpu_says_which_package_is_missing_and_how_to_get_it(site: Site) -> None:
+    gpu = candidates.Device("cuda", 9, 132)
+    for name in site.candidates:
+        reason = candidates.unsupported(site, name, gpu)
+        if name == "jit":
+            assert reason is None
+            continue
+        package = "deep_gemm" if name == "deep_gemm" else "flash_mla"
+        assert reason is not None
+        assert reason.startswith(f"{package} cannot be imported (")
+        assert reason.endswith(": pip install 'mla-tune[gpu]'")
+        assert "\n" not in reason
+
+
+def test_a_library_that_does_not_load_is_missing_with_its_own_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flash_mla.py").write_text("raise OSError('libcudart.so.13: cannot open\\nsecond line')\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flash_mla", raising=False)
+    reason = flash_mla.missing()
+    assert reason == "flash_mla cannot be imported (libcudart.so.13: cannot open): pip install 'mla-tune[gpu]'"
