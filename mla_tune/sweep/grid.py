@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mla_tune.shape import Shape, workload
-from mla_tune.site import LayerType, ModelConfig, Site, SiteName
+from mla_tune.site import MODELS, LayerType, ModelConfig, Site, SiteName
 from mla_tune.store.measurement import Role
 
 
@@ -152,8 +152,8 @@ def _indexer_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Po
         for model in models
         for layer in model.site_layers(SiteName.INDEXER_METADATA)
     }
-    # One set of held-out shapes for all: DeepGEMM compiles for seconds at each new count of rows.
-    shortest = min(models, key=lambda model: model.max_context)
+    # One set of held-out shapes for all, whichever are swept: DeepGEMM compiles for seconds at each new count of rows.
+    shortest = min(MODELS.values(), key=lambda model: model.max_context)
     # Ascending query tokens: a candidate that fails from some count up is then not tried above it.
     for tokens in grid.indexer_query_tokens:
         for site, model in sites.items():
