@@ -8,7 +8,6 @@ import signal
 import tempfile
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
-from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 from mla_tune.sweep.messages import Hello, Message, Refused, Task
@@ -27,8 +26,7 @@ class WorkerProcess:
         """Start it and wait until it is ready. Raises :class:`EnvironmentMismatchError` if the device cannot be used."""
         self._kind = kind
         handle, name = tempfile.mkstemp(prefix="mla-tune-worker-", suffix=".log")
-        os.close(handle)
-        self._log = Path(name)
+        self._log = os.fdopen(handle, errors="replace")
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -64,7 +62,8 @@ class WorkerProcess:
         """How it ended and the last line that it printed, for a process that is dead or dying."""
         self._process.join(STOP_TIMEOUT_S)
         ending = f"worker ended with exit code {self._process.exitcode}"
-        lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
+        self._log.seek(0)
+        lines = [line.strip() for line in self._log if line.strip()]
         return f"{ending}: {lines[-1][:_LAST_WORDS]}" if lines else ending
 
     def stop(self) -> None:
@@ -74,7 +73,7 @@ class WorkerProcess:
         if self._process.is_alive():
             self._process.kill()
             self._process.join(STOP_TIMEOUT_S)
-        self._log.unlink(missing_ok=True)
+        self._log.close()
 
     def _greeting(self) -> Hello:
         try:
@@ -94,6 +93,7 @@ def _enter(connection: Connection, kind: str, parent_pid: int, log: str) -> None
     sink = os.open(log, os.O_WRONLY | os.O_APPEND)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
+    os.unlink(log)  # both ends have it open; however they end, nothing is left behind
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreter's timings would be stored as the kernels'
     from mla_tune.sweep.worker import serve  # imported here so that the parent never loads torch
 
