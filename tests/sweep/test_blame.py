@@ -1,0 +1,172 @@
+"""Whatever its workers die of, a sweep ends with one verdict for every candidate, and the innocent are measured.
+
+The worker is scripted here, so that every way to fail comes up; real processes are killed in ``test_runner.py``.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections import deque
+from enum import StrEnum
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_tune.shape import Shape
+from mla_tune.site import Site
+from mla_tune.store.database import Database
+from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Regime
+from mla_tune.sweep import runner
+from mla_tune.sweep.grid import Point
+from mla_tune.sweep.messages import TIMING, Done, Entering, Hello, Lost, Message, Task
+from mla_tune.sweep.runner import Sweep
+from tests.store.strategies import CPU_ENVIRONMENT
+
+SITE = Site.parse("prefill_attention/c4a/h64/k512")
+
+
+class Behaviour(StrEnum):
+    FINE = "fine"
+    CRASH = "crash"
+    HANG = "hang"
+    LOSE_DEVICE = "lose_device"
+    CRASH_WHEN_TIMED = "crash_when_timed"
+    HANG_WHEN_TIMED = "hang_when_timed"
+    LOSE_DEVICE_WHEN_TIMED = "lose_device_when_timed"
+
+
+OUTCOME = {
+    Behaviour.FINE: Outcome.OK,
+    Behaviour.CRASH: Outcome.CRASH,
+    Behaviour.HANG: Outcome.TIMEOUT,
+    Behaviour.LOSE_DEVICE: Outcome.RUNTIME_ERROR,
+    Behaviour.CRASH_WHEN_TIMED: Outcome.CRASH,
+    Behaviour.HANG_WHEN_TIMED: Outcome.TIMEOUT,
+    Behaviour.LOSE_DEVICE_WHEN_TIMED: Outcome.RUNTIME_ERROR,
+}
+_DIES, _HANGS = "dies", "hangs"
+
+
+def timing(point: Point, name: str) -> Measurement:
+    return Measurement(
+        point.site,
+        point.shape,
+        point.role,
+        name,
+        PER_LAYER_TOTAL,
+        Regime.EAGER,
+        Outcome.OK,
+        latency_us=1.0,
+        num_samples=1,
+        samples_us=(1.0,),
+    )
+
+
+class ScriptedWorker:
+    """A worker whose candidates behave as told; it refuses to be used after it ended."""
+
+    behaviours: dict[str, Behaviour]
+    started: int
+
+    def __init__(self, kind: str) -> None:
+        assert kind == "cpu"
+        type(self).started += 1
+        self.hello = Hello(CPU_ENVIRONMENT, (Regime.EAGER,))
+        self.pid = None
+        self._ended = False
+        self._answers: deque[Message | str] = deque()
+
+    def send(self, task: Task) -> None:
+        assert not self._ended
+        assert not self._answers
+        self._answers.extend(self._script(task))
+
+    def _script(self, task: Task) -> list[Message | str]:
+        script: list[Message | str] = []
+        for suffix, announced in (("", task.candidates), ("_when_timed", (TIMING,))):
+            for word in announced:
+                script.append(Entering(word))
+                for name in [word] if word else task.candidates:
+                    ending = self.behaviours[name]
+                    if ending == f"crash{suffix}":
+                        return [*script, _DIES]
+                    if ending == f"hang{suffix}":
+                        return [*script, _HANGS]
+                    if ending == f"lose_device{suffix}":
+                        return [*script, Lost((), "CUDA error: an illegal memory access")]
+        return [*script, Done(tuple(timing(task.point, name) for name in task.candidates))]
+
+    def receive(self, timeout_s: float) -> Message | None:
+        answer = self._answers.popleft()
+        if isinstance(answer, str):
+            self._ended = True
+            if answer == _DIES:
+                raise EOFError
+            return None
+        self._ended = isinstance(answer, Lost)
+        return answer
+
+    def epitaph(self) -> str:
+        return "worker ended with exit code -11"
+
+    def stop(self) -> None:
+        self._ended = True
+
+
+def swept(behaviours: tuple[Behaviour, ...], tokens: list[int]) -> tuple[list[Measurement], int]:
+    """What the database holds after a sweep over points of so many query tokens, and how many workers it took."""
+    ScriptedWorker.behaviours = dict(zip(SITE.candidates, behaviours, strict=True))
+    ScriptedWorker.started = 0
+    points = [Point(SITE, Shape(1, count, 1 << 20)) for count in tokens]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "WorkerProcess", ScriptedWorker)
+        with Database.open(Path(folder) / "a.db") as database, Sweep("cpu") as sweep:
+            report = sweep.run(database, points)
+            assert (report.points, report.left, report.already_done) == (len(points), 0, 0)
+            assert report.restarts == ScriptedWorker.started - 1
+            rows = database.measurements(CPU_ENVIRONMENT.id)
+            assert report.failed == sum(row.outcome is not Outcome.OK for row in rows)
+            again = sweep.run(database, points)
+            assert (again.points, again.already_done) == (0, len(points))
+    return rows, ScriptedWorker.started
+
+
+@settings(max_examples=60)
+@given(st.tuples(*[st.sampled_from(Behaviour)] * 2))
+def test_each_candidate_gets_its_own_verdict(behaviours: tuple[Behaviour, ...]) -> None:
+    rows, started = swept(behaviours, [64])
+    found = [(row.candidate, row.outcome) for row in rows]
+    assert found == [(c, OUTCOME[b]) for c, b in zip(SITE.candidates, behaviours, strict=True)]
+    assert started <= 4  # the first, one after both failed together, one after each alone
+    for row in rows:
+        assert (
+            row.detail
+            == {
+                Outcome.OK: "",
+                Outcome.CRASH: "worker ended with exit code -11",
+                Outcome.TIMEOUT: "no answer within 300 s",
+                Outcome.RUNTIME_ERROR: "CUDA error: an illegal memory access",
+            }[row.outcome]
+        )
+
+
+@settings(max_examples=20)
+@given(
+    st.sampled_from(sorted(set(Behaviour) - {Behaviour.FINE})),
+    st.lists(st.integers(1, 1000), min_size=1, max_size=6, unique=True),
+)
+def test_a_candidate_that_always_fails_costs_few_workers_and_its_points_say_that_it_was_not_tried(
+    behaviour: Behaviour, tokens: list[int]
+) -> None:
+    rows, _ = swept((behaviour, Behaviour.FINE), tokens)
+    outcomes = {(row.candidate, row.shape.num_qo_tokens): row.outcome for row in rows}
+    assert len(outcomes) == len(rows) == 2 * len(tokens)
+    tried: list[int] = []
+    for count in tokens:
+        assert outcomes["with_kvcache", count] is Outcome.OK
+        hopeless = len(tried) >= 2 and count >= min(tried)
+        assert outcomes["sparse_fwd", count] is (Outcome.UNSUPPORTED if hopeless else OUTCOME[behaviour])
+        if not hopeless:
+            tried.append(count)

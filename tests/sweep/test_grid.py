@@ -1,0 +1,159 @@
+"""The points of a sweep: each is measured once, and none that judges a policy is also fitted."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from itertools import combinations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mla_tune.site import MODELS, LayerType, ModelConfig, SiteName
+from mla_tune.stages import stages
+from mla_tune.store.measurement import Role
+from mla_tune.sweep.estimate import estimated_seconds
+from mla_tune.sweep.grid import (
+    Grid,
+    Point,
+    attention_flops,
+    cpu_grid,
+    gpu_grid,
+    grid_points,
+    verification_points,
+)
+from tests.shapes import every_site
+
+SEED = 20250
+GRIDS = {"cpu": cpu_grid(), "gpu132": gpu_grid(132), "gpu78": gpu_grid(78)}
+grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
+selections = st.tuples(
+    st.lists(st.sampled_from(list(MODELS.values())), min_size=1, max_size=3, unique=True),
+    st.lists(st.sampled_from(SiteName), min_size=1, max_size=2, unique=True),
+    st.integers(0, 1 << 40),
+)
+
+
+def all_points(grid: Grid, seed: int = SEED) -> list[Point]:
+    return grid_points(grid, MODELS.values(), SiteName, seed)
+
+
+def contexts_allowed(point: Point) -> int:
+    return max(m.max_context for m in MODELS.values() if point.site.layer in m.site_layers(point.site.name))
+
+
+@grids
+@settings(max_examples=10)
+@given(selection=selections)
+def test_points_are_unique_valid_and_of_the_chosen_models_and_sites(
+    grid: Grid, selection: tuple[list[ModelConfig], list[SiteName], int]
+) -> None:
+    chosen, names, seed = selection
+    points = grid_points(grid, chosen, names, seed)
+    assert len({(point.site, point.shape) for point in points}) == len(points) > 0
+    allowed = {
+        config.site(name, layer, h_q)
+        for config in chosen
+        for name in names
+        for h_q in config.heads
+        for layer in config.site_layers(name)
+    }
+    assert {point.site for point in points} == allowed
+    for point in points:
+        assert point.shape.context <= contexts_allowed(point)
+        assert attention_flops(point.site, point.shape) <= grid.max_attention_flops
+        assert all(stages(point.site, candidate) for candidate in point.site.candidates)
+
+
+@grids
+def test_the_same_seed_gives_the_same_plan_and_another_seed_other_held_out_shapes(grid: Grid) -> None:
+    assert all_points(grid) == all_points(grid)
+
+    def held_out(seed: int) -> set[Point]:
+        return {point for point in all_points(grid, seed) if point.role is Role.HELD_OUT}
+
+    assert held_out(1) != held_out(2)
+
+
+@grids
+def test_every_site_has_points_to_fit_and_others_to_judge(grid: Grid) -> None:
+    roles = defaultdict(list)
+    for point in all_points(grid):
+        roles[point.site].append(point)
+    assert set(roles) == set(every_site())
+    for site, points in roles.items():
+        fit, held_out = ({p.shape for p in points if p.role is role} for role in (Role.FIT, Role.HELD_OUT))
+        assert len(fit) >= 5, site.key
+        assert len(held_out) >= 4, site.key
+        assert not fit & held_out
+
+
+@settings(max_examples=10)
+@given(st.integers(0, 1 << 40))
+def test_all_v4_sites_are_judged_on_the_same_shapes_so_that_a_whole_forward_can_be(seed: int) -> None:
+    held_out = defaultdict(set)
+    for point in all_points(gpu_grid(132), seed):
+        if point.role is Role.HELD_OUT and point.site.name is SiteName.PREFILL_ATTENTION:
+            held_out[point.site].add(point.shape)
+    v4 = [shapes for site, shapes in held_out.items() if site.layer is not LayerType.DSA]
+    assert len(v4) > 5
+    assert all(one == other for one, other in combinations(v4, 2))
+    v3_2 = [shapes for site, shapes in held_out.items() if site.layer is LayerType.DSA]
+    assert all(one == other for one, other in combinations(v3_2, 2))
+
+
+@grids
+def test_a_plan_for_one_model_agrees_with_the_plan_for_all(grid: Grid) -> None:
+    everything = {(point.site, point.shape): point.role for point in all_points(grid)}
+    for config in MODELS.values():
+        for point in grid_points(grid, [config], SiteName, SEED):
+            assert everything[point.site, point.shape] is point.role
+
+
+@grids
+def test_a_budget_that_ends_early_has_seen_every_attention_site(grid: Grid) -> None:
+    points = grid_points(grid, MODELS.values(), [SiteName.PREFILL_ATTENTION], SEED)
+    sites = every_site(SiteName.PREFILL_ATTENTION)
+    assert {point.site for point in points[: len(sites)]} == set(sites)
+
+
+@grids
+def test_indexer_points_for_the_fit_come_with_ascending_query_tokens(grid: Grid) -> None:
+    points = grid_points(grid, MODELS.values(), [SiteName.INDEXER_METADATA], SEED)
+    counts = [point.shape.num_qo_tokens for point in points if point.role is Role.FIT]
+    assert counts == sorted(counts)
+    assert set(counts) <= set(grid.indexer_query_tokens)
+
+
+@pytest.mark.parametrize("sm_count", [78, 132, 148])
+def test_gpu_points_lie_on_both_sides_of_the_first_waves(sm_count: int) -> None:
+    counts = {point.shape.num_qo_tokens for point in all_points(gpu_grid(sm_count))}
+    assert {n * sm_count + d for n in (1, 2, 4) for d in (-1, 0, 1)} <= counts
+
+
+def test_a_slow_device_leaves_out_what_costs_too_much() -> None:
+    points = all_points(cpu_grid())
+    assert max(attention_flops(point.site, point.shape) for point in points) <= 4e9
+    assert max(point.shape.kv_tokens for point in points) <= 64 * 32 * 1024
+
+
+def test_no_models_or_no_sites_give_no_points() -> None:
+    assert grid_points(cpu_grid(), [], SiteName, SEED) == []
+    assert grid_points(cpu_grid(), MODELS.values(), [], SEED) == []
+
+
+def test_verification_covers_every_site_with_one_query_and_ragged_requests() -> None:
+    points = verification_points(MODELS.values(), SiteName)
+    shapes = {point.shape for point in points}
+    assert {(point.site, point.shape) for point in points} == {(s, shape) for s in every_site() for shape in shapes}
+    assert len(points) == len(set(points))
+    assert any(shape.num_qo_tokens == 1 for shape in shapes)
+    assert any(shape.num_qo_tokens % shape.num_reqs and shape.kv_tokens % shape.num_reqs for shape in shapes)
+
+
+@grids
+def test_more_points_are_estimated_to_take_longer(grid: Grid) -> None:
+    points = all_points(grid)
+    for kind in ("cpu", "cuda"):
+        part, whole = estimated_seconds(points[:20], kind), estimated_seconds(points, kind)
+        assert 0 == estimated_seconds([], kind) < part < whole

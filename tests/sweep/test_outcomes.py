@@ -1,0 +1,88 @@
+"""Failures become rows, and a candidate that keeps killing workers is given up from there on up."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mla_tune.shape import Shape
+from mla_tune.site import Site
+from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role, fault
+from mla_tune.sweep.grid import Point
+from mla_tune.sweep.outcomes import DEADLY, Deaths, Failure, failures
+
+METADATA = Site.parse("indexer_metadata/c4a")
+ATTENTION = Site.parse("prefill_attention/c4a/h64/k512")
+deadly = st.sampled_from(sorted(DEADLY))
+harmless = st.sampled_from(sorted(set(Outcome) - DEADLY - {Outcome.OK}))
+
+
+def at(num_qo_tokens: int, site: Site = METADATA) -> Point:
+    return Point(site, Shape(1, num_qo_tokens, 1 << 20))
+
+
+def failed(
+    num_qo_tokens: int, outcome: Outcome, candidate: str = "deep_gemm", site: Site = METADATA
+) -> list[Measurement]:
+    return failures(at(num_qo_tokens, site), candidate, Failure(outcome, "reason"), list(Regime))
+
+
+@given(
+    st.sampled_from([METADATA, ATTENTION]),
+    st.sampled_from(sorted(set(Outcome) - {Outcome.OK})),
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: bool(text.split())),
+    st.sampled_from(Role),
+)
+def test_a_failure_is_one_sound_row_for_each_regime_with_its_reason_in_one_line(
+    site: Site, outcome: Outcome, detail: str, role: Role
+) -> None:
+    point = Point(site, Shape(1, 4, 400), role)
+    rows = failures(point, "some", Failure(outcome, detail), list(Regime))
+    assert [row.regime for row in rows] == list(Regime)
+    for row in rows:
+        assert fault(row) is None
+        assert (row.site, row.shape, row.role, row.outcome) == (site, point.shape, role, outcome)
+        assert row.part == (PER_FORWARD_TOTAL if site is METADATA else PER_LAYER_TOTAL)
+        assert len(row.detail.splitlines()) == 1
+
+
+@given(deadly, deadly, st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 1000))
+def test_two_deaths_end_the_attempts_from_the_smaller_count_up(
+    first: Outcome, second: Outcome, one: int, other: int, asked: int
+) -> None:
+    deaths = Deaths()
+    deaths.note(failed(one, first))
+    assert deaths.hopeless(at(asked), "deep_gemm") is None
+    deaths.note(failed(other, second))
+    verdict = deaths.hopeless(at(asked), "deep_gemm")
+    if asked < min(one, other):
+        assert verdict is None
+    else:
+        detail = f"not tried: failed 2 times from {min(one, other)} query tokens up"
+        assert verdict == Failure(Outcome.UNSUPPORTED, detail)
+
+
+@given(st.lists(harmless, max_size=8))
+def test_failures_that_cost_no_worker_never_end_the_attempts(outcomes: list[Outcome]) -> None:
+    deaths = Deaths()
+    for outcome in outcomes:
+        deaths.note(failed(4, outcome))
+    assert deaths.hopeless(at(4), "deep_gemm") is None
+
+
+def test_deaths_count_by_candidate_and_site_and_once_a_point() -> None:
+    deaths = Deaths()
+    deaths.note(failed(8, Outcome.CRASH))  # a row for each regime, one death
+    assert deaths.hopeless(at(8), "deep_gemm") is None
+    deaths.note(failed(16, Outcome.CRASH, candidate="jit"))
+    deaths.note(failed(16, Outcome.CRASH, site=Site.parse("indexer_metadata/dsa")))
+    assert deaths.hopeless(at(16), "deep_gemm") is None
+    deaths.note(failed(16, Outcome.TIMEOUT))
+    assert deaths.hopeless(at(16), "deep_gemm") is not None
+    assert deaths.hopeless(at(16), "jit") is None
+
+
+@pytest.mark.parametrize("outcome", [Outcome.OK, Outcome.WRONG_RESULT, Outcome.NO_MEMORY, Outcome.UNSUPPORTED])
+def test_what_a_worker_survives_is_not_deadly(outcome: Outcome) -> None:
+    assert outcome not in DEADLY
