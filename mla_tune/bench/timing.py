@@ -143,7 +143,6 @@ class GraphTimer:
         self._flush_source = torch.ones(max(2 * l2_bytes, 1 << 20) // 4, dtype=torch.int32, device="cuda")
         self._flush_sink = torch.empty((), dtype=torch.int64, device="cuda")
         self._pool = torch.cuda.graph_pool_handle()
-        self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # capture is refused on the default stream
 
     def flush(self) -> None:
         """Evict everything from the L2 (asynchronously, on the current stream)."""
@@ -152,7 +151,6 @@ class GraphTimer:
     def measure(self, works: Sequence[Work], effort: Effort) -> list[tuple[float, ...]]:
         """Samples of each work in microseconds, in the order taken. Each run must have been called before (warm)."""
         self._torch.cuda.synchronize()
-        self._torch.cuda.empty_cache()  # once; torch.cuda.graph would do it for each capture, which costs more than timing
         takes = []
         for work in works:
             run = self._capture(work.run)
@@ -168,14 +166,11 @@ class GraphTimer:
         torch = self._torch
         graph = torch.cuda.CUDAGraph()
         start, end = (_external_event(torch) for _ in range(2))
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(pool=self._pool)
-            try:
-                start.record()
-                run()
-                end.record()
-            finally:
-                graph.capture_end()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph, pool=self._pool):
+            start.record()
+            run()
+            end.record()
 
         def once() -> float:
             self.flush()
