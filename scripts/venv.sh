@@ -61,9 +61,8 @@ prepare_venv() {
     rm -f "$venv"/.installed-for-*
     local wanted="$extras"
     [[ "$purpose" == run ]] || wanted="$extras,dev"
-    mkdir -p "$root/policies" # git keeps no empty folder, and packaging needs this one
     say "installing mla-tune[$wanted] (the first time downloads $size)"
-    [[ ${#pins[@]} -eq 0 || "$(uname)" != Linux ]] || install_cpu_torch
+    [[ ${#pins[@]} -eq 0 || "$(uname)" != Linux ]] || install_cpu_torch || pins=()
     pip_install ${pins[@]+"${pins[@]}"} -e "$root[$wanted]" ||
         die "pip could not install mla-tune: its errors are above, all of its output is in $venv/install.log"
     # What `check` installed serves `run` as well.
@@ -71,13 +70,16 @@ prepare_venv() {
     mv "$stamp.new" "$stamp"
 }
 
-# The CPU build has a version of its own, 2.13.0+cpu, which only PyTorch's index carries (or a mirror that pip already
-# knows). That index is asked for this one package: where it is out of reach, pip takes seconds to give up on each.
+# The CPU build has a version of its own, 2.13.0+cpu. False where none of pip's indexes has it: then the plain version is
+# there, which brings CUDA and its own Triton along; everything works, at the price of a large download.
 install_cpu_torch() {
-    local build index=${PYTORCH_CPU_INDEX:-}
-    build="$(grep '^torch==' "$constraints")+cpu"
-    pip_install --no-deps "$build" 2>/dev/null || pip_install --no-deps --index-url "$index" "$build" ||
-        die "pip found no $build: give it an index that has PyTorch's CPU builds (PIP_EXTRA_INDEX_URL), or allow $index"
+    local torch
+    torch="$(grep '^torch==' "$constraints")"
+    pip_install --no-deps "$torch+cpu" 2>/dev/null && return
+    say "no CPU build of $torch on pip's indexes: taking the default one, which may bring gigabytes of CUDA packages"
+    say "(to avoid that, stop here and set PIP_EXTRA_INDEX_URL to an index of PyTorch's CPU builds)"
+    pip_install "$torch" || die "pip could not install $torch: its errors are above, all of its output is in $venv/install.log"
+    return 1
 }
 
 # pip's own output goes to a log; only its errors are shown.

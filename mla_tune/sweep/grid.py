@@ -41,6 +41,8 @@ class Grid:
     held_out: int
     """Random shapes per attention site."""
     held_out_indexer: int
+    held_out_requests: int
+    """Most requests of a held-out shape; with the two ranges below it stays inside what the fit points cover."""
     held_out_query_tokens: tuple[int, int]
     held_out_context: tuple[int, int]
     max_attention_flops: float
@@ -70,6 +72,7 @@ def gpu_grid(sm_count: int) -> Grid:
         indexer_query_tokens=(1, 16, 64, 256, 1024, 4096, 8192, 11673, 14336, 15360, 32768),
         held_out=36,
         held_out_indexer=6,
+        held_out_requests=64,
         held_out_query_tokens=(16, 32 * _K),
         held_out_context=(2 * _K, _K * _K),
         max_attention_flops=float("inf"),
@@ -88,8 +91,9 @@ def cpu_grid() -> Grid:
         indexer_query_tokens=(1, 16, 256, 4096, 16384),
         held_out=8,
         held_out_indexer=6,
+        held_out_requests=4,
         held_out_query_tokens=(1, 64),
-        held_out_context=(_K, 32 * _K),
+        held_out_context=(_K, 16 * _K),
         max_attention_flops=4e9,
     )
 
@@ -193,13 +197,13 @@ def _product(contexts: Iterable[tuple[int, int]], tokens: Iterable[int], model: 
 def _random_shapes(
     grid: Grid, model: ModelConfig, count: int, seed: int, max_query_tokens: int | None = None
 ) -> list[Shape]:
-    """``count`` shapes, log-uniform in requests (1 to 64), context and query tokens, within the model's context."""
+    """``count`` shapes, log-uniform in requests, context and query tokens, within the model's context."""
     rng = random.Random(f"{seed}/{model.layers[0][0].has_window}")  # one stream for all V4 models, one for V3.2
     low_q, high_q = grid.held_out_query_tokens
     low_c, high_c = grid.held_out_context
     shapes: list[Shape] = []
     while len(shapes) < count:
-        num_reqs = round(_log_uniform(rng, 1, 64))
+        num_reqs = round(_log_uniform(rng, 1, grid.held_out_requests))
         kv_tokens = num_reqs * round(_log_uniform(rng, low_c, min(high_c, model.max_context)))
         tokens = round(_log_uniform(rng, low_q, min(high_q, max_query_tokens or high_q)))
         if num_reqs <= tokens <= kv_tokens:
