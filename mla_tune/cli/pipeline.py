@@ -9,9 +9,11 @@ from pathlib import Path
 
 from mla_tune.cli.places import make_folder
 from mla_tune.learn.costs import CostModel
-from mla_tune.learn.fit import fit_policy
+from mla_tune.learn.evaluate import overall
+from mla_tune.learn.fit import fit_policy, left_out
+from mla_tune.learn.observations import Observations
 from mla_tune.learn.refine import crossover_shapes
-from mla_tune.policy import Policy, Source, write_policy
+from mla_tune.policy import HeldOut, Policy, Source, write_policy
 from mla_tune.site import ModelConfig, SiteName
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
@@ -61,7 +63,18 @@ def export(database: Database, environment: Environment, path: Path) -> None:
     write_export(path, environment, database.measurements(environment.id))
 
 
-def fit(measurements: Path, out: Path) -> Policy:
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A policy that was written, and what its tables do not say."""
+
+    policy: Policy
+    overall: HeldOut | None
+    """Every rule over all attention tables of one layer type together; None where no table has two candidates."""
+    left_out: tuple[str, ...]
+    """Tables that the policy lacks although their incumbent ran: no held-out point can judge them."""
+
+
+def fit(measurements: Path, out: Path) -> Fitted:
     """Fit the policy of an export and write it. Nothing is written unless the fit succeeds."""
     environment, rows = read_export(measurements)
     command = shlex.join(["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()])
@@ -74,4 +87,9 @@ def fit(measurements: Path, out: Path) -> Policy:
     policy = fit_policy(environment, rows, source=source)
     make_folder(out)
     write_policy(out, policy)
-    return policy
+    comparable = any(t.site == SiteName.PREFILL_ATTENTION and len(t.candidates) > 1 for t in policy.tables)
+    return Fitted(
+        policy=policy,
+        overall=overall(Observations(rows), policy) if comparable else None,
+        left_out=tuple(left_out(rows, policy)),
+    )

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mla_tune.cli.places import export_path, policy_path, policy_sku
-from mla_tune.errors import PolicyError
+from mla_tune.errors import EnvironmentMismatchError, PolicyError
 from mla_tune.packaged import packaged_policy
 from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
 from mla_tune.runtime import Dispatcher
@@ -46,10 +46,11 @@ def fit(
 
     source = measurements or export_path(policy_sku(gpu))
     target = out or policy_path(source.stem if measurements else policy_sku(gpu))
-    policy = pipeline.fit(source, target)
-    render.policy_summary(policy, target, as_json)
+    fitted = pipeline.fit(source, target)
+    render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
-        render.next_command(policy, target)
+        render.judgement(fitted.overall, fitted.left_out)
+        render.next_command(fitted.policy, target)
 
 
 def lookup(
@@ -94,7 +95,13 @@ def explain(
     from mla_tune.store.export import read_export
 
     table = _require_table(resolved.table, name)
-    environment, rows = read_export(measurements or export_path(loaded.gpu.sku))
+    export = measurements or export_path(loaded.gpu.sku)
+    environment, rows = read_export(export)
+    if environment.sku != loaded.gpu.sku:
+        raise EnvironmentMismatchError(
+            f"a choice is explained by measurements of its own GPU: {name} is for {loaded.gpu.sku}, "
+            f"{export} was measured on {environment.sku}; pass the export of {loaded.gpu.sku} with --measurements"
+        )
     render.explanation(explain_choice(CostModel(environment, rows), table, shape), table, as_json)
 
 

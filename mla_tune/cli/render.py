@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table as RichTable
 
 from mla_tune.cli.places import export_path
-from mla_tune.policy import Policy, Row, Table
+from mla_tune.policy import HeldOut, Policy, Row, Table
 
 if TYPE_CHECKING:
     from mla_tune.cli.places import Device
@@ -158,12 +158,7 @@ def held_out(policy: Policy) -> None:
     """Slowdown of the policy and of every baseline rule, table by table."""
     for entry in policy.tables:
         where = f"{entry.site}, {entry.model}, h_q {entry.h_q or '-'}, {entry.layer}"
-        table = RichTable(
-            "rule", "geomean", "mean", "p95", "worst", title=f"{where}: {entry.held_out.points} held-out points"
-        )
-        for rule in entry.held_out.slowdown:
-            table.add_row(rule.rule, *(f"{value:.3f}" for value in (rule.geomean, rule.mean, rule.p95, rule.worst)))
-        console.print(table)
+        console.print(_rules_table(entry.held_out, f"{where}: {entry.held_out.points} held-out points"))
 
 
 def provenance(policy: Policy, source: str) -> None:
@@ -180,10 +175,29 @@ def provenance(policy: Policy, source: str) -> None:
     )
 
 
+def judgement(overall: HeldOut | None, left_out: Sequence[str]) -> None:
+    """Every rule over all attention layer types together, and what could not be judged."""
+    if overall:
+        console.print(
+            _rules_table(overall, f"all attention layer types: {overall.points} held-out (table, shape) pairs")
+        )
+    for table in left_out:
+        console.print(f"no table for {table}: no held-out point judges it yet; sweep again to go on", highlight=False)
+
+
+def _rules_table(judged: HeldOut, title: str) -> RichTable:
+    table = RichTable("rule", "geomean", "mean", "p95", "worst", title=title)
+    for rule in judged.slowdown:
+        table.add_row(rule.rule, *(f"{value:.3f}" for value in (rule.geomean, rule.mean, rule.p95, rule.worst)))
+    return table
+
+
 def next_command(policy: Policy, path: Path) -> None:
-    """Where the policy lies and what to try with it."""
-    table = policy.tables[-1] if policy.tables[-1].site == "prefill_attention" else policy.tables[0]
-    tokens, kv_tokens = table.measured.num_qo_tokens[1] // 2 or 1, table.measured.kv_tokens[1] // 2
+    """Where the policy lies and what to try with it: the table with most thresholds, at one of them."""
+    table = max(policy.tables, key=lambda table: sum(len(row.choices) for row in table.rows))
+    row = max(table.rows, key=lambda row: len(row.choices))
+    tokens = max(row.choices[-1].num_qo_tokens_from, table.measured.num_qo_tokens[0])
+    kv_tokens = max(row.kv_tokens_from, table.measured.kv_tokens[0])
     words = ["mla-tune", "explain", "--policy", str(path)]
     if Path(policy.source.file) != export_path(policy.gpu.sku):
         words += ["--measurements", policy.source.file]

@@ -72,16 +72,17 @@ def _sweep(device: Device, plan: Plan, budget_s: float, path: Path, no_fit: bool
             pipeline.export(database, environment, export_path(device.sku))
     if not as_json:
         render.sweep_reports(reports, path)
-    policy = None
+    fitted = None
     try:
         if not no_fit:
-            policy = pipeline.fit(export_path(device.sku), policy_path(device.sku))
+            fitted = pipeline.fit(export_path(device.sku), policy_path(device.sku))
     finally:
         if as_json:
-            render.sweep_json(reports, path, policy, policy_path(device.sku))
-    if policy and not as_json:
-        render.policy_summary(policy, policy_path(device.sku), as_json)
-        render.next_command(policy, policy_path(device.sku))
+            render.sweep_json(reports, path, fitted.policy if fitted else None, policy_path(device.sku))
+    if fitted and not as_json:
+        render.policy_summary(fitted.policy, policy_path(device.sku), as_json)
+        render.judgement(fitted.overall, fitted.left_out)
+        render.next_command(fitted.policy, policy_path(device.sku))
 
 
 def verify(

@@ -14,7 +14,7 @@ import msgspec
 from mla_tune.errors import FitError
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.crossover import Candidates, swept_shapes, table_rows
-from mla_tune.learn.evaluate import held_out
+from mla_tune.learn.evaluate import held_out, held_out_points
 from mla_tune.learn.limits import is_unsafe, limits
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.scope import Scope, scopes
@@ -42,15 +42,15 @@ def fit_policy(environment: Environment, measurements: Iterable[Measurement], *,
     """The policy that ``measurements`` of one environment support.
 
     A site, or a model, that was not swept has no table; nor has one whose incumbent never ran, since there is nothing
-    to switch from; nor a mix of layer types that share no points. Raises :class:`FitError` if no table is left, or if
-    one cannot be judged on a held-out point.
+    to switch from; nor a mix of layer types that share no points; nor a site without a held-out point to judge it by
+    (:func:`left_out` names these). Raises :class:`FitError` if no table is left.
     """
     costs = CostModel(environment, measurements)
     tables = [table for scope in scopes() if (table := fit_table(costs, scope)) is not None]
     if not tables:
         raise FitError(
-            f"a policy needs measurements of at least one site whose incumbent ran: got none for {environment.sku}; "
-            "next: run `mla-tune sweep`"
+            f"a policy needs a site whose incumbent ran, with held-out points to judge it by: got none for "
+            f"{environment.sku}; next: run `mla-tune sweep` again, without filters or with a larger --budget"
         )
     return Policy(
         schema=SCHEMA_VERSION,
@@ -74,10 +74,7 @@ def fit_policy(environment: Environment, measurements: Iterable[Measurement], *,
 
 
 def fit_table(costs: CostModel, scope: Scope) -> Table | None:
-    """One table, judged; None where the incumbent never ran, or where the sites of a mix have no points in common.
-
-    Raises :class:`FitError` without a held-out point.
-    """
+    """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points."""
     candidates = _candidates(costs.observations, scope)
     if candidates is None:
         return None
@@ -97,7 +94,23 @@ def fit_table(costs: CostModel, scope: Scope) -> Table | None:
         rows=table_rows(costs, scope, candidates),
         held_out=HeldOut(points=0, slowdown=()),
     )
+    if not held_out_points(costs.observations, table):
+        return None
     return msgspec.structs.replace(table, held_out=held_out(costs.observations, table))
+
+
+def left_out(measurements: Iterable[Measurement], policy: Policy) -> list[str]:
+    """Tables that ``policy``, fitted on ``measurements``, lacks although their incumbent ran, as ``site, model, ...``."""
+    observations = Observations(measurements)
+    there = {(table.site, table.model, table.h_q, table.layer) for table in policy.tables}
+    return [
+        ", ".join(
+            str(part) for part in (scope.name, scope.model.name, scope.h_q and f"h_q {scope.h_q}", scope.layer) if part
+        )
+        for scope in scopes()
+        if scope.model.incumbent(scope.name) in scope.candidates(observations)
+        and (scope.name, scope.model.name, scope.h_q, scope.layer) not in there
+    ]
 
 
 def _candidates(observations: Observations, scope: Scope) -> Candidates | None:

@@ -83,13 +83,13 @@ def cpu_grid() -> Grid:
     """Small shapes that two cores sweep in a few minutes."""
     return Grid(
         dense_context=(1, 8 * _K),
-        dense_query_tokens=(1, 2, 4, 8, 16, 32, 64),
-        contexts=((1, _K), (1, 32 * _K), (4, 2 * _K), (4, 16 * _K)),
+        dense_query_tokens=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
+        contexts=((1, _K), (1, 32 * _K), (2, 4 * _K), (4, 2 * _K), (4, 16 * _K)),
         query_tokens=(1, 4, 16, 64),
         prompt=0,
         chunks=(),
         indexer_query_tokens=(1, 16, 256, 4096, 16384),
-        held_out=8,
+        held_out=10,
         held_out_indexer=6,
         held_out_requests=4,
         held_out_query_tokens=(1, 64),
@@ -105,9 +105,10 @@ def attention_flops(site: Site, shape: Shape) -> float:
 
 
 def grid_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteName], seed: int) -> list[Point]:
-    """Every point once, the widest coverage first, so that a budget that ends early has seen every site.
+    """Every point once, the widest coverage first, so that a budget that ends early still supports a policy.
 
-    The order is: coarse axes, held-out, dense axis, chunked prefill; round-robin over the sites within each.
+    The coarse axes come first, mixed with the held-out shapes, then the dense axis with the chunked prefill; within each,
+    shapes in a fixed random order, and the sites take turns.
     """
     chosen = list(models)
     points: list[Point] = []
@@ -142,11 +143,21 @@ def _attention_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[
         for layer in model.site_layers(SiteName.PREFILL_ATTENTION)
     }
     points = []
-    for group in (_coarse, _held_out, _dense, _chunked):
-        role = Role.HELD_OUT if group is _held_out else Role.FIT
-        columns = [[Point(site, shape, role) for shape in group(grid, model, seed)] for site, model in sites.items()]
-        points += [p for row in _round_robin(columns) for p in row]
+    for phase in ((_coarse, _held_out), (_dense, _chunked)):
+        rows: list[tuple[float, list[Point]]] = []
+        for group in phase:
+            role = Role.HELD_OUT if group is _held_out else Role.FIT
+            columns = [
+                [Point(s, shape, role) for shape in _mixed(group(grid, m, seed), seed)] for s, m in sites.items()
+            ]
+            turns = list(_round_robin(columns))
+            rows += [((index + 0.5) / len(turns), row) for index, row in enumerate(turns)]
+        points += [point for _, row in sorted(rows, key=lambda row: row[0]) for point in row]
     return [p for p in points if attention_flops(p.site, p.shape) <= grid.max_attention_flops]
+
+
+def _mixed(shapes: list[Shape], seed: int) -> list[Shape]:
+    return random.Random(seed).sample(shapes, len(shapes))
 
 
 def _indexer_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Point]:

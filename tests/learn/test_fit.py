@@ -267,7 +267,7 @@ def test_without_held_out_points_there_is_no_policy() -> None:
 
 
 def test_without_measurements_there_is_no_policy() -> None:
-    with pytest.raises(FitError, match="at least one site"):
+    with pytest.raises(FitError, match="incumbent ran"):
         fit_policy(ENVIRONMENT, [], source=SOURCE)
 
 
