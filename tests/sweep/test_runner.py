@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_every_part_of_every_candidate_is_stored_with_its_role(sweep: Sweep, dat
 
 
 def test_a_budget_stops_after_the_point_under_way_and_says_what_is_left(sweep: Sweep, database: Database) -> None:
-    report = sweep.run(database, POINTS, budget_s=0.001)
+    report = sweep.run(database, POINTS, budget_s=0.2, on_progress=lambda _: time.sleep(0.25))
     assert (report.points, report.left) == (1, 3)
     assert points_of(database, report.environment.id) == {(POINTS[0].site, POINTS[0].shape)}
     rest = sweep.run(database, POINTS)
