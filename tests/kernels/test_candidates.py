@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.kernels import candidates
@@ -74,7 +74,7 @@ def test_cache_rows_that_no_query_attends_to_do_not_matter(site: Site, shape: Sh
         prepared = judge.prepare(name)
         prepared.run()
         before[name] = prepared.result().clone()
-    assert poison_what_no_query_attends_to(inputs) > 0
+    assume(poison_what_no_query_attends_to(inputs) > 0)  # not so where pages happen to be full of what is attended to
     for name, output in before.items():
         prepared = judge.prepare(name)
         prepared.run()

