@@ -49,15 +49,6 @@ def detect_environment(gpu: bool) -> Environment:
     return _gpu_environment() if gpu else _cpu_environment()
 
 
-def available_gpu_product() -> str | None:
-    """The driver's name of the GPU that torch calls current, such as ``NVIDIA H200``; None where torch can use none.
-
-    Raises :class:`MissingPackageError` without torch.
-    """
-    torch = _torch()
-    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-
-
 def kernel_libraries() -> tuple[KernelLibrary, ...]:
     """The kernel libraries that could be imported here, sorted by name; none of them is imported.
 

@@ -1,0 +1,99 @@
+"""The committed measurements, the policies made of them, and what README says about them agree, byte for byte."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mla_tune.cli import run
+from mla_tune.learn.evaluate import overall
+from mla_tune.learn.observations import Observations
+from mla_tune.policy import load_policy
+from mla_tune.site import MODELS, SiteName
+from mla_tune.store.export import export_lines, export_sha256, read_export
+from mla_tune.store.measurement import Role
+
+ROOT = Path(__file__).parent.parent
+POLICIES = sorted((ROOT / "policies").glob("*.yaml"))
+EXPORTS = sorted((ROOT / "db").glob("*.jsonl"))
+README = (ROOT / "README.md").read_text()
+H200 = ROOT / "db" / "nvidia-h200.jsonl"
+
+
+def _skus(paths: list[Path]) -> list[str]:
+    return [path.stem for path in paths]
+
+
+def test_every_policy_has_its_measurements_and_the_other_way_round() -> None:
+    assert _skus(POLICIES) == _skus(EXPORTS) == ["cpu", "nvidia-h200"]
+
+
+@pytest.mark.parametrize("export", EXPORTS, ids=_skus(EXPORTS))
+def test_the_committed_policy_is_rebuilt_byte_for_byte_without_torch(export: Path, tmp_path: Path) -> None:
+    committed = ROOT / "policies" / f"{export.stem}.yaml"
+    (tmp_path / "db").mkdir()
+    (tmp_path / "db" / export.name).write_bytes(export.read_bytes())
+    command = load_policy(committed).source.command.split()
+    assert command[0] == "mla-tune"
+    script = f"import sys; from mla_tune.cli import run; sys.exit(run({command[1:]}) or 'torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+    assert (tmp_path / "policies" / committed.name).read_bytes() == committed.read_bytes()
+
+
+@pytest.mark.parametrize("export", EXPORTS, ids=_skus(EXPORTS))
+def test_a_committed_export_is_what_exporting_it_again_would_write_and_stays_small(export: Path) -> None:
+    environment, rows = read_export(export)
+    assert "".join(f"{line.rstrip()}\n" for line in export_lines(environment, rows)) == export.read_text()
+    assert export.stat().st_size < 5_000_000
+    assert load_policy(ROOT / "policies" / f"{export.stem}.yaml").source.sha256 == export_sha256(export)
+
+
+def test_the_h200_was_measured_at_both_sites_with_every_model_head_count_and_layer_type() -> None:
+    tables = {(t.site, t.model, t.h_q, t.layer) for t in load_policy(ROOT / "policies" / "nvidia-h200.yaml").tables}
+    for model in MODELS.values():
+        for layer in (*model.site_layers(SiteName.PREFILL_ATTENTION), "forward"):
+            assert {(SiteName.PREFILL_ATTENTION, model.name, h_q, layer) for h_q in model.heads} <= tables
+        for layer in (*model.site_layers(SiteName.INDEXER_METADATA), "forward"):
+            assert (SiteName.INDEXER_METADATA, model.name, None, layer) in tables
+
+
+def test_readme_states_the_table_that_the_committed_measurements_give() -> None:
+    _, rows = read_export(H200)
+    judged = overall(Observations(rows), load_policy(ROOT / "policies" / "nvidia-h200.yaml"))
+    stated = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
+    expected = [
+        (rule.rule, *(f"{value:.3f}" for value in (rule.geomean, rule.mean, rule.p95, rule.worst)))
+        for rule in judged.slowdown
+    ]
+    assert stated == expected
+    held_out = {(m.site, m.shape) for m in rows if m.role is Role.HELD_OUT and m.site.h_q}
+    assert f"{judged.points} pairs of a table and a held-out shape, over {len(held_out)} measured" in README
+    assert len({(m.site, m.shape) for m in rows}) == int(_stated(r"(\d+) points in 478 s"))
+
+
+def _stated(pattern: str) -> str:
+    found = re.search(pattern, README, re.DOTALL)
+    assert found, pattern
+    return found.group(1)
+
+
+def test_readme_shows_what_explain_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    block = _stated(r"<!-- explain -->\n```\n(.*?)```")
+    command, shown = block.split("\n", 1)
+    assert run(command.removeprefix("$ mla-tune ").split()) == 0
+    assert capsys.readouterr().out.strip() == shown.strip()
+
+
+def test_every_command_that_readme_lists_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    listed = re.findall(r"^\| `mla-tune ([a-z |\\]+)", README, re.MULTILINE)
+    names = [name.replace("\\", "").split() for name in listed]
+    assert len(names) >= 8
+    for words in names:
+        for last in words[-1].split("|"):
+            assert run([*words[:-1], last, "--help"]) == 0
+    capsys.readouterr()
