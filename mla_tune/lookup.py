@@ -58,7 +58,8 @@ def decide(table: Table, num_qo_tokens: int, kv_tokens: int) -> Explanation:
         found = Explanation(table.incumbent, Reason.OUTSIDE)
     if _may_run(table, found.candidate, num_qo_tokens):
         return found
-    for candidate in (table.incumbent, *table.candidates):
+    barred = {entry.candidate for entry in table.ineligible}  # a slow first call is still better than a failing one
+    for candidate in (table.incumbent, *sorted(table.candidates, key=barred.__contains__)):
         if _may_run(table, candidate, num_qo_tokens):
             return Explanation(candidate, Reason.LIMIT, found.kv_tokens_from, found.num_qo_tokens_from, found.bracket)
     limits = ", ".join(f"{limit.candidate} up to {limit.num_qo_tokens}" for limit in table.limits)

@@ -61,6 +61,16 @@ class Limit(_Record, frozen=True):
     """What the failure said."""
 
 
+class Ineligible(_Record, frozen=True):
+    """A candidate that does not serve, however fast it runs: each new shape costs a server too long a first call."""
+
+    candidate: str
+    first_call_s: float
+    """Seconds of the slowest first call at a query token count, median over the counts that were measured."""
+    bound_s: float
+    """What the fit allowed."""
+
+
 class Slowdown(_Record, frozen=True):
     """t(choice) / t(fastest measured candidate) of one rule over the held-out points of a table."""
 
@@ -103,6 +113,8 @@ class Table(_Record, frozen=True):
     """Relative difference below which two candidates count as equal: the incumbent stays."""
     measured: Range
     limits: tuple[Limit, ...]
+    ineligible: tuple[Ineligible, ...]
+    """Measured candidates that no row may name; never the incumbent."""
     rows: tuple[Row, ...]
     held_out: HeldOut
 
@@ -157,7 +169,7 @@ class Policy(_Record, frozen=True):
 
 
 _ONE_LINE = frozenset({"gpu", "measured", "choices"})
-_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "slowdown"})
+_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown"})
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:

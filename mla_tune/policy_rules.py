@@ -13,7 +13,7 @@ from mla_tune.policy_yaml import MAX_INT64, shown
 from mla_tune.site import CANDIDATES, FORWARD, MODELS, ModelConfig, SiteName
 
 if TYPE_CHECKING:
-    from mla_tune.policy import HeldOut, Limit, Policy, Range, Row, Table
+    from mla_tune.policy import HeldOut, Ineligible, Limit, Policy, Range, Row, Table
 
 EVIDENCE = ("measured", "modelled")
 REGIMES = ("graph", "eager")
@@ -67,7 +67,10 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
     yield from _measured(f"{path}.measured", table.measured)
     for index, limit in enumerate(table.limits):
         yield from _limit(f"{path}.limits[{index}]", limit, table.candidates)
-    yield from _rows(f"{path}.rows", table.rows, table.candidates)
+    for index, entry in enumerate(table.ineligible):
+        yield from _ineligible(f"{path}.ineligible[{index}]", entry, table)
+    barred = {entry.candidate for entry in table.ineligible}
+    yield from _rows(f"{path}.rows", table.rows, [name for name in table.candidates if name not in barred])
     yield from _held_out(f"{path}.held_out", table.held_out, measured=measured)
 
 
@@ -99,6 +102,14 @@ def _limit(path: str, limit: Limit, candidates: Collection[str]) -> Iterator[Pro
     yield from _one_of(f"{path}.candidate", limit.candidate, candidates)
     yield from _number(f"{path}.num_qo_tokens", limit.num_qo_tokens, low=0)
     yield from _number(f"{path}.fails_at", limit.fails_at, low=limit.num_qo_tokens + 1)
+
+
+def _ineligible(path: str, entry: Ineligible, table: Table) -> Iterator[Problem]:
+    others = [name for name in table.candidates if name != table.incumbent]
+    yield from _one_of(f"{path}.candidate", entry.candidate, others)
+    if not 0 <= entry.bound_s < entry.first_call_s < math.inf:
+        rule = f"must be finite seconds above bound_s={entry.bound_s}"
+        yield Problem(f"{path}.first_call_s", f"{rule}: got {entry.first_call_s}")
 
 
 def _rows(path: str, rows: tuple[Row, ...], candidates: Collection[str]) -> Iterator[Problem]:

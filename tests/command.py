@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 SOON_S = 30.0
@@ -27,12 +28,12 @@ def run(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.Co
     )
 
 
-def start(folder: Path, *arguments: str | Path) -> subprocess.Popen[str]:
+def start(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
     """One command, under way in ``folder`` as the leader of a process group of its own."""
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         cwd=folder,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -47,6 +48,18 @@ def is_running(pid: int) -> bool:
     except OSError:
         return False
     return state not in "ZX"
+
+
+def group_members(group: int) -> list[str]:
+    """Names of the processes of a group, zombies left out."""
+    members = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):
+            name, _, rest = path.read_text().rpartition(")")
+            state, _, process_group, *_ = rest.split()
+            if int(process_group) == group and state not in "ZX":
+                members.append(name)
+    return members
 
 
 def wait_until_gone(pid: int) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from mla_tune.cli.places import make_folder
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.evaluate import overall
-from mla_tune.learn.fit import fit_policy, left_out
+from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.refine import crossover_shapes
 from mla_tune.policy import HeldOut, Policy, Source, write_policy
@@ -74,17 +74,19 @@ class Fitted:
     """Tables that the policy lacks although their incumbent ran: no held-out point can judge them."""
 
 
-def fit(measurements: Path, out: Path) -> Fitted:
+def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BOUND_S) -> Fitted:
     """Fit the policy of an export and write it. Nothing is written unless the fit succeeds."""
     environment, rows = read_export(measurements)
-    command = shlex.join(["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()])
+    words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
+    if first_call_bound_s != FIRST_CALL_BOUND_S:
+        words += ["--first-call-bound", repr(first_call_bound_s)]
     source = Source(
         file=measurements.as_posix(),
         sha256=export_sha256(measurements),
         measurements=len(rows),
-        command=command,
+        command=shlex.join(words),
     )
-    policy = fit_policy(environment, rows, source=source)
+    policy = fit_policy(environment, rows, source=source, first_call_bound_s=first_call_bound_s)
     make_folder(out)
     write_policy(out, policy)
     comparable = any(t.site == SiteName.PREFILL_ATTENTION and len(t.candidates) > 1 for t in policy.tables)

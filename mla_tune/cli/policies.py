@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mla_tune.cli.places import export_path, policy_path, policy_sku
-from mla_tune.errors import EnvironmentMismatchError, PolicyError
+from mla_tune.errors import EnvironmentMismatchError, PolicyError, UsageError
 from mla_tune.packaged import packaged_policy
 from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
 from mla_tune.runtime import Dispatcher
@@ -39,14 +39,21 @@ def fit(
     out: Annotated[
         Path | None, typer.Option("--out", help="Policy file to write (default policies/<sku>.yaml).")
     ] = None,
+    first_call_bound: Annotated[
+        float, typer.Option("--first-call-bound", help="Longest first call on a new shape, s, of a served candidate.")
+    ] = 1.0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
+    if not first_call_bound >= 0:
+        raise UsageError(
+            f"--first-call-bound must be seconds, at least 0: got {first_call_bound}; accepted: 1.0, or inf"
+        )
     from mla_tune.cli import pipeline, render
 
     source = measurements or export_path(policy_sku(gpu))
     target = out or policy_path(source.stem if measurements else policy_sku(gpu))
-    fitted = pipeline.fit(source, target)
+    fitted = pipeline.fit(source, target, first_call_bound)
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out)

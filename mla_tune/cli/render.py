@@ -129,6 +129,24 @@ def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
             )
     console.print(table)
     console.print("slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False)
+    for line in dict.fromkeys(_barred(policy)):
+        console.print(line, highlight=False)
+
+
+def _barred(policy: Policy) -> Iterator[str]:
+    """What may not serve, or not everywhere."""
+    for table in policy.tables:
+        for limit in table.limits:
+            heads = f", {table.h_q} heads" if table.h_q else ""
+            yield (
+                f"limit: {limit.candidate} ({table.site}{heads}) up to {limit.num_qo_tokens} query tokens, "
+                f"fails at {limit.fails_at}"
+            )
+        for entry in table.ineligible:
+            yield (
+                f"not served: {entry.candidate} ({table.site}): the first call on a new shape takes "
+                f"{entry.first_call_s:.1f} s, above {entry.bound_s:g} s (--first-call-bound)"
+            )
 
 
 def _policy_json(policy: Policy, path: Path) -> dict[str, object]:

@@ -19,7 +19,7 @@ from mla_tune.learn.scope import Scope
 from mla_tune.learn.segments import COST_UNIT, Band, Cells, Segment, merged_bands
 from mla_tune.learn.training import QUERY_COUNTS, IntArray, bin_start, training_grid
 from mla_tune.learn.work import Array
-from mla_tune.policy import Choice, Limit, Row
+from mla_tune.policy import Choice, Ineligible, Limit, Row
 from mla_tune.shape import Shape
 from mla_tune.store.measurement import Role
 
@@ -38,9 +38,12 @@ class Candidates:
     incumbent: str
     noise_band: float
     limits: tuple[Limit, ...]
+    ineligible: tuple[Ineligible, ...]
 
     def largest(self, name: str) -> float:
-        """Query tokens up to which a candidate may be chosen."""
+        """Query tokens up to which a candidate may be chosen; below any count for one that is not eligible."""
+        if any(entry.candidate == name for entry in self.ineligible):
+            return -np.inf
         return min((limit.num_qo_tokens for limit in self.limits if limit.candidate == name), default=np.inf)
 
 

@@ -23,6 +23,7 @@ from mla_tune.policy import (
     SCHEMA_VERSION,
     Gpu,
     HeldOut,
+    Ineligible,
     Library,
     Policy,
     PolicyEnvironment,
@@ -32,13 +33,21 @@ from mla_tune.policy import (
 from mla_tune.sku import Environment
 from mla_tune.store.measurement import Measurement, Role
 
+FIRST_CALL_BOUND_S = 1.0
+"""Longest first call on a new shape that a served candidate may cost: a request that waits for it misses any deadline."""
 _LEAST_NOISE_BAND = 0.01
 """Two timings of the same kernel in two processes differ by up to this, however tight each of them is."""
 _HALF_WIDTHS = 2.0
 """Confidence half-widths that make the band: each of the two candidates has its own."""
 
 
-def fit_policy(environment: Environment, measurements: Iterable[Measurement], *, source: Source) -> Policy:
+def fit_policy(
+    environment: Environment,
+    measurements: Iterable[Measurement],
+    *,
+    source: Source,
+    first_call_bound_s: float = FIRST_CALL_BOUND_S,
+) -> Policy:
     """The policy that ``measurements`` of one environment support.
 
     A site, or a model, that was not swept has no table; nor has one whose incumbent never ran, since there is nothing
@@ -46,7 +55,7 @@ def fit_policy(environment: Environment, measurements: Iterable[Measurement], *,
     (:func:`left_out` names these). Raises :class:`FitError` if no table is left.
     """
     costs = CostModel(environment, measurements)
-    tables = [table for scope in scopes() if (table := fit_table(costs, scope)) is not None]
+    tables = [table for scope in scopes() if (table := fit_table(costs, scope, first_call_bound_s)) is not None]
     if not tables:
         raise FitError(
             f"a policy needs a site whose incumbent ran, with held-out points to judge it by: got none for "
@@ -73,9 +82,9 @@ def fit_policy(environment: Environment, measurements: Iterable[Measurement], *,
     )
 
 
-def fit_table(costs: CostModel, scope: Scope) -> Table | None:
+def fit_table(costs: CostModel, scope: Scope, first_call_bound_s: float = FIRST_CALL_BOUND_S) -> Table | None:
     """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points."""
-    candidates = _candidates(costs.observations, scope)
+    candidates = _candidates(costs.observations, scope, first_call_bound_s)
     if candidates is None:
         return None
     swept = swept_shapes(costs, scope, candidates.names)
@@ -91,6 +100,7 @@ def fit_table(costs: CostModel, scope: Scope) -> Table | None:
         noise_band=candidates.noise_band,
         measured=measured_range(swept),
         limits=candidates.limits,
+        ineligible=candidates.ineligible,
         rows=table_rows(costs, scope, candidates),
         held_out=HeldOut(points=0, slowdown=()),
     )
@@ -113,7 +123,7 @@ def left_out(measurements: Iterable[Measurement], policy: Policy) -> list[str]:
     ]
 
 
-def _candidates(observations: Observations, scope: Scope) -> Candidates | None:
+def _candidates(observations: Observations, scope: Scope, first_call_bound_s: float) -> Candidates | None:
     """The candidates that a table may choose from, the incumbent first; None if that never ran."""
     incumbent = scope.model.incumbent(scope.name)
     sites = [site for site, _ in scope.parts]
@@ -128,7 +138,12 @@ def _candidates(observations: Observations, scope: Scope) -> Candidates | None:
             f"a table must leave one candidate at every query token count: got limits on all of {', '.join(names)} for "
             f"{scope.name} of {scope.model.name}, layer {scope.layer}; next: see why they fail, then sweep again"
         )
-    return Candidates(names, incumbent, _noise_band(observations, scope), found)
+    slow = tuple(
+        Ineligible(candidate=name, first_call_s=seconds, bound_s=first_call_bound_s)
+        for name in others
+        if (seconds := round(observations.first_call_s(sites[0], name), 3)) > first_call_bound_s
+    )
+    return Candidates(names, incumbent, _noise_band(observations, scope), found, slow)
 
 
 def _noise_band(observations: Observations, scope: Scope) -> float:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from statistics import median
 
 from mla_tune.shape import Shape
 from mla_tune.site import ModelConfig, Site, SiteName
@@ -152,6 +153,20 @@ class Observations:
         if self.cost(site, candidate, shape) is not None:
             return None
         return self._failures.get((site, candidate, shape))
+
+    def first_call_s(self, site: Site, candidate: str) -> float:
+        """What the first call at a new query token count costs, in seconds; 0 where none was recorded.
+
+        At each count the slowest first call, and of those the median: a library that compiles once in a process shows it
+        at one count, one that compiles for every new shape shows it at most. All layer types count, since what one of them
+        compiled the next finds in the cache.
+        """
+        slowest: dict[int, float] = {}
+        for (measured, name, shape), parts in self._parts.items():
+            if measured.name is site.name and name == candidate:
+                seconds = max((m.first_call_s or 0.0 for m in parts.values()), default=0.0)
+                slowest[shape.num_qo_tokens] = max(slowest.get(shape.num_qo_tokens, 0.0), seconds)
+        return median(slowest.values()) if slowest else 0.0
 
     def relative_errors(self, site: Site) -> list[float]:
         """Half-width of the confidence interval over the median, for each whole timing of the fit points."""

@@ -8,6 +8,7 @@ import signal
 import tempfile
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 from mla_tune.sweep.messages import Hello, Message, Refused, Task
@@ -32,6 +33,15 @@ class WorkerProcess:
         self._process = context.Process(
             target=_enter, args=(theirs, kind, os.getpid(), name), daemon=True, name="mla-tune worker"
         )
+        try:
+            self._start(theirs)
+            self.hello = self._greeting()
+        except BaseException:  # Ctrl-C too must leave neither the process nor its file behind
+            self.stop()
+            Path(name).unlink(missing_ok=True)
+            raise
+
+    def _start(self, theirs: Connection) -> None:
         # Ctrl-C in a terminal reaches the worker too, which would print a traceback until it has set its own handler.
         resource_tracker.ensure_running()  # first: starting it unblocks the signal again
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
@@ -40,7 +50,6 @@ class WorkerProcess:
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         theirs.close()
-        self.hello = self._greeting()
 
     @property
     def pid(self) -> int | None:
@@ -69,7 +78,8 @@ class WorkerProcess:
     def stop(self) -> None:
         """End it: by closing its pipe, and by force where that is not enough."""
         self._connection.close()
-        self._process.join(0.2)
+        if self._process.pid is not None:
+            self._process.join(0.2)
         if self._process.is_alive():
             self._process.kill()
             self._process.join(STOP_TIMEOUT_S)
@@ -82,15 +92,16 @@ class WorkerProcess:
             message = None
         if isinstance(message, Hello):
             return message
-        ending = message.reason if isinstance(message, Refused) else self.epitaph()
-        self.stop()
         if isinstance(message, Refused):
-            raise EnvironmentMismatchError(ending)
-        raise MlaTuneError(f"the {self._kind} worker did not start: {ending}; run `mla-tune env` to see why")
+            raise EnvironmentMismatchError(message.reason)
+        raise MlaTuneError(f"the {self._kind} worker did not start: {self.epitaph()}; run `mla-tune env` to see why")
 
 
 def _enter(connection: Connection, kind: str, parent_pid: int, log: str) -> None:
-    sink = os.open(log, os.O_WRONLY | os.O_APPEND)
+    try:
+        sink = os.open(log, os.O_WRONLY | os.O_APPEND)
+    except FileNotFoundError:  # the parent has given up already
+        os._exit(1)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.unlink(log)  # both ends have it open; however they end, nothing is left behind

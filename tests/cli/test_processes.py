@@ -14,7 +14,7 @@ from mla_tune.errors import StoreError
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Measurement
 from tests.cli.conftest import SWEEP
-from tests.command import COMMAND, ENVIRONMENT, SOON_S, run, start
+from tests.command import COMMAND, ENVIRONMENT, SOON_S, group_members, run, start
 
 LONG_SWEEP = ("sweep", "--gpu", "cpu", "--model", "deepseek-v4-flash")
 GO_ON = "mla-tune: interrupted: what was measured is stored; run the same command again to go on"
@@ -37,14 +37,6 @@ def has_points(folder: Path) -> bool:
         return False
 
 
-def group_is_running(group: int) -> bool:
-    try:
-        os.killpg(group, 0)
-    except ProcessLookupError:
-        return False
-    return True
-
-
 def test_ctrl_c_in_a_sweep_says_how_to_go_on_keeps_its_points_and_leaves_no_process(tmp_path: Path) -> None:
     process = start(tmp_path, *LONG_SWEEP)
     deadline = time.monotonic() + SOON_S
@@ -55,9 +47,9 @@ def test_ctrl_c_in_a_sweep_says_how_to_go_on_keeps_its_points_and_leaves_no_proc
     assert (process.returncode, out) == (130, "")
     assert err.splitlines()[-1] == GO_ON
     assert "Traceback" not in err
-    while group_is_running(process.pid) and time.monotonic() < deadline + SOON_S:
+    while group_members(process.pid) and time.monotonic() < deadline + SOON_S:
         time.sleep(0.05)
-    assert not group_is_running(process.pid)
+    assert group_members(process.pid) == []
     kept = stored(tmp_path)
     assert kept
     again = run(tmp_path, *LONG_SWEEP, "--budget", "0.001", "--no-fit", "--json")
@@ -66,9 +58,11 @@ def test_ctrl_c_in_a_sweep_says_how_to_go_on_keeps_its_points_and_leaves_no_proc
     assert {row.key for row in kept} <= {row.key for row in stored(tmp_path)}
 
 
-@pytest.mark.parametrize("delay_s", [0.15, 0.5, 1.2])
+@pytest.mark.parametrize("delay_s", [0.15, 0.4, 0.6, 1.2])
 def test_ctrl_c_while_a_sweep_starts_is_one_line_too(delay_s: float, tmp_path: Path) -> None:
-    process = start(tmp_path, *LONG_SWEEP)
+    workers_files = tmp_path / "temporary"
+    workers_files.mkdir()
+    process = start(tmp_path, *LONG_SWEEP, TMPDIR=str(workers_files))
     time.sleep(delay_s)
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=SOON_S)
@@ -78,6 +72,7 @@ def test_ctrl_c_while_a_sweep_starts_is_one_line_too(delay_s: float, tmp_path: P
     if process.returncode == 130:
         assert err.splitlines()[-1] == GO_ON
         assert "Traceback" not in err
+        assert list(workers_files.iterdir()) == []
 
 
 @pytest.mark.parametrize(

@@ -58,8 +58,9 @@ def main() -> None:
         compile_kernel(slot_ids._request_slots, 4, PAGE_SIZE=64, FROM_END=from_end, ROWS=512)
     compile_kernel(combine._combine, 4, RATIO=4, TOPK=512, WINDOW=128, TOKENS=8, COLUMNS=128)
     for ratio in (0, 128):
-        absent = {"topk_indices_ptr": None, "RATIO": ratio, "TOPK": 0}
-        compile_kernel(combine._combine, 4, **absent, WINDOW=128, TOKENS=8, COLUMNS=128)
+        compile_kernel(
+            combine._combine, 4, topk_indices_ptr=None, RATIO=ratio, TOPK=0, WINDOW=128, TOKENS=8, COLUMNS=128
+        )
     compile_kernel(indexer_metadata._metadata, 8, SPLIT=256, TILES=128, COLUMNS=32)
     print("compiled")
 

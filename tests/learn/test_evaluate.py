@@ -23,6 +23,7 @@ TABLE = Table(
     noise_band=0.01,
     measured=Range(num_qo_tokens=(1, 65536), kv_tokens=(1, 1 << 26)),
     limits=(),
+    ineligible=(),
     rows=(Row(kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),)),),
     held_out=HeldOut(points=0, slowdown=()),
 )

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import FitError
-from mla_tune.learn.fit import fit_policy
+from mla_tune.learn.fit import fit_policy, left_out
 from mla_tune.learn.observations import shares
 from mla_tune.lookup import decide
 from mla_tune.policy import Choice, Policy, Row, Table, dump_policy, parse_policy
@@ -274,3 +274,24 @@ def test_without_measurements_there_is_no_policy() -> None:
 def test_without_the_incumbent_there_is_no_policy() -> None:
     with pytest.raises(FitError, match="incumbent"):
         fit_policy(ENVIRONMENT, [m for m in CLEAN if m.candidate != "sparse_fwd"], source=SOURCE)
+
+
+def test_a_candidate_that_compiles_for_seconds_at_most_new_shapes_is_measured_but_never_served() -> None:
+    slow = [replace(m, first_call_s=2.5) if m.candidate == "with_kvcache" else m for m in CLEAN]
+    table = _c4a_table(slow)
+    assert [(entry.candidate, entry.first_call_s) for entry in table.ineligible] == [("with_kvcache", 2.5)]
+    assert {choice.candidate for row in table.rows for choice in row.choices} == {"sparse_fwd"}
+    assert "always with_kvcache" in [entry.rule for entry in table.held_out.slowdown]
+
+
+def test_one_slow_first_call_in_a_process_bars_nobody() -> None:
+    first = min(m.shape for m in CLEAN)
+    warmed = [replace(m, first_call_s=30.0 if m.shape == first else 0.001) for m in CLEAN]
+    assert _c4a_table(warmed) == _c4a_table(CLEAN)
+
+
+def test_a_table_that_no_held_out_point_can_judge_is_left_out_by_name() -> None:
+    unjudged = [m for m in sweep(World(), [C4A, METADATA]) if m.role is Role.FIT or m.site == METADATA]
+    policy = _fit(unjudged)
+    assert {table.site for table in policy.tables} == {METADATA.name}
+    assert left_out(unjudged, policy) == ["prefill_attention, deepseek-v4-flash, h_q 64, c4a"]

@@ -11,6 +11,7 @@ from mla_tune.policy import (
     Choice,
     Gpu,
     HeldOut,
+    Ineligible,
     Library,
     Limit,
     Policy,
@@ -54,6 +55,7 @@ def table(**changes: Any) -> Table:
         noise_band=0.03,
         measured=Range(num_qo_tokens=(16, 32768), kv_tokens=(2048, 1 << 26)),
         limits=(),
+        ineligible=(),
         rows=(
             Row(
                 kv_tokens_from=0,
@@ -151,22 +153,36 @@ def limits(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Limit, ...]:
 
 
 @st.composite
+def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]:
+    barred = draw(st.lists(st.sampled_from(candidates), unique=True)) if candidates else []
+    return tuple(
+        Ineligible(candidate=name, first_call_s=bound + 0.5, bound_s=bound)
+        for name in barred
+        for bound in [draw(st.integers(0, 100).map(lambda halves: halves / 2))]
+    )
+
+
+@st.composite
 def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]) -> Table:
     site, model, h_q, layer = key
     candidates = tuple(sorted(draw(st.sets(st.sampled_from(CANDIDATES[site]), min_size=1))))
     ranges = st.tuples(counts, counts).map(lambda pair: (min(pair), max(pair)))
+    incumbent = draw(st.sampled_from(candidates))
+    barred = draw(ineligible([name for name in candidates if name != incumbent]))
+    served = tuple(name for name in candidates if name not in {entry.candidate for entry in barred})
     rules = ["policy", *draw(st.lists(words.filter(lambda word: word != "policy"), unique=True, max_size=2))]
     return Table(
         site=site.value,
         model=model,
         h_q=h_q,
         layer=str(layer),
-        incumbent=draw(st.sampled_from(candidates)),
+        incumbent=incumbent,
         candidates=candidates,
         noise_band=draw(st.floats(0, 1, exclude_max=True)),
         measured=Range(num_qo_tokens=draw(ranges), kv_tokens=draw(ranges)),
         limits=draw(limits(candidates)),
-        rows=draw(rows(candidates)),
+        ineligible=barred,
+        rows=draw(rows(served)),
         held_out=HeldOut(
             points=draw(counts),
             slowdown=tuple(

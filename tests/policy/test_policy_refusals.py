@@ -93,6 +93,7 @@ FIRST_ROW = GOOD[GOOD.index("      - kv_tokens_from: 0\n") : GOOD.index("      -
 SECOND_ROW = GOOD[GOOD.index("      - kv_tokens_from: 1048576\n") : GOOD.index("    held_out:")]
 TABLE = GOOD[GOOD.index("  - site:") :]
 LIMIT = "limits:\n      - {{candidate: {}, num_qo_tokens: {}, fails_at: {}, found_by: sweep, reason: x}}"
+SLOW = "ineligible:\n      - {{candidate: {}, first_call_s: {}, bound_s: {}}}"
 CHOICES = "tables[0].rows[0].choices"
 
 
@@ -127,6 +128,14 @@ CHOICES = "tables[0].rows[0].choices"
         ("limits: []", LIMIT.format("jit", 1, 2), "tables[0].limits[0].candidate", "accepted: sparse_fwd, with_kv"),
         ("limits: []", LIMIT.format("sparse_fwd", 5, 5), "tables[0].limits[0].fails_at", "at least 6"),
         ("limits: []", LIMIT.format("sparse_fwd", -1, 5), "tables[0].limits[0].num_qo_tokens", "at least 0"),
+        (
+            "ineligible: []",
+            SLOW.format("sparse_fwd", 2.0, 1.0),
+            "tables[0].ineligible[0].candidate",
+            "accepted: with_kv",
+        ),
+        ("ineligible: []", SLOW.format("with_kvcache", 1.0, 1.0), "tables[0].ineligible[0].first_call_s", "above"),
+        ("ineligible: []", SLOW.format("with_kvcache", 2.0, 1.0), f"{CHOICES}[0].candidate", "accepted: sparse_fwd"),
         (f"rows:\n{FIRST_ROW}{SECOND_ROW}", "rows: []\n", "tables[0].rows", "at least one row"),
         ("kv_tokens_from: 0", "kv_tokens_from: 1", "tables[0].rows[0].kv_tokens_from", "must be 0 on the first"),
         ("kv_tokens_from: 1048576", "kv_tokens_from: 0", "tables[0].rows[1].kv_tokens_from", "before it (0): got 0"),
