@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -210,13 +213,23 @@ def _rules_table(judged: HeldOut, title: str) -> RichTable:
     return table
 
 
+def _this_command() -> list[str]:
+    """How a shell in this folder starts the program that runs now: by name where it is on the path."""
+    if shutil.which("mla-tune"):
+        return ["mla-tune"]
+    installed = Path(sys.executable).with_name("mla-tune")
+    if installed.exists():
+        return [os.path.relpath(installed)]
+    return [sys.executable, "-m", "mla_tune"]
+
+
 def next_command(policy: Policy, path: Path) -> None:
     """Where the policy lies and what to try with it: the table with most thresholds, at one of them."""
     table = max(policy.tables, key=lambda table: sum(len(row.choices) for row in table.rows))
     row = max(table.rows, key=lambda row: len(row.choices))
     tokens = max(row.choices[-1].num_qo_tokens_from, table.measured.num_qo_tokens[0])
     kv_tokens = max(row.kv_tokens_from, table.measured.kv_tokens[0])
-    words = ["mla-tune", "explain", "--policy", str(path)]
+    words = [*_this_command(), "explain", "--policy", str(path)]
     if Path(policy.source.file) != export_path(policy.gpu.sku):
         words += ["--measurements", policy.source.file]
     words += ["--site", table.site, "--model", table.model, "--layer", table.layer]

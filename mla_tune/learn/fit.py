@@ -37,6 +37,8 @@ FIRST_CALL_BOUND_S = 1.0
 """Longest first call on a new shape that a served candidate may cost: a request that waits for it misses any deadline."""
 _LEAST_NOISE_BAND = 0.01
 """Two timings of the same kernel in two processes differ by up to this, however tight each of them is."""
+_MOST_NOISE_BAND = 0.99
+"""Where timings scatter by their own size nothing can win; a policy still has to hold a number below 1."""
 _HALF_WIDTHS = 2.0
 """Confidence half-widths that make the band: each of the two candidates has its own."""
 
@@ -148,4 +150,4 @@ def _candidates(observations: Observations, scope: Scope, first_call_bound_s: fl
 
 def _noise_band(observations: Observations, scope: Scope) -> float:
     errors = [error for site, _ in scope.parts for error in observations.relative_errors(site)]
-    return round(max(_LEAST_NOISE_BAND, _HALF_WIDTHS * median(errors) if errors else 0.0), 4)
+    return round(min(max(_LEAST_NOISE_BAND, _HALF_WIDTHS * median(errors) if errors else 0.0), _MOST_NOISE_BAND), 4)

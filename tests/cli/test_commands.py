@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,7 @@ def test_a_sweep_prints_its_table_the_policys_path_and_what_it_did(swept: Swept)
 
 def test_the_command_that_a_sweep_prints_next_works_as_it_stands(folder: Path, swept: Swept) -> None:
     (command,) = commands_after(swept.result.stdout, "next:")
-    program, *arguments = shlex.split(command)
-    assert program == "mla-tune"
-    result = run(folder, *arguments)
+    result = subprocess.run(shlex.split(command), cwd=folder, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stderr) == (0, "")
     assert "choice: " in result.stdout
 

@@ -295,3 +295,8 @@ def test_a_table_that_no_held_out_point_can_judge_is_left_out_by_name() -> None:
     policy = _fit(unjudged)
     assert {table.site for table in policy.tables} == {METADATA.name}
     assert left_out(unjudged, policy) == ["prefill_attention, deepseek-v4-flash, h_q 64, c4a"]
+
+
+def test_timings_that_scatter_by_more_than_their_size_still_make_a_valid_policy() -> None:
+    wild = [replace(m, ci_low_us=0.0, ci_high_us=10 * m.latency_us) if m.latency_us is not None else m for m in CLEAN]
+    assert _c4a_table(wild).noise_band == 0.99
