@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -11,6 +12,8 @@ from mla_tune.errors import MlaTuneError
 
 def main() -> None:
     """Entry point of the console script."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     sys.exit(run(sys.argv[1:]))
 
 
@@ -40,5 +43,6 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(line: str, code: int) -> int:
-    print(f"mla-tune: {' '.join(line.split())}", file=sys.stderr)
+    shown = " ".join(line.split()).encode(errors="backslashreplace").decode()
+    print(f"mla-tune: {shown}", file=sys.stderr)
     return code

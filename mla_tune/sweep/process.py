@@ -6,6 +6,9 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -34,22 +37,14 @@ class WorkerProcess:
             target=_enter, args=(theirs, kind, os.getpid(), name), daemon=True, name="mla-tune worker"
         )
         try:
-            self._start(theirs)
+            with _ctrl_c_held_back():
+                self._process.start()
+            theirs.close()
             self.hello = self._greeting()
         except BaseException:  # Ctrl-C too must leave neither the process nor its file behind
             self.stop()
             Path(name).unlink(missing_ok=True)
             raise
-
-    def _start(self, theirs: Connection) -> None:
-        # Ctrl-C in a terminal reaches the worker too, which would print a traceback until it has set its own handler.
-        resource_tracker.ensure_running()  # first: starting it unblocks the signal again
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
-        try:
-            self._process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        theirs.close()
 
     @property
     def pid(self) -> int | None:
@@ -95,6 +90,25 @@ class WorkerProcess:
         if isinstance(message, Refused):
             raise EnvironmentMismatchError(message.reason)
         raise MlaTuneError(f"the {self._kind} worker did not start: {self.epitaph()}; run `mla-tune env` to see why")
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Start a process in here: Ctrl-C comes after it, and never to that process, where it would print a traceback."""
+    resource_tracker.ensure_running()  # first: starting it unblocks the signal again
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # what the new process inherits
+    pressed: list[int] = []
+    # The mask is this thread's alone: another may take the signal, and the exception would still be raised here.
+    main = threading.current_thread() is threading.main_thread()
+    handler = signal.signal(signal.SIGINT, lambda number, _: pressed.append(number)) if main else None
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if main:
+            signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
+    for number in pressed[:1]:
+        signal.raise_signal(number)
 
 
 def _enter(connection: Connection, kind: str, parent_pid: int, log: str) -> None:
