@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 settings.register_profile("mla-tune", deadline=None)  # a first example may compile a kernel
 settings.load_profile("mla-tune")
 
+# Threads that wait for each other make a test of milliseconds take seconds wherever the machine has other work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in every worker
+
 
 def _has_cuda() -> bool:
     if importlib.util.find_spec("torch") is None:

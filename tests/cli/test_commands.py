@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import shutil
 import subprocess
@@ -199,6 +200,12 @@ def test_help_is_on_standard_output(arguments: list[str], capsys: pytest.Capture
 
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     assert output(capsys, "--version") == f"mla-tune {__version__}\n"
+
+
+def test_a_path_that_is_no_text_can_be_used_and_shown(folder: Path) -> None:
+    result = run(folder, "db", "import", EXPORT, "--db", os.fsdecode(b"\xff.db"), PYTHONIOENCODING="utf-8")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.endswith("measurements were new: \\udcff.db\n")
 
 
 def test_output_in_ascii_is_readable_too(folder: Path) -> None:

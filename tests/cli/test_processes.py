@@ -67,12 +67,12 @@ def test_ctrl_c_while_a_sweep_starts_is_one_line_too(delay_s: float, tmp_path: P
     os.killpg(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=SOON_S)
     assert out == ""
-    # Before the first line of our code runs, Python itself reports the signal.
-    assert process.returncode == 130 or "Traceback" in err
-    if process.returncode == 130:
-        assert err.splitlines()[-1] == GO_ON
-        assert "Traceback" not in err
-        assert list(workers_files.iterdir()) == []
+    assert list(workers_files.iterdir()) == []
+    if "runpy" in err or "init_import_site" in err:  # before the first line of our code, Python reports the signal
+        return
+    # CPython ends by the signal, which shells report as 130 too, where it met an exec() such as dataclasses use.
+    assert process.returncode in (130, -signal.SIGINT)
+    assert err == f"{GO_ON}\n"
 
 
 @pytest.mark.parametrize(

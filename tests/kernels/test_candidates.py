@@ -18,7 +18,7 @@ from mla_tune.sweep.judge import AttentionJudge, IndexerJudge, Judge
 from tests.shapes import every_site, shapes
 
 CPU = torch.device("cpu")
-DEVICE = candidates.Device.current("cpu")
+DEVICE = candidates.Device("cpu", 0, sm_count=7)  # seven unequal shares of the indexer's schedule
 NAN_BYTE = 0xFF
 attention_sites = every_site(SiteName.PREFILL_ATTENTION)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -27,11 +27,8 @@ HEALTHY = "with_kvcache"
 
 
 @pytest.fixture(scope="module")
-def measurer() -> Iterator[PointMeasurer]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # on a machine with other work, threads that wait for each other take seconds
-    yield PointMeasurer("cpu")
-    torch.set_num_threads(threads)
+def measurer() -> PointMeasurer:
+    return PointMeasurer("cpu")
 
 
 def rows_of(measurer: PointMeasurer, task: Task) -> tuple[list[Measurement], list[str]]:
