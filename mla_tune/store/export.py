@@ -58,6 +58,8 @@ class _Environment(_Record, frozen=True):
 class _Header(_Record, frozen=True):
     format: str
     version: int
+    points: _Count
+    """Lines that follow: a file that was cut short shows it."""
     environment: _Environment
 
 
@@ -122,10 +124,10 @@ def export_lines(environment: Environment, measurements: Iterable[Measurement]) 
     rows = sorted(map(to_export_precision, measurements), key=lambda m: m.key)
     if reason := _collective_fault(rows):
         raise StoreError(f"measurements must be sound to be exported: {reason}")
-    header = _Header(format=FORMAT, version=VERSION, environment=msgspec.convert(asdict(environment), _Environment))
-    yield _line(header)
-    for _, point in groupby(rows, key=lambda m: (m.site, m.shape)):
-        yield _line(_encode_point(list(point)))
+    points = [list(point) for _, point in groupby(rows, key=lambda m: (m.site, m.shape))]
+    described = msgspec.convert(asdict(environment), _Environment)
+    yield _line(_Header(format=FORMAT, version=VERSION, points=len(points), environment=described))
+    yield from (_line(_encode_point(point)) for point in points)
 
 
 def write_export(path: str | os.PathLike[str], environment: Environment, measurements: Iterable[Measurement]) -> None:
@@ -143,7 +145,7 @@ def write_export(path: str | os.PathLike[str], environment: Environment, measure
 def read_export(path: str | os.PathLike[str]) -> tuple[Environment, list[Measurement]]:
     """Environment and measurements of an export, in its order. Raises :class:`StoreError` that names file and line."""
     lines = _read(path).removesuffix(b"\n").split(b"\n")
-    environment = _decode_header(path, lines[0])
+    environment, points = _decode_header(path, lines[0])
     measurements: list[Measurement] = []
     seen: set[tuple[str, Shape]] = set()
     for number, line in enumerate(lines[1:], start=2):
@@ -156,6 +158,8 @@ def read_export(path: str | os.PathLike[str]) -> tuple[Environment, list[Measure
             raise _refusal(path, number, f"a point that no line before has: {point[0].label} is repeated")
         seen.add(identity)
         measurements += point
+    if len(seen) != points:
+        raise _refusal(path, len(lines), f"the last of {points} points: the file is cut short or was added to")
     return environment, measurements
 
 
@@ -260,8 +264,8 @@ def _decode_site(key: str) -> Site:
         raise ValueError(f"site must be a key like prefill_attention/c4a/h64/k512: got {key!r}") from error
 
 
-def _decode_header(path: str | os.PathLike[str], line: bytes) -> Environment:
-    accepted = f'a header {{"format": "{FORMAT}", "version": {VERSION}, "environment": {{...}}}}'
+def _decode_header(path: str | os.PathLike[str], line: bytes) -> tuple[Environment, int]:
+    accepted = f'a header {{"format": "{FORMAT}", "version": {VERSION}, "points": ..., "environment": {{...}}}}'
     try:
         found = msgspec.json.decode(line, type=_Version)
         if found.format == FORMAT and found.version > VERSION:
@@ -275,7 +279,7 @@ def _decode_header(path: str | os.PathLike[str], line: bytes) -> Environment:
         KernelLibrary(library.name, library.version, library.sha256) for library in header.environment.libraries
     )
     fields = {name: getattr(header.environment, name) for name in header.environment.__struct_fields__}
-    return Environment(**{**fields, "libraries": libraries})
+    return Environment(**{**fields, "libraries": libraries}), header.points
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

@@ -62,7 +62,10 @@ def check_file(path: Path, *, create: bool) -> None:
         raise StoreError(f"a measurement database must be a regular file: {path} is not; name a file, new or existing")
     log = Path(f"{path}-wal")
     # An ordinary read-only connection leaves -wal and -shm files behind; it is needed only where a log is to be read.
-    mode = "mode=ro" if log.exists() and log.stat().st_size else "mode=ro&immutable=1"
+    logged = log.exists() and log.stat().st_size > 0
+    mode = "mode=ro" if logged else "mode=ro&immutable=1"
+    if not logged:
+        _require_whole_pages(path)
     with closing(connect(path, mode, busy_timeout_s=1.0)) as connection:
         db = sqlite_utils.Database(connection, execute_plugins=False)
         tables, applied = db.table_names(), applied_migrations(db)
@@ -101,3 +104,19 @@ def _writer_pid(path: Path) -> int | None:
         if int(inode) in inodes:
             return int(pid)
     return None
+
+
+def _require_whole_pages(path: Path) -> None:
+    """Refuse a file that was cut inside a page: SQLite would open it and read zeros there (file format, section 1.3)."""
+    with path.open("rb") as file:
+        header = file.read(100)
+    if len(header) < 100 or not header.startswith(b"SQLite format 3\0"):
+        return  # empty, or what SQLite itself refuses
+    page_bytes = int.from_bytes(header[16:18], "big")
+    page_bytes = 65536 if page_bytes == 1 else page_bytes
+    size = path.stat().st_size
+    if page_bytes and size % page_bytes:
+        raise StoreError(
+            f"a measurement database must be whole: {path} has {size} bytes, which is no multiple of its pages of "
+            f"{page_bytes}: it was cut short; restore a copy of it"
+        )

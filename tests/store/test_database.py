@@ -231,6 +231,16 @@ def test_a_damaged_database_is_named_in_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(refusal.value)
 
 
+def test_a_database_that_was_cut_inside_a_page_is_refused_before_sqlite_fills_it_with_zeros(tmp_path: Path) -> None:
+    path = tmp_path / "a.db"
+    with Database.open(path) as database:
+        database.record(ENVIRONMENT, fixed_rows())
+    path.write_bytes(path.read_bytes()[:-100])
+    cut = path.read_bytes()
+    assert "must be whole" in _refused(path)
+    assert path.read_bytes() == cut
+
+
 def test_places_where_no_database_can_be_are_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     os.mkfifo(tmp_path / "pipe")

@@ -84,6 +84,7 @@ def test_the_lines_of_an_export_are_these() -> None:
     assert json.loads(first) == {
         "format": "mla-tune-measurements",
         "version": 1,
+        "points": 1,
         "environment": {
             "sku": "nvidia-h200",
             "sm_count": 132,
@@ -231,6 +232,11 @@ def test_a_repeated_point_a_blank_line_and_a_cut_line_are_refused(tmp_path: Path
     )
     assert "line 3" in _refused(path, (header + first + "\n" + second).encode())
     assert "line 3" in _refused(path, (header + first + second[:-3]).encode())
+
+
+def test_an_export_that_was_cut_between_two_lines_is_refused(tmp_path: Path) -> None:
+    header, first, _ = export_lines(ENVIRONMENT, fixed_rows())
+    assert "line 2 must hold the last of 2 points" in _refused(tmp_path / "a.jsonl", (header + first).encode())
 
 
 def test_line_ends_that_a_checkout_rewrote_read_the_same(tmp_path: Path) -> None:
