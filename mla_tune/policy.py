@@ -239,7 +239,8 @@ def _header(policy: Policy) -> Iterator[str]:
         yield "GPU's measurements. Sweep this GPU and fit again before you rely on them."
     builds = ", ".join(f"{library.name} {library.version}" for library in policy.environment.libraries)
     yield f"evidence: {policy.evidence}, {policy.source.measurements} measurements, {policy.regime} time"
-    yield f"GPU: {policy.gpu.sku}, {policy.gpu.sm_count} SMs; kernels: {builds or 'none'}"
+    where = "CPU threads" if policy.gpu.sku == "cpu" else "SMs"
+    yield f"GPU: {policy.gpu.sku}, {policy.gpu.sm_count} {where}; kernels: {builds or 'none'}"
 
 
 def _decode(data: bytes, source: str) -> str:

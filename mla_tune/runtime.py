@@ -211,6 +211,25 @@ class Dispatcher:
         return dispatcher
 
 
+_SAME_MODULE = {
+    "sgl-flash-mla": "flash-mla",
+    "flash-mla": "sgl-flash-mla",
+    "sgl-deep-gemm": "deep-gemm",
+    "deep-gemm": "sgl-deep-gemm",
+}
+"""Distributions that bring the same module: a fork and its upstream are different builds."""
+
+
+def _installed(distribution: str) -> str | None:
+    """Name and version of a distribution, None where it is not installed."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return f"{distribution} {version(distribution)}" if distribution else None
+    except PackageNotFoundError:
+        return None
+
+
 def _mismatches(policy: Policy | None, gpu: GpuIdentity | None) -> list[str]:
     """How this machine differs from the measured one in what thresholds and limits depend on; one line each."""
     if policy is None:
@@ -227,7 +246,10 @@ def _mismatches(policy: Policy | None, gpu: GpuIdentity | None) -> list[str]:
         try:
             installed = version(library.name)
         except PackageNotFoundError:
-            continue  # not installed, or built from source without metadata: its version cannot contradict
+            other = _installed(_SAME_MODULE.get(library.name, ""))
+            if other:  # without any metadata there is nothing to compare
+                lines.append(f"{library.name} {library.version} must be the measured build: got {other} in its place")
+            continue
         if installed != library.version:
             lines.append(f"{library.name} must be the measured version {library.version}: got {installed}")
     return lines

@@ -12,6 +12,11 @@ from dataclasses import dataclass
 from mla_tune.errors import UsageError
 from mla_tune.site import SWA_WINDOW, LayerType, Site
 
+MAX_REQS = 1 << 16
+"""Most requests of one forward: beyond what any engine batches, small enough to list them."""
+MAX_TOKENS = 1 << 62
+"""Most tokens: sums of them still fit the 64-bit integers of databases and policies."""
+
 
 @dataclass(frozen=True, slots=True, order=True)
 class Shape:
@@ -24,6 +29,11 @@ class Shape:
     """Context tokens of all requests together, the new ones included, before compression."""
 
     def __post_init__(self) -> None:
+        if self.num_reqs > MAX_REQS or self.kv_tokens > MAX_TOKENS:
+            raise UsageError(
+                f"a shape must have at most {MAX_REQS} requests and {MAX_TOKENS} tokens: "
+                f"got num_reqs={str(self.num_reqs)[:20]}, kv_tokens={str(self.kv_tokens)[:20]}"
+            )
         if not 1 <= self.num_reqs <= self.num_qo_tokens <= self.kv_tokens:
             raise UsageError(
                 "a shape must satisfy 1 <= num_reqs <= num_qo_tokens <= kv_tokens: "

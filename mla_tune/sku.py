@@ -57,8 +57,12 @@ def resolve_sku(argument: str) -> str:
     for name in names:
         if word in (name, name.removeprefix("nvidia-")):
             return name
+    if re.fullmatch(r"nvidia-[a-z0-9]+(-[a-z0-9]+)*", word):
+        return word  # a product that was swept under its own name
     accepted = ", ".join(name.removeprefix("nvidia-") for name in names)
-    raise UsageError(f"gpu must be a known SKU: got {argument!r}; accepted: auto, {accepted}")
+    raise UsageError(
+        f"gpu must be a known SKU: got {argument!r}; accepted: auto, {accepted}, or a full name like nvidia-l4"
+    )
 
 
 @dataclass(frozen=True, slots=True)

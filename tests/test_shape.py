@@ -119,3 +119,10 @@ def test_work_grows_with_query_tokens(shape: Shape) -> None:
         before, after = workload(site, shape), workload(site, more)
         assert after.rows >= before.rows
         assert after.attended * after.num_qo_tokens >= before.attended * before.num_qo_tokens
+
+
+@pytest.mark.parametrize("numbers", [(1 << 17, 1 << 17, 1 << 20), (1, 1, 1 << 63), (1, 10**400, 10**400)])
+def test_a_shape_beyond_any_engine_is_refused_before_it_is_listed(numbers: tuple[int, int, int]) -> None:
+    with pytest.raises(UsageError, match="at most 65536 requests") as caught:
+        Shape(*numbers)
+    assert len(str(caught.value)) < 200

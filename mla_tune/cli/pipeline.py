@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_tune.cli.places import make_folder
+from mla_tune.errors import PolicyError
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.evaluate import overall
 from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.refine import crossover_shapes
-from mla_tune.policy import HeldOut, Policy, Source, write_policy
+from mla_tune.policy import HeldOut, Policy, Source, load_policy, write_policy
 from mla_tune.site import ModelConfig, SiteName
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
@@ -48,7 +49,9 @@ def run_sweep(
     known = {(point.site, point.shape) for point in plan.points}
     if first.left:
         return [first]
-    costs = CostModel(sweep.environment, database.measurements(sweep.environment.id))
+    # Only of the plan: with the crossovers' own timings in it, each further sweep would place new ones.
+    measured = database.measurements(sweep.environment.id)
+    costs = CostModel(sweep.environment, [m for m in measured if (m.site, m.shape) in known])
     crossovers = [
         Point(site, shape)
         for site, shape in crossover_shapes(costs, plan.models)
@@ -72,6 +75,8 @@ class Fitted:
     """Every rule over all attention tables of one layer type together; None where no table has two candidates."""
     left_out: tuple[str, ...]
     """Tables that the policy lacks although their incumbent ran: no held-out point can judge them."""
+    lost: int
+    """Tables of the policy that was there before which this one lacks."""
 
 
 def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BOUND_S) -> Fitted:
@@ -88,10 +93,24 @@ def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BO
     )
     policy = fit_policy(environment, rows, source=source, first_call_bound_s=first_call_bound_s)
     make_folder(out)
+    before = _keys(out)
     write_policy(out, policy)
     comparable = any(t.site == SiteName.PREFILL_ATTENTION and len(t.candidates) > 1 for t in policy.tables)
     return Fitted(
         policy=policy,
         overall=overall(Observations(rows), policy) if comparable else None,
         left_out=tuple(left_out(rows, policy)),
+        lost=len(before - _table_keys(policy)),
     )
+
+
+def _table_keys(policy: Policy) -> set[tuple[str, str, int | None, str]]:
+    return {(table.site, table.model, table.h_q, table.layer) for table in policy.tables}
+
+
+def _keys(path: Path) -> set[tuple[str, str, int | None, str]]:
+    """Tables of the policy at ``path``; none where there is no readable one."""
+    try:
+        return _table_keys(load_policy(path))
+    except PolicyError:
+        return set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,6 +77,8 @@ def make_folder(path: Path) -> None:
     """Make the folder that ``path`` will be written to. Raises :class:`MlaTuneError` where that cannot be."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path.parent))
     except OSError as error:
         raise MlaTuneError(
             f"{path} must lie in a folder that exists or can be made: {error.filename}: {error.strerror}; "

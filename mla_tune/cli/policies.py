@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mla_tune.cli.places import export_path, policy_path, policy_sku
-from mla_tune.errors import EnvironmentMismatchError, PolicyError, UsageError
+from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError, UsageError
 from mla_tune.packaged import packaged_policy
 from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
 from mla_tune.runtime import Dispatcher
@@ -50,13 +50,14 @@ def fit(
             f"--first-call-bound must be seconds, at least 0: got {first_call_bound}; accepted: 1.0, or inf"
         )
     from mla_tune.cli import pipeline, render
+    from mla_tune.store.export import read_export
 
     source = measurements or export_path(policy_sku(gpu))
-    target = out or policy_path(source.stem if measurements else policy_sku(gpu))
+    target = out or policy_path(read_export(source)[0].sku)
     fitted = pipeline.fit(source, target, first_call_bound)
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
-        render.judgement(fitted.overall, fitted.left_out)
+        render.judgement(fitted.overall, fitted.left_out, fitted.lost)
         render.next_command(fitted.policy, target)
 
 
@@ -99,16 +100,23 @@ def explain(
     from mla_tune.cli import render
     from mla_tune.learn.costs import CostModel
     from mla_tune.learn.explain import explain as explain_choice
-    from mla_tune.store.export import read_export
+    from mla_tune.store.export import export_sha256, read_export
 
     table = _require_table(resolved.table, name)
     export = measurements or export_path(loaded.gpu.sku)
+    if measurements is None and not export.is_file():
+        raise StoreError(
+            f"a choice is explained by the measurements behind it: no file {export} here; run this in a checkout that has "
+            "it, or pass --measurements"
+        )
     environment, rows = read_export(export)
     if environment.sku != loaded.gpu.sku:
         raise EnvironmentMismatchError(
             f"a choice is explained by measurements of its own GPU: {name} is for {loaded.gpu.sku}, "
             f"{export} was measured on {environment.sku}; pass the export of {loaded.gpu.sku} with --measurements"
         )
+    if export_sha256(export) != loaded.source.sha256:
+        render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
     render.explanation(explain_choice(CostModel(environment, rows), table, shape), table, as_json)
 
 

@@ -21,6 +21,7 @@ from rich.table import Table as RichTable
 
 from mla_tune.cli.places import export_path
 from mla_tune.policy import HeldOut, Policy, Row, Table
+from mla_tune.sku import CPU
 
 if TYPE_CHECKING:
     from mla_tune.cli.places import Device
@@ -121,7 +122,7 @@ def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
     if as_json:
         print(json.dumps(_policy_json(policy, path)))
         return
-    title = f"{policy.gpu.sku}, {policy.gpu.sm_count} SMs, {policy.evidence}, {policy.regime} time"
+    title = f"{policy.gpu.sku}, {policy.gpu.sm_count} {_units(policy)}, {policy.evidence}, {policy.regime} time"
     table = RichTable("site", "model", "h_q", "layer", "kv_tokens", "choice by num_qo_tokens", "slowdown", title=title)
     for entry in policy.tables:
         for index, row in enumerate(entry.rows):
@@ -150,6 +151,15 @@ def _barred(policy: Policy) -> Iterator[str]:
                 f"not served: {entry.candidate} ({table.site}): the first call on a new shape takes "
                 f"{entry.first_call_s:.1f} s, above {entry.bound_s:g} s (--first-call-bound)"
             )
+
+
+def _units(policy: Policy) -> str:
+    return "threads" if policy.gpu.sku == CPU else "SMs"
+
+
+def warn(line: str) -> None:
+    """One line on standard error that does not stop the command."""
+    status.print(f"warning: {line}", highlight=False, soft_wrap=True)
 
 
 def _policy_json(policy: Policy, path: Path) -> dict[str, object]:
@@ -196,7 +206,7 @@ def provenance(policy: Policy, source: str) -> None:
     )
 
 
-def judgement(overall: HeldOut | None, left_out: Sequence[str]) -> None:
+def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> None:
     """Every rule over all attention layer types together, and what could not be judged."""
     if overall:
         console.print(
@@ -204,6 +214,10 @@ def judgement(overall: HeldOut | None, left_out: Sequence[str]) -> None:
         )
     for table in left_out:
         console.print(f"no table for {table}: no held-out point judges it yet; sweep again to go on", highlight=False)
+    if lost:
+        warn(
+            f"the policy that was there before had {lost} tables that this one lacks: sweep without filters to have them"
+        )
 
 
 def _rules_table(judged: HeldOut, title: str) -> RichTable:

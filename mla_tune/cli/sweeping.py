@@ -81,7 +81,7 @@ def _sweep(device: Device, plan: Plan, budget_s: float, path: Path, no_fit: bool
             render.sweep_json(reports, path, fitted.policy if fitted else None, policy_path(device.sku))
     if fitted and not as_json:
         render.policy_summary(fitted.policy, policy_path(device.sku), as_json)
-        render.judgement(fitted.overall, fitted.left_out)
+        render.judgement(fitted.overall, fitted.left_out, fitted.lost)
         render.next_command(fitted.policy, policy_path(device.sku))
 
 

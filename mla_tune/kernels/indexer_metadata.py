@@ -33,7 +33,7 @@ def paged_mqa_logits_metadata(
     An SM without work, and the last entry, start at ``(rows, 0)``. ``block_kv`` (32 or 64 tokens a page) is only
     checked: a split is a whole number of either. One launch and one compiled kernel for any number of rows: each of the
     ``num_sms + 1`` programs reads all ``4 * rows`` bytes (from L2 but for the first; 17 MB in all for 32768 rows and 132
-    SMs), finds its own entry, and writes 8 bytes: 5.9 us on an H200. Raises :class:`UsageError`.
+    SMs), finds its own entry, and writes 8 bytes: 5.9 us on an H200 with a warm L2. Raises :class:`UsageError`.
     """
     out = _checked_out(context_lens, block_kv, num_sms, out)
     if choose_backend(context_lens, backend) is Backend.TORCH:

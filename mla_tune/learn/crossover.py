@@ -16,8 +16,8 @@ import numpy as np
 
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.scope import Scope
-from mla_tune.learn.segments import COST_UNIT, Band, Cells, Segment, merged_bands
-from mla_tune.learn.training import QUERY_COUNTS, IntArray, bin_start, training_grid
+from mla_tune.learn.segments import COST_UNIT, Band, Cells, Segment, few_bands
+from mla_tune.learn.training import QUERY_COUNTS, IntArray, bin_start, cells_of, training_grid
 from mla_tune.learn.work import Array
 from mla_tune.policy import Choice, Ineligible, Limit, Row
 from mla_tune.shape import Shape
@@ -26,6 +26,8 @@ from mla_tune.store.measurement import Role
 _FELT_SLOWDOWN = 1.1
 _FELT_WEIGHT = 10.0
 """Beyond 1.1 each further unit of slowdown counts eleven times: a table answers for its worst shape as well as its mean."""
+_MEASURED_WEIGHT = 4
+"""Predicted shapes that a measured one outweighs: the sum is an estimate, and where a timing contradicts it, that wins."""
 _MAX_CHARGE = 1000.0
 """Charge of a candidate that fails; bounds the sums to 64-bit integers."""
 
@@ -70,11 +72,25 @@ def table_rows(costs: CostModel, scope: Scope, candidates: Candidates) -> tuple[
     costs_us = np.stack([scope.predicted_us(costs, name, works)[inside] for name in candidates.names])
     for index, name in enumerate(candidates.names):
         costs_us[index, tokens > candidates.largest(name)] = np.inf
-    charged = _Charged(grid.bins[inside], columns, costs_us)
     measured = _measured(costs, scope, candidates, swept)
-    bands = merged_bands(_cells(charged, _handicaps(costs, scope, candidates)))
+    charged = _with_measured(_Charged(grid.bins[inside], columns, costs_us), measured)
+    bands = few_bands(_cells(charged, _handicaps(costs, scope, candidates)))
     lowest = int(charged.bins.min())
     return tuple(_row(band, lowest, charged, candidates, measured) for band in bands)
+
+
+def _with_measured(charged: _Charged, measured: list[tuple[Shape, Array]]) -> _Charged:
+    """``charged`` and the whole-path timings of the fit points, each for :data:`_MEASURED_WEIGHT` predicted shapes."""
+    if not measured:
+        return charged
+    shapes = [shape for shape, _ in measured for _ in range(_MEASURED_WEIGHT)]
+    costs_us = np.stack([us for _, us in measured for _ in range(_MEASURED_WEIGHT)], axis=1)
+    bins, columns = cells_of(shapes)
+    return _Charged(
+        bins=np.concatenate([charged.bins, bins.clip(charged.bins.min(), charged.bins.max())]),
+        columns=np.concatenate([charged.columns, columns]),
+        costs_us=np.concatenate([charged.costs_us, costs_us], axis=1),
+    )
 
 
 def swept_shapes(costs: CostModel, scope: Scope, names: Sequence[str]) -> list[Shape]:
@@ -99,13 +115,24 @@ def _cells(charged: _Charged, handicaps: Array) -> Cells:
     competing = charged.costs_us * handicaps[:, None]
     with np.errstate(invalid="ignore"):  # where every candidate is past its limit: infinity over infinity
         slowdowns = np.nan_to_num(competing / competing.min(axis=0), nan=_MAX_CHARGE, posinf=_MAX_CHARGE)
-    charges = slowdowns - 1 + _FELT_WEIGHT * np.maximum(slowdowns - _FELT_SLOWDOWN, 0)
+    felt = slowdowns - 1 + _FELT_WEIGHT * np.maximum(slowdowns - _FELT_SLOWDOWN, 0)
+    lowest = int(charged.bins.min())
+    bins = charged.bins - lowest
+    counts = np.bincount(bins, minlength=int(charged.bins.max()) - lowest + 1)
+    return Cells(
+        costs=_summed(felt, bins, charged.columns, len(counts)),
+        slowdowns=_summed(slowdowns - 1, bins, charged.columns, len(counts)),
+        counts=counts,
+    )
+
+
+def _summed(charges: Array, bins: IntArray, columns: IntArray, num_bins: int) -> IntArray:
+    """Charges (num_candidates, num_shapes) in units, summed by cell: (num_bins, num_candidates, num_columns)."""
     units = np.rint(np.minimum(charges, _MAX_CHARGE) / COST_UNIT).astype(np.int64)
-    lowest, highest = int(charged.bins.min()), int(charged.bins.max())
-    cells = np.zeros((highest - lowest + 1, len(handicaps), len(QUERY_COUNTS)), dtype=np.int64)
-    for index in range(len(handicaps)):
-        np.add.at(cells[:, index], (charged.bins - lowest, charged.columns), units[index])
-    return Cells(cells, np.bincount(charged.bins - lowest, minlength=highest - lowest + 1))
+    cells = np.zeros((num_bins, len(charges), len(QUERY_COUNTS)), dtype=np.int64)
+    for index in range(len(charges)):
+        np.add.at(cells[:, index], (bins, columns), units[index])
+    return cells
 
 
 def _row(

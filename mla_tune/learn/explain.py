@@ -14,7 +14,8 @@ from mla_tune.lookup import Explanation as Decision
 from mla_tune.lookup import decide
 from mla_tune.policy import Table
 from mla_tune.shape import Shape
-from mla_tune.site import FORWARD, MODELS, SiteName
+from mla_tune.site import FORWARD, MODELS, Site, SiteName
+from mla_tune.stages import stages
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,7 @@ def _candidate(costs: CostModel, where: Scope, name: str, shape: Shape) -> Candi
     works = [work(site, [shape]) for site, _ in where.parts]
     lines: list[StageCost] = []
     for (site, layers), load in zip(where.parts, works, strict=True):
-        lines += costs.costs(site, name).breakdown(load, shares(where.model, site), layers)
+        lines += _in_running_order(costs.costs(site, name).breakdown(load, shares(where.model, site), layers), site)
     total_us = float(where.predicted_us(costs, name, works)[0])
     return CandidateExplanation(
         candidate=name,
@@ -73,3 +74,9 @@ def _candidate(costs: CostModel, where: Scope, name: str, shape: Shape) -> Candi
         total_us=total_us,
         measured_us=where.measured_us(costs.observations, name, shape),
     )
+
+
+def _in_running_order(lines: list[StageCost], site: Site) -> list[StageCost]:
+    """The lines of one site as its stages run: those of a whole forward first."""
+    order = {stage.name: index for name in site.candidates for index, stage in enumerate(stages(site, name))}
+    return sorted(lines, key=lambda line: order.get(line.stage, len(order)))

@@ -130,7 +130,7 @@ def _candidates(observations: Observations, scope: Scope, first_call_bound_s: fl
     incumbent = scope.model.incumbent(scope.name)
     sites = [site for site, _ in scope.parts]
     ran = scope.candidates(observations)
-    if incumbent not in ran:
+    if incumbent not in ran or is_unsafe(observations, sites, incumbent):
         return None
     others = [name for name in ran if name != incumbent and not is_unsafe(observations, sites, name)]
     names = (incumbent, *others)

@@ -17,8 +17,7 @@ IntArray = npt.NDArray[np.int64]
 COST_UNIT = 1e-9
 """Slowdown that one unit of cost stands for."""
 PER_MILLE = 1_000_000
-"""A slowdown of 0.1 %, in units: what a threshold must gain over its row to be worth having, and what merging rows may
-lose over the table."""
+"""A mean slowdown of 0.1 %, in units a shape: a step of the table that changes it by less is dropped."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,25 +36,39 @@ class Band:
     end_bin: int
     """One past the last bin."""
     segments: tuple[Segment, ...]
-    cost: int
+    slowdown: int
+    """Summed over its shapes, in :data:`COST_UNIT`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Cells:
-    """Costs to choose by. Candidate 0 is the incumbent: it wins every tie."""
+    """What each choice costs in each cell. Candidate 0 is the incumbent: it wins every tie."""
 
     costs: IntArray
-    """(num_bins, num_candidates, num_columns), summed over the shapes of a cell, in :data:`COST_UNIT`."""
+    """(num_bins, num_candidates, num_columns) what thresholds are placed by, summed over the shapes of a cell."""
+    slowdowns: IntArray
+    """The same shape: the plain slowdown beyond 1, by which it is judged what a step is worth."""
     counts: IntArray
     """(num_bins,) shapes of each bin."""
+
+    @property
+    def negligible(self) -> int:
+        """What a step must change the table's summed slowdown by to be worth having."""
+        return PER_MILLE * int(self.counts.sum())
 
     def band(self, first_bin: int, end_bin: int) -> Band:
         """The bins ``first_bin`` to ``end_bin`` as one row, with the best segments for it."""
         costs = self.costs[first_bin:end_bin].sum(axis=0)
         segments = best_segments(costs, PER_MILLE * int(self.counts[first_bin:end_bin].sum()))
-        ends = [segment.first_column for segment in segments[1:]] + [costs.shape[1]]
-        cost = sum(int(costs[s.candidate, s.first_column : end].sum()) for s, end in zip(segments, ends, strict=True))
-        return Band(first_bin, end_bin, segments, cost)
+        return self.judged(first_bin, end_bin, segments)
+
+    def judged(self, first_bin: int, end_bin: int, segments: tuple[Segment, ...]) -> Band:
+        """A row with these segments and what it loses."""
+        slowdowns = self.slowdowns[first_bin:end_bin].sum(axis=0)
+        ends = [segment.first_column for segment in segments[1:]] + [slowdowns.shape[1]]
+        pieces = zip(segments, ends, strict=True)
+        total = sum(int(slowdowns[s.candidate, s.first_column : end].sum()) for s, end in pieces)
+        return Band(first_bin, end_bin, segments, total)
 
 
 def best_segments(costs: IntArray, threshold_cost: int) -> tuple[Segment, ...]:
@@ -81,20 +94,31 @@ def best_segments(costs: IntArray, threshold_cost: int) -> tuple[Segment, ...]:
     return tuple(reversed(segments))
 
 
-def merged_bands(cells: Cells) -> tuple[Band, ...]:
-    """One band per bin, then the cheapest neighbours merged as long as the whole table loses no more than 0.1 %."""
+def few_bands(cells: Cells) -> tuple[Band, ...]:
+    """The rows of a table: no step between two of them, and no threshold in one, could go for less than 0.1 %.
+
+    One band per bin at first; then, always the cheapest first, neighbours are merged and thresholds dropped as long as
+    doing so changes the table's mean slowdown by less than that.
+    """
     bands = [cells.band(index, index + 1) for index in range(len(cells.counts))]
-    budget = PER_MILLE * int(cells.counts.sum())
+    before: list[Band] = []
+    while bands != before:  # rows that lost a threshold may now merge with others
+        before = list(bands)
+        _merge(cells, bands)
+        bands = [_without_idle_thresholds(cells, band) for band in bands]
+    return tuple(bands)
+
+
+def _merge(cells: Cells, bands: list[Band]) -> None:
+    """Join neighbours in place, the cheapest pair first, until each further one would cost too much."""
     joined = [cells.band(a.first_bin, b.end_bin) for a, b in pairwise(bands)]
     while joined:
-        losses = [joined[i].cost - bands[i].cost - bands[i + 1].cost for i in range(len(joined))]
+        losses = [joined[i].slowdown - bands[i].slowdown - bands[i + 1].slowdown for i in range(len(joined))]
         index = losses.index(min(losses))
-        if losses[index] > budget:
-            break
-        budget -= losses[index]
+        if losses[index] >= cells.negligible:
+            return
         bands[index : index + 2] = [joined[index]]
         joined = _rejoin(cells, bands, joined, index)
-    return tuple(bands)
 
 
 def _rejoin(cells: Cells, bands: list[Band], joined: list[Band], index: int) -> list[Band]:
@@ -104,3 +128,24 @@ def _rejoin(cells: Cells, bands: list[Band], joined: list[Band], index: int) -> 
         if 0 <= left < len(result):
             result[left] = cells.band(bands[left].first_bin, bands[left + 1].end_bin)
     return result
+
+
+def _without_idle_thresholds(cells: Cells, band: Band) -> Band:
+    """``band`` less the segments that hardly change the table's mean slowdown, the least useful first."""
+    while len(band.segments) > 1:
+        shorter = [
+            cells.judged(band.first_bin, band.end_bin, _without(band.segments, index))
+            for index in range(len(band.segments))
+        ]
+        best = min(shorter, key=lambda candidate: candidate.slowdown)
+        if best.slowdown - band.slowdown >= cells.negligible:
+            break
+        band = best
+    return band
+
+
+def _without(segments: tuple[Segment, ...], index: int) -> tuple[Segment, ...]:
+    """``segments`` with one taken out: the one before it (or behind the first) takes its columns."""
+    kept = [*segments[:index], *segments[index + 1 :]]
+    kept[0] = Segment(0, kept[0].candidate)
+    return tuple(s for i, s in enumerate(kept) if i == 0 or s.candidate != kept[i - 1].candidate)

@@ -81,19 +81,23 @@ def training_grid(max_context: int) -> TrainingGrid:
     """The grid for models of one context length. Shapes, bins and columns are in one fixed order."""
     steps = int(np.log2(max_context / _MIN_CONTEXT) * _CONTEXT_STEPS_PER_OCTAVE)
     contexts = {round(_MIN_CONTEXT * 2 ** (step / _CONTEXT_STEPS_PER_OCTAVE)) for step in range(steps + 1)}
-    cells = [
-        (Shape(num_reqs, tokens, num_reqs * context), column)
+    shapes = tuple(
+        Shape(num_reqs, tokens, num_reqs * context)
         for num_reqs in _REQUESTS
         for context in sorted(contexts | {max_context})
-        for column, tokens in enumerate(QUERY_COUNTS)
+        for tokens in QUERY_COUNTS
         if num_reqs <= tokens <= num_reqs * context
-    ]
-    kv_tokens = np.array([shape.kv_tokens for shape, _ in cells])
-    return TrainingGrid(
-        shapes=tuple(shape for shape, _ in cells),
-        bins=np.rint(_BINS_PER_OCTAVE * np.log2(kv_tokens)).astype(np.int64),
-        columns=np.array([column for _, column in cells], dtype=np.int64),
     )
+    return TrainingGrid(shapes, *cells_of(shapes))
+
+
+def cells_of(shapes: Sequence[Shape]) -> tuple[IntArray, IntArray]:
+    """Bin of context tokens and nearest column of query tokens of each shape, two (num_shapes,)."""
+    kv_tokens = np.array([shape.kv_tokens for shape in shapes], dtype=np.float64)
+    tokens = np.log2(np.array([shape.num_qo_tokens for shape in shapes], dtype=np.float64))
+    middles = np.log2(np.array(QUERY_COUNTS, dtype=np.float64))
+    columns = np.searchsorted((middles[1:] + middles[:-1]) / 2, tokens)
+    return np.rint(_BINS_PER_OCTAVE * np.log2(kv_tokens)).astype(np.int64), columns.astype(np.int64)
 
 
 def _num_reqs(shape: Shape) -> int:

@@ -7,6 +7,7 @@ context with it.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -239,9 +240,8 @@ def _in_order(sequence: tuple[BoundStage, ...]) -> Callable[[], None]:
 
 def _memory_bytes(device: candidates.Device) -> int:
     if device.kind == "cpu":
-        with open("/proc/meminfo") as meminfo:
-            available = next(line for line in meminfo if line.startswith("MemAvailable"))
-        return int(available.split()[1]) * 1024
+        free_pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
+        return os.sysconf(free_pages) * os.sysconf("SC_PAGE_SIZE")
     return int(torch.cuda.get_device_properties(0).total_memory * 0.95)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import signal
 import tempfile
 import threading
@@ -31,6 +32,7 @@ class WorkerProcess:
         self._kind = kind
         handle, name = tempfile.mkstemp(prefix="mla-tune-worker-", suffix=".log")
         self._log = os.fdopen(handle, errors="replace")
+        self._jit_cache = f"{name}.jit"
         context = multiprocessing.get_context("spawn")
         self._connection, theirs = context.Pipe()
         self._process = context.Process(
@@ -79,6 +81,7 @@ class WorkerProcess:
             self._process.kill()
             self._process.join(STOP_TIMEOUT_S)
         self._log.close()
+        shutil.rmtree(self._jit_cache, ignore_errors=True)
 
     def _greeting(self) -> Hello:
         try:
@@ -119,6 +122,8 @@ def _enter(connection: Connection, kind: str, parent_pid: int, log: str) -> None
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.unlink(log)  # both ends have it open; however they end, nothing is left behind
+    # First calls are measured as a server sees them that never ran here: DeepGEMM's own cache on disk would hide them.
+    os.environ["DG_JIT_CACHE_DIR"] = f"{log}.jit"
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreter's timings would be stored as the kernels'
     from mla_tune.sweep.worker import serve  # imported here so that the parent never loads torch
 

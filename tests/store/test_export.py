@@ -202,7 +202,7 @@ Edit = Callable[[dict[str, Any]], object]
         (lambda point: point.update(site="prefill_attention/c5a"), "got 'prefill_attention/c5a'"),
         (lambda point: point.update(site="c4a"), "must be a key like prefill_attention/"),
         (lambda point: point.update(shape=[2, 1, 5]), "num_reqs <= num_qo_tokens"),
-        (lambda point: point.update(shape=[1, 1, 2**63]), "below 2^63"),
+        (lambda point: point.update(shape=[1, 1, 2**63]), "at most 65536 requests and 4611686018427387904 tokens"),
         (lambda point: point.update(shape=["1", 1, 5]), "Expected `int`, got `str`"),
         (lambda point: point.update(results=[]), "holds no measurement"),
         (lambda point: point["results"][0]["timings"].append(["x", "graph", math.nan, 1, 1, 1]), "malformed"),
