@@ -122,8 +122,10 @@ def _enter(connection: Connection, kind: str, parent_pid: int, log: str) -> None
     os.dup2(sink, 1)
     os.dup2(sink, 2)
     os.unlink(log)  # both ends have it open; however they end, nothing is left behind
-    # First calls are measured as a server sees them that never ran here: DeepGEMM's own cache on disk would hide them.
-    os.environ["DG_JIT_CACHE_DIR"] = f"{log}.jit"
+    if kind == "cuda":
+        # First calls are measured as a server that never ran here sees them: DeepGEMM's cache on disk would hide them.
+        os.environ["DG_JIT_CACHE_DIR"] = f"{log}.jit"
+        os.makedirs(os.environ["DG_JIT_CACHE_DIR"], exist_ok=True)
     os.environ.pop("TRITON_INTERPRET", None)  # an interpreter's timings would be stored as the kernels'
     from mla_tune.sweep.worker import serve  # imported here so that the parent never loads torch
 
