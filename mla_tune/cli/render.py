@@ -314,7 +314,7 @@ def verification(rows: Sequence[Measurement], as_json: bool) -> None:
     console.print(table)
 
 
-def environment(product: str, found: Environment, shipped: bool) -> None:
+def environment(product: str, found: Environment, served_by: str) -> None:
     """What measurements on this machine would record."""
     table = RichTable(show_header=False)
     table.add_row("product", product)
@@ -324,7 +324,7 @@ def environment(product: str, found: Environment, shipped: bool) -> None:
     for library in found.libraries:
         table.add_row(library.name, f"{library.version} sha256 {library.sha256[:16]}")
     table.add_row("id", found.id)
-    table.add_row("policy", "ships with mla-tune" if shipped else "none ships: run `mla-tune sweep`")
+    table.add_row("policy", served_by)
     console.print(table)
 
 

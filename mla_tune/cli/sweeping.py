@@ -111,20 +111,21 @@ def env(as_json: JsonOption = False) -> None:
     """Print what this machine is, as measurements record it, and which policy would serve it."""
     from dataclasses import asdict
 
+    from mla_tune.bench.device import detect_environment
     from mla_tune.gpu import detect_gpu
-    from mla_tune.packaged import packaged_policies
-    from mla_tune.sku import CPU
+    from mla_tune.runtime import Dispatcher
 
     gpu = detect_gpu()
-    sku = gpu.sku if gpu else CPU
-    from mla_tune.bench.device import detect_environment
-
     environment = detect_environment(gpu=gpu is not None)
-    shipped = sku in packaged_policies()
+    try:
+        served_by = Dispatcher.for_this_gpu().source
+    except MlaTuneError as error:
+        served_by = f"none: {error}"
     if as_json:
-        print(json.dumps({"product": gpu.product if gpu else None, "policy": shipped, **asdict(environment)}, indent=2))
+        found = {"product": gpu.product if gpu else None, "policy": served_by, **asdict(environment)}
+        print(json.dumps(found, indent=2))
         return
-    render.environment(gpu.product if gpu else "no NVIDIA GPU", environment, shipped)
+    render.environment(gpu.product if gpu else "no NVIDIA GPU", environment, served_by)
 
 
 def _models(names: list[str] | None) -> list[ModelConfig]:
