@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli import render
+from mla_tune.cli import device_output, render
 from mla_tune.cli.places import Device, database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import MlaTuneError, UsageError
 from mla_tune.site import MODELS, ModelConfig, SiteName
@@ -51,7 +51,7 @@ def sweep(
 
     plan = pipeline.make_plan(device.kind, device.sm_count, models, names)
     if dry_run:
-        render.plan(plan.points, device, as_json)
+        device_output.plan(plan.points, device, as_json)
         return
     _sweep(device, plan, budget or _DEFAULT_BUDGET_S[device.kind], db or database_path(device.sku), no_fit, as_json)
 
@@ -65,20 +65,20 @@ def _sweep(device: Device, plan: Plan, budget_s: float, path: Path, no_fit: bool
     for output in outputs:  # now, not after minutes of measuring
         make_folder(output)
     with Database.open(path) as database, Sweep(device.kind) as worker:
-        with render.live_progress(quiet=as_json) as on_progress:
+        with device_output.live_progress(quiet=as_json) as on_progress:
             reports = pipeline.run_sweep(plan, worker, database, budget_s, on_progress)
         environment = worker.environment
         if not no_fit:
             pipeline.export(database, environment, export_path(device.sku))
     if not as_json:
-        render.sweep_reports(reports, path)
+        device_output.sweep_reports(reports, path)
     fitted = None
     try:
         if not no_fit:
             fitted = pipeline.fit(export_path(device.sku), policy_path(device.sku))
     finally:
         if as_json:
-            render.sweep_json(reports, path, fitted.policy if fitted else None, policy_path(device.sku))
+            device_output.sweep_json(reports, path, fitted.policy if fitted else None, policy_path(device.sku))
     if fitted and not as_json:
         render.policy_summary(fitted.policy, policy_path(device.sku), as_json)
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
@@ -97,7 +97,7 @@ def verify(
 
     with Sweep(device.kind) as worker:
         results = list(worker.check(verification_points(models, names)))
-    render.verification(results, as_json)
+    device_output.verification(results, as_json)
     wrong = [row for row in results if row.outcome not in (Outcome.OK, Outcome.UNSUPPORTED)]
     if wrong:
         raise MlaTuneError(
@@ -125,7 +125,7 @@ def env(as_json: JsonOption = False) -> None:
         found = {"product": gpu.product if gpu else None, "policy": served_by, **asdict(environment)}
         print(json.dumps(found, indent=2))
         return
-    render.environment(gpu.product if gpu else "no NVIDIA GPU", environment, served_by)
+    device_output.environment(gpu.product if gpu else "no NVIDIA GPU", environment, served_by)
 
 
 def _models(names: list[str] | None) -> list[ModelConfig]:
