@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -240,9 +241,16 @@ def _in_order(sequence: tuple[BoundStage, ...]) -> Callable[[], None]:
 
 def _memory_bytes(device: candidates.Device) -> int:
     if device.kind == "cpu":
-        free_pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
-        return os.sysconf(free_pages) * os.sysconf("SC_PAGE_SIZE")
+        return _available_bytes(Path("/proc/meminfo"))
     return int(torch.cuda.get_device_properties(0).total_memory * 0.95)
+
+
+def _available_bytes(meminfo: Path) -> int:
+    """Memory to be had without swapping, the page cache counted as free; all there is without a ``meminfo``."""
+    if not meminfo.exists():
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+    return int(available.split()[1]) * 1024
 
 
 def _one_line(error: BaseException) -> str:

@@ -29,11 +29,6 @@ class Progress:
     elapsed_s: float
     point: Point | None
 
-    @property
-    def remaining_s(self) -> float | None:
-        """Estimated seconds to go at the rate so far; None before the first point is done."""
-        return self.elapsed_s / self.done * (self.total - self.done) if self.done else None
-
 
 @dataclass(frozen=True, slots=True)
 class Report:

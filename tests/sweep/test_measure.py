@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from mla_tune.site import SiteName
 from mla_tune.stages import Amortization, stages
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role, fault
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.measure import PointMeasurer, parts
+from mla_tune.sweep.measure import PointMeasurer, _available_bytes, parts
 from mla_tune.sweep.messages import TIMING, Task
 from tests.shapes import every_site
 
@@ -181,3 +182,10 @@ def test_only_the_candidates_of_the_task_are_measured(measurer: PointMeasurer) -
     assert {row.candidate for row in rows} == {HEALTHY}
     assert entered == [HEALTHY, TIMING]
     assert POINT.site.name is SiteName.PREFILL_ATTENTION
+
+
+def test_memory_that_the_page_cache_holds_counts_as_available(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    meminfo.write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 8000 kB\n")
+    assert _available_bytes(meminfo) == 8000 * 1024
+    assert _available_bytes(tmp_path / "missing") > 2**30
