@@ -67,13 +67,13 @@ def table_rows(costs: CostModel, scope: Scope, candidates: Candidates) -> tuple[
     if len(candidates.names) < 2 or not inside.any():
         return (Row(kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate=candidates.names[0]),)),)
     works = [grid.work(site) for site, _ in scope.parts]
-    columns = grid.columns[inside]
-    tokens = np.array(QUERY_COUNTS)[columns]
     costs_us = np.stack([scope.predicted_us(costs, name, works)[inside] for name in candidates.names])
-    for index, name in enumerate(candidates.names):
-        costs_us[index, tokens > candidates.largest(name)] = np.inf
     measured = _measured(costs, scope, candidates, swept)
-    charged = _with_measured(_Charged(grid.bins[inside], columns, costs_us), measured)
+    charged = _with_measured(_Charged(grid.bins[inside], grid.columns[inside], costs_us), measured)
+    # Predicted or measured, what may not serve costs without bound.
+    tokens = np.array(QUERY_COUNTS)[charged.columns]
+    for index, name in enumerate(candidates.names):
+        charged.costs_us[index, tokens > candidates.largest(name)] = np.inf
     bands = few_bands(_cells(charged, _handicaps(costs, scope, candidates)))
     lowest = int(charged.bins.min())
     return tuple(_row(band, lowest, charged, candidates, measured) for band in bands)
