@@ -147,7 +147,9 @@ class ModelConfig:
     def site(self, name: SiteName, layer: LayerType, h_q: int | None = None) -> Site:
         """The site of one layer type. ``h_q`` None means the model's own head count. Raises :class:`UsageError`."""
         if layer not in self.site_layers(name):
-            accepted = ", ".join(self.site_layers(name))
+            accepted = ", ".join(
+                (*self.site_layers(name), FORWARD)
+            )  # wherever a user names a layer, the whole mix goes too
             raise UsageError(f"layer must be one that {self.name} has at {name}: got {layer}; accepted: {accepted}")
         if name is SiteName.INDEXER_METADATA:
             return Site(name, layer)

@@ -288,7 +288,8 @@ def _read(path: str | os.PathLike[str]) -> bytes:
             data = file.read(MAX_BYTES + 1)
     except OSError as error:
         raise StoreError(
-            f"an export must be a readable file: cannot read {os.fspath(path)}: {error.strerror}"
+            f"an export must be a readable file: cannot read {os.fspath(path)}: {error.strerror}; "
+            "name another, or make one with `mla-tune db export`"
         ) from error
     if len(data) > MAX_BYTES:
         raise StoreError(
