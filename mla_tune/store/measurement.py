@@ -40,6 +40,27 @@ class Outcome(StrEnum):
     TIMEOUT = "timeout"
     CRASH = "crash"
     """The worker process died."""
+    DISTURBED = "disturbed"
+    """Other work, a fallen clock or a throttled GPU spoiled every sample: all of them are in quarantine, and the next
+    sweep measures again."""
+
+
+class Stop(StrEnum):
+    """Why sampling ended."""
+
+    PRECISION = "precision"
+    """The median's relative confidence half-width fell under the target."""
+    BUDGET = "budget"
+    """The time or the number of samples that the task had was used up first: the median is known less well."""
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """Samples that were taken under a disturbance: kept, and part of no statistic."""
+
+    reason: str
+    """One line: what disturbed them."""
+    samples_us: tuple[float, ...]
 
 
 class Role(StrEnum):
@@ -71,6 +92,10 @@ class Measurement:
     num_samples: int = 0
     samples_us: tuple[float, ...] = ()
     """Raw samples in the order taken; empty when read back from an export, which keeps only the summary."""
+    stopped_by: Stop | None = None
+    """Why sampling ended; None for a failure, and for what was measured before this was recorded."""
+    quarantined: tuple[Quarantined, ...] = ()
+    """Disturbed samples of the same timing. Empty when read back: :meth:`Database.quarantined` has them."""
     first_call_s: float | None = None
     """Seconds of the first call in its process, compilation and module load included. Once per candidate."""
     workspace_bytes: int | None = None
@@ -94,7 +119,12 @@ def fault(measurement: Measurement) -> str | None:
     An ``ok`` one has a latency of at least zero inside its interval (or no interval at all); any other has a reason and
     no latency. The database and the export both hold to it, so that no NaN and no reasonless failure gets into either.
     """
-    return _text_fault(measurement) or _number_fault(measurement) or _outcome_fault(measurement)
+    return (
+        _text_fault(measurement)
+        or _number_fault(measurement)
+        or _outcome_fault(measurement)
+        or _quarantine_fault(measurement)
+    )
 
 
 def _text_fault(measurement: Measurement) -> str | None:
@@ -137,6 +167,8 @@ def _outcome_fault(measurement: Measurement) -> str | None:
             return f"outcome {measurement.outcome} must say its reason in detail: got none"
         if (latency, low, high) != (None, None, None) or measurement.num_samples or measurement.samples_us:
             return f"outcome {measurement.outcome} must come without latency and samples: got latency_us={latency}"
+        if measurement.stopped_by is not None:
+            return f"outcome {measurement.outcome} must come without stopped_by: got {measurement.stopped_by}"
         return None
     if measurement.detail:
         return f"outcome ok must come without detail: got {measurement.detail!r}"
@@ -146,4 +178,15 @@ def _outcome_fault(measurement: Measurement) -> str | None:
         return f"an interval must have both ends or none: got {low} to {high}"
     if low is not None and high is not None and not low <= latency <= high:
         return f"latency_us must lie inside its interval: got {latency}, interval {low} to {high}"
+    return None
+
+
+def _quarantine_fault(measurement: Measurement) -> str | None:
+    if measurement.quarantined and measurement.outcome not in (Outcome.OK, Outcome.DISTURBED):
+        return f"outcome {measurement.outcome} must come without quarantined samples: it has some"
+    for entry in measurement.quarantined:
+        if not entry.reason or not entry.reason.isprintable():
+            return f"quarantined samples must say their reason in one line: got {entry.reason!r}"
+        if not entry.samples_us or not all(math.isfinite(us) and us >= 0 for us in entry.samples_us):
+            return f"quarantined samples must be finite and at least 0: got {entry.samples_us!r}"
     return None
