@@ -45,9 +45,18 @@ def mismatch(output: torch.Tensor, reference: torch.Tensor, tolerance: Tolerance
 
 
 def unwritten(output: torch.Tensor) -> str | None:
-    """Why ``output``, whose memory was poisoned with NaN before the run, was not fully written; None if it was."""
-    finite = output.isfinite()
-    if bool(finite.all()):
+    """Why ``output``, whose memory was poisoned with NaN before the run, was not fully written; None if it was.
+
+    A row of exact zeros in an output of floats counts as unwritten too: memory fresh from the system is zero, and a
+    weighted mean of random values is not.
+    """
+    if output.numel() == 0:
         return None
-    row = int((~finite.reshape(output.shape[0], -1).all(dim=1)).nonzero()[0])
+    rows = output.reshape(output.shape[0], -1)
+    lacking = ~rows.isfinite().all(dim=1)
+    if output.is_floating_point():
+        lacking |= (rows == 0).all(dim=1)
+    if not bool(lacking.any()):
+        return None
+    row = int(lacking.nonzero()[0])
     return f"output has unwritten or non-finite values, the first in row {row} of {output.shape[0]}"

@@ -1,25 +1,23 @@
 """Timing of interleaved works: GPU time by CUDA-graph replay with a cold L2, and host-inclusive eager time.
 
-Nothing here knows what it times. The works of one call take turns round by round, so that drift of clocks or
-temperature meets all of them alike; samples are kept raw and statistics derived from them.
+Nothing here knows what it times. How many samples are taken, and which of them count, is
+:mod:`mla_tune.bench.sampling`'s.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from mla_tune.bench.sampling import Effort, Sampled, sample_rounds
+from mla_tune.bench.watch import Watch
+
 if TYPE_CHECKING:
     import torch
 
 Run = Callable[[], object]
-
-MIN_SAMPLES = 6
-"""Fewest samples whose range is a 95 % interval of the median: 1 - 2 * 0.5**6 = 0.97."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,82 +33,26 @@ class Work:
     baseline: Run | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Effort:
-    """When sampling stops: at ``target`` relative confidence half-width, at ``max_samples``, or when time is up."""
-
-    target: float = 0.01
-    max_samples: int = 30
-    seconds: float = 0.3
-    """Time for all works of one call together; never cuts below :data:`MIN_SAMPLES`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Summary:
-    """Median and its distribution-free confidence interval."""
-
-    median_us: float
-    low_us: float
-    high_us: float
-
-    @property
-    def half_width(self) -> float:
-        """Half of the interval over the median; 0 for a median of 0."""
-        return (self.high_us - self.low_us) / 2 / self.median_us if self.median_us > 0 else 0.0
-
-
-def summarize(samples_us: Sequence[float]) -> Summary:
-    """Median with the narrowest symmetric pair of order statistics that covers it with at least 95 %.
-
-    Coverage of (k-th smallest, k-th largest) is 1 - 2 * P(Binomial(n, 1/2) < k); see any text on distribution-free
-    inference. Below :data:`MIN_SAMPLES` samples the whole range is given, which covers less.
-    """
-    ordered = sorted(samples_us)
-    n = len(ordered)
-    if n == 0:
-        raise ValueError("no samples to summarize")
-    rank, tail = 0, 0.5**n
-    while rank + 1 < n / 2:
-        next_tail = tail + math.comb(n, rank + 1) * 0.5**n
-        if 2 * next_tail > 0.05:
-            break
-        rank, tail = rank + 1, next_tail
-    return Summary(statistics.median(ordered), ordered[rank], ordered[n - 1 - rank])
-
-
 class Timer(Protocol):
     """Takes samples of several works in turn."""
 
-    def measure(self, works: Sequence[Work], effort: Effort) -> list[tuple[float, ...]]:
-        """Samples of each work in microseconds, in the order taken."""
+    def measure(self, works: Sequence[Work], effort: Effort) -> list[Sampled]:
+        """Samples of each work in microseconds."""
         ...
-
-
-def _sample_rounds(takes: Sequence[Callable[[], float]], effort: Effort) -> list[tuple[float, ...]]:
-    """Round-robin over ``takes`` until every median is known well enough or time is up."""
-    samples: list[list[float]] = [[] for _ in takes]
-    deadline = time.perf_counter() + effort.seconds
-    for taken in range(1, effort.max_samples + 1):
-        for take, store in zip(takes, samples, strict=True):
-            store.append(take())
-        if taken < MIN_SAMPLES:
-            continue
-        if time.perf_counter() > deadline or all(summarize(s).half_width < effort.target for s in samples):
-            break
-    return [tuple(store) for store in samples]
 
 
 class WallTimer:
     """Host-inclusive time of an eager run: from the first launch to a finished device. On the CPU plain wall time."""
 
-    def __init__(self, synchronize: Run | None = None, before: Run | None = None) -> None:
+    def __init__(self, synchronize: Run | None = None, before: Run | None = None, watch: Watch | None = None) -> None:
         """``synchronize`` waits for the device; ``before`` runs untimed ahead of each sample (a cache flush)."""
         self._synchronize = synchronize or _nothing
         self._before = before or _nothing
+        self._watch = watch
 
-    def measure(self, works: Sequence[Work], effort: Effort) -> list[tuple[float, ...]]:
-        """Samples of each work in microseconds, in the order taken."""
-        return _sample_rounds([self._take(work) for work in works], effort)
+    def measure(self, works: Sequence[Work], effort: Effort) -> list[Sampled]:
+        """Samples of each work in microseconds."""
+        return sample_rounds([self._take(work) for work in works], effort, self._watch)
 
     def _take(self, work: Work) -> Callable[[], float]:
         def take() -> float:
@@ -136,10 +78,11 @@ class GraphTimer:
     through; a memset would leave it full of dirty lines, whose write-back the timed kernel would pay for.
     """
 
-    def __init__(self, l2_bytes: int) -> None:
+    def __init__(self, l2_bytes: int, watch: Watch | None = None) -> None:
         import torch
 
         self._torch = torch
+        self._watch = watch
         self._flush_source = torch.ones(max(2 * l2_bytes, 1 << 20) // 4, dtype=torch.int32, device="cuda")
         self._flush_sink = torch.empty((), dtype=torch.int64, device="cuda")
         self._pool = torch.cuda.graph_pool_handle()
@@ -148,8 +91,8 @@ class GraphTimer:
         """Evict everything from the L2 (asynchronously, on the current stream)."""
         self._torch.sum(self._flush_source, dim=None, out=self._flush_sink)
 
-    def measure(self, works: Sequence[Work], effort: Effort) -> list[tuple[float, ...]]:
-        """Samples of each work in microseconds, in the order taken. Each run must have been called before (warm)."""
+    def measure(self, works: Sequence[Work], effort: Effort) -> list[Sampled]:
+        """Samples of each work in microseconds. Each run must have been called before (warm)."""
         self._torch.cuda.synchronize()
         takes = []
         for work in works:
@@ -159,7 +102,7 @@ class GraphTimer:
         self._torch.cuda.synchronize()
         for take in takes:
             take()
-        return _sample_rounds(takes, effort)
+        return sample_rounds(takes, effort, self._watch)
 
     def _capture(self, run: Run) -> Callable[[], float]:
         """A function that replays ``run`` once and gives its microseconds."""

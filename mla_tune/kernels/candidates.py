@@ -1,7 +1,12 @@
-"""The candidates of every site: why one cannot serve a shape here, and its stages bound to real inputs."""
+"""The candidates of every site: why one cannot serve a shape here, and its stages bound to real inputs.
+
+:func:`add` brings further attention candidates into this process, under names of their own: a kernel under development,
+or one that is broken on purpose. They are measured like any other; a policy names only the project's own.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -11,7 +16,7 @@ from mla_tune.kernels import flash_mla, indexer, sparse_fwd, with_kvcache
 from mla_tune.kernels.formats import kv_format
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.site import Site, SiteName
+from mla_tune.site import CANDIDATES, Site, SiteName
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,13 +44,26 @@ class Device:
         return torch.device(self.kind)
 
 
+Prepare = Callable[[AttentionInputs, Device], Prepared]
+"""Binds an attention candidate to inputs."""
+
+_ADDED: dict[str, Prepare] = {}
+
+
+def add(name: str, prepare: Prepare) -> None:
+    """Make ``prepare`` the attention candidate ``name`` of this process. Raises ``ValueError`` for a name of ours."""
+    if any(name in names for names in CANDIDATES.values()):
+        raise ValueError(f"an added candidate must have a name of its own: got {name!r}")
+    _ADDED[name] = prepare
+
+
 def unsupported(site: Site, candidate: str, device: Device) -> str | None:
     """Why ``candidate`` cannot serve ``site`` on ``device``, in one sentence; None if it can.
 
     The sentence names the missing package, the architecture or the shape rule. On the CPU every candidate has a torch
     implementation of the same stages.
     """
-    if device.kind == "cpu":
+    if device.kind == "cpu" or candidate in _ADDED:
         return None
     if site.name is SiteName.INDEXER_METADATA:
         return indexer.deep_gemm_missing() if candidate == "deep_gemm" else None
@@ -58,6 +76,8 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
 
 def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:
     """Bind an attention candidate to ``inputs``. Ask :func:`unsupported` first."""
+    if candidate in _ADDED:
+        return _ADDED[candidate](inputs, device)
     kernels = None if device.kind == "cpu" else _flash_mla(device.major)
     if candidate == "sparse_fwd":
         return sparse_fwd.prepare(inputs, kernels)

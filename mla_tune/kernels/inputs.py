@@ -121,7 +121,10 @@ def required_bytes(site: Site, shape: Shape) -> int:
 
 
 class InputBuilder:
-    """Builds inputs and keeps the large random pools between points, since filling them costs more than timing."""
+    """Builds fresh random inputs for every point: queries, sinks, selections, and which page holds what.
+
+    The large pools that the pages lie in are filled once and kept, since filling them costs more than timing.
+    """
 
     def __init__(self, device: torch.device, seed: int = 0) -> None:
         self._device = device
@@ -187,14 +190,13 @@ class InputBuilder:
         return torch.randn(*size, generator=self._generator, device=self._device)
 
     def _query(self, num_tokens: int, h_q: int, head_dim: int) -> torch.Tensor:
-        """(num_tokens, h_q, head_dim) bf16 normals; a view of one buffer that only grows."""
+        """(num_tokens, h_q, head_dim) bf16 normals, drawn anew; a view of one buffer that only grows."""
         size = num_tokens * h_q * head_dim
         buffer = self._queries.get(head_dim)
         if buffer is None or buffer.numel() < size:
             self._queries.pop(head_dim, None)
-            buffer = torch.empty(size, dtype=torch.bfloat16, device=self._device)
-            self._queries[head_dim] = buffer.normal_(generator=self._generator)
-        return buffer[:size].view(num_tokens, h_q, head_dim)
+            buffer = self._queries[head_dim] = torch.empty(size, dtype=torch.bfloat16, device=self._device)
+        return buffer[:size].normal_(generator=self._generator).view(num_tokens, h_q, head_dim)
 
     def _cache(self, fmt: KVFormat, page_size: int, tokens: list[int], kept: list[int]) -> PagedCache:
         """A cache that holds the last ``kept`` of each request's ``tokens``; pages before those are absent (-1)."""

@@ -37,6 +37,8 @@ class Prepared:
     output: Output
     buffers: Sequence[torch.Tensor] = field(default=())
     """What it keeps between calls (workspace, indices, schedule): the fixed part of its workspace bytes."""
+    scratch: Sequence[torch.Tensor] = field(default=())
+    """Those of them that every run writes before it reads them."""
 
     def per_layer(self) -> tuple[BoundStage, ...]:
         """Stages of one layer."""
@@ -50,6 +52,14 @@ class Prepared:
         """Run every stage once, in order."""
         for bound in self.stages:
             bound.run()
+
+    def poison(self) -> None:
+        """Make what a stage leaves unwritten show: NaN in the scratch buffers, 0 where they hold integers.
+
+        Integers are row numbers and lengths: 0 makes the next stage read the wrong rows, but none outside its input.
+        """
+        for buffer in self.scratch:
+            buffer.fill_(float("nan") if buffer.is_floating_point() else 0)
 
     def result(self) -> torch.Tensor:
         """The output of the last run."""

@@ -28,7 +28,8 @@ def prepare(inputs: AttentionInputs, kernels: FlashMla | None) -> Prepared:
         candidate="sparse_fwd",
         stages=tuple(BoundStage(stage, runs[stage.name]) for stage in stages(inputs.site, "sparse_fwd")),
         output=bound.output,
-        buffers=(bound.workspace, bound.row_slots, bound.window_slots, bound.indices, bound.lengths),
+        buffers=(*bound.scratch, bound.indices, bound.lengths),
+        scratch=(*bound.scratch, bound.indices, bound.lengths) if inputs.site.layer.has_window else bound.scratch,
     )
 
 
@@ -43,6 +44,7 @@ class _SparseFwd:
         self.workspace = torch.empty(work.rows, inputs.head_dim, dtype=torch.bfloat16, device=device)
         self.row_slots = torch.empty(work.compressed_rows, dtype=torch.int32, device=device)
         self.window_slots = torch.empty(work.window_rows, dtype=torch.int32, device=device)
+        self.scratch = (self.workspace, self.row_slots, self.window_slots)
         if inputs.site.layer.has_window:
             self.indices = torch.empty(work.num_qo_tokens, work.index_width, dtype=torch.int32, device=device)
             self.lengths = torch.empty(work.num_qo_tokens, dtype=torch.int32, device=device)

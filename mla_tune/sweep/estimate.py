@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mla_tune.bench.timing import MIN_SAMPLES
+from mla_tune.bench.sampling import MIN_SAMPLES
 from mla_tune.shape import workload
 from mla_tune.site import LayerType, SiteName
 from mla_tune.sweep.grid import Point, attention_flops

@@ -1,21 +1,24 @@
 """Measuring one point: build inputs, check every candidate against the reference, then time them in turn.
 
 Runs inside the worker process. Correct before fast: a candidate that differs from the reference, or leaves output
-unwritten, is not timed. A failure is an outcome of that candidate and not an exception, unless it has taken the device's
-context with it.
+unwritten, is not timed, and one that does so after it was timed loses its timings. A failure is an outcome of that
+candidate and not an exception, unless it has taken the device's context with it.
 """
 
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
-from mla_tune.bench.timing import MIN_SAMPLES, Effort, GraphTimer, Timer, WallTimer, Work, summarize
+from mla_tune.bench.sampling import MIN_SAMPLES, Effort, Sampled, summarize
+from mla_tune.bench.timing import GraphTimer, Timer, WallTimer, Work
+from mla_tune.bench.watch import NoWatch, Watch, watch_gpu
 from mla_tune.kernels import candidates
 from mla_tune.kernels.inputs import InputBuilder, required_bytes
 from mla_tune.kernels.prepared import BoundStage, Prepared
@@ -25,7 +28,9 @@ from mla_tune.store.measurement import (
     PER_LAYER_TOTAL,
     Measurement,
     Outcome,
+    Quarantined,
     Regime,
+    Stop,
 )
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.judge import AttentionJudge, IndexerJudge, Judge
@@ -38,6 +43,7 @@ class _Ready:
     """A candidate that gave the right answer, with what its first call cost."""
 
     prepared: Prepared
+    judge: Judge
     first_call_s: float
     workspace_bytes: int
 
@@ -49,16 +55,20 @@ class DeviceLostError(RuntimeError):
 class PointMeasurer:
     """Measures points on one device, keeping the input pools between them."""
 
-    def __init__(self, kind: str, seed: int = 0) -> None:
+    def __init__(self, kind: str, seed: int | None = None, watch: Watch | None = None) -> None:
+        """``seed`` of the random inputs, drawn where there is none; ``watch`` sees what disturbs samples."""
         self.device = candidates.Device.current(kind)
-        self._builder = InputBuilder(self.device.torch_device, seed)
+        self._builder = InputBuilder(self.device.torch_device, secrets.randbits(62) if seed is None else seed)
         self._timers: list[tuple[Regime, Timer, Effort]] = []
         if kind == "cpu":
-            self._timers.append((Regime.EAGER, WallTimer(), Effort(seconds=0.25, max_samples=15)))
+            wall = WallTimer(watch=watch or NoWatch())
+            self._timers.append((Regime.EAGER, wall, Effort(seconds=0.25, max_samples=15)))
         else:
             l2_bytes = torch.cuda.get_device_properties(0).L2_cache_size
-            graph = GraphTimer(l2_bytes)
-            eager = WallTimer(torch.cuda.synchronize, before=graph.flush)
+            torch.zeros(1, device="cuda")  # the context, which the watch must know as this process's own
+            watch = watch or watch_gpu()
+            graph = GraphTimer(l2_bytes, watch)
+            eager = WallTimer(torch.cuda.synchronize, before=graph.flush, watch=watch)
             self._timers.append((Regime.GRAPH, graph, Effort()))
             # Host time scatters by a few percent whatever is done: more samples would only spend the budget.
             self._timers.append((Regime.EAGER, eager, Effort(max_samples=MIN_SAMPLES)))
@@ -75,7 +85,9 @@ class PointMeasurer:
         try:
             self._require_memory(point)
             judge = self.judge(point)
-        except torch.OutOfMemoryError as error:
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
             self._builder.release()
             for name in names:
                 yield from failures(point, name, Failure(Outcome.NO_MEMORY, _one_line(error)), self.regimes)
@@ -88,7 +100,7 @@ class PointMeasurer:
             else:
                 ready[name] = result
         if not task.timed:
-            yield from (_right(point, name) for name in ready)
+            yield from (_right(point, name, entry) for name, entry in ready.items())
             return
         enter(TIMING)
         yield from self._time_fairly(point, ready)
@@ -114,6 +126,7 @@ class PointMeasurer:
         try:
             prepared = judge.prepare(name)
             judge.poison()
+            prepared.poison()
             start = time.perf_counter()
             peak = self._peak_bytes(prepared.run)
             first_call_s = time.perf_counter() - start
@@ -123,11 +136,11 @@ class PointMeasurer:
         if wrong is not None:
             return Failure(Outcome.WRONG_RESULT, wrong)
         output_bytes = prepared.result().nbytes
-        return _Ready(prepared, first_call_s, prepared.buffer_bytes() + max(0, peak - output_bytes))
+        return _Ready(prepared, judge, first_call_s, prepared.buffer_bytes() + max(0, peak - output_bytes))
 
     def _failure(self, error: Exception) -> Failure:
         self._require_context(error)
-        if isinstance(error, torch.OutOfMemoryError):
+        if _is_out_of_memory(error):
             return Failure(Outcome.NO_MEMORY, _one_line(error))
         kind = Outcome.COMPILE_ERROR if "ompilation" in type(error).__name__ else Outcome.RUNTIME_ERROR
         return Failure(kind, _one_line(error))
@@ -156,59 +169,90 @@ class PointMeasurer:
 
     def _time_fairly(self, point: Point, ready: dict[str, _Ready]) -> Iterator[Measurement]:
         """Time all candidates in turn; if that fails, each alone, so that the failure falls on the one that fails."""
-        rows: list[Measurement] = []
         try:
-            for regime, timer, effort in self._timers:
-                rows.extend(self._time(point, ready, regime, timer, effort))
+            rows = self._time(point, ready)
+            wrong = {name: reason for name, entry in ready.items() if (reason := self._wrong_by_now(entry)) is not None}
         except Exception as error:  # see _prepare
             failure = self._failure(error)
             if len(ready) == 1:
-                rows = failures(point, next(iter(ready)), failure, self.regimes)
-            else:
-                rows = [row for name in ready for row in self._time_fairly(point, {name: ready[name]})]
-        yield from rows
+                yield from failures(point, next(iter(ready)), failure, self.regimes)
+                return
+            for name, entry in ready.items():
+                yield from self._time_fairly(point, {name: entry})
+            return
+        yield from (row for row in rows if row.candidate not in wrong)
+        for name, reason in wrong.items():
+            failure = Failure(Outcome.WRONG_RESULT, f"right before it was timed, then: {reason}")
+            yield from failures(point, name, failure, self.regimes)
 
-    def _time(
-        self, point: Point, ready: dict[str, _Ready], regime: Regime, timer: Timer, effort: Effort
-    ) -> Iterator[Measurement]:
+    @staticmethod
+    def _wrong_by_now(entry: _Ready) -> str | None:
+        """What is wrong with another run after all the timed ones; None if nothing is."""
+        entry.judge.poison()
+        entry.prepared.poison()
+        entry.prepared.run()
+        return entry.judge.verdict(entry.prepared.result())
+
+    def _time(self, point: Point, ready: dict[str, _Ready]) -> list[Measurement]:
         labels, works = [], []
         for name, entry in ready.items():
             for part, work in parts(entry.prepared).items():
                 labels.append((name, part))
                 works.append(work)
-        samples = dict(zip(labels, timer.measure(works, effort), strict=True)) if works else {}
-        for (name, part), taken in samples.items():
-            yield self._row(point, ready[name], name, part, regime, taken)
-            for alias in _aliases(ready[name].prepared, part):
-                yield self._row(point, ready[name], name, alias, regime, taken)
-
-    @staticmethod
-    def _row(
-        point: Point, entry: _Ready, name: str, part: str, regime: Regime, samples: tuple[float, ...]
-    ) -> Measurement:
-        summary = summarize(samples)
-        return Measurement(
-            site=point.site,
-            shape=point.shape,
-            role=point.role,
-            candidate=name,
-            part=part,
-            regime=regime,
-            outcome=Outcome.OK,
-            latency_us=summary.median_us,
-            ci_low_us=summary.low_us,
-            ci_high_us=summary.high_us,
-            num_samples=len(samples),
-            samples_us=samples,
-            first_call_s=entry.first_call_s,
-            workspace_bytes=entry.workspace_bytes,
-        )
+        rows: list[Measurement] = []
+        power_capped = False
+        for regime, timer, effort in self._timers:
+            # What met the power cap in one regime meets it in the next: no need to rest again.
+            effort = replace(effort, rest_s=0.0) if power_capped else effort
+            samples = dict(zip(labels, timer.measure(works, effort), strict=True)) if works else {}
+            power_capped = any(taken.power_capped for taken in samples.values())
+            rows += [
+                _row(point, ready[name], name, label, regime, taken)
+                for (name, part), taken in samples.items()
+                for label in (part, *_aliases(ready[name].prepared, part))
+            ]
+        return rows
 
 
-def _right(point: Point, name: str) -> Measurement:
-    """A row that says only that a candidate's output is right."""
+def _row(point: Point, entry: _Ready, name: str, part: str, regime: Regime, taken: Sampled) -> Measurement:
+    row = Measurement(
+        site=point.site,
+        shape=point.shape,
+        role=point.role,
+        candidate=name,
+        part=part,
+        regime=regime,
+        outcome=Outcome.OK,
+        first_call_s=entry.first_call_s,
+        workspace_bytes=entry.workspace_bytes,
+        quarantined=tuple(Quarantined(reason, samples_us) for reason, samples_us in taken.quarantined),
+    )
+    if not taken.samples_us:
+        reasons = "; ".join(entry.reason for entry in row.quarantined)
+        return replace(row, outcome=Outcome.DISTURBED, detail=f"no undisturbed samples: {reasons}")
+    summary = summarize(taken.samples_us)
+    return replace(
+        row,
+        latency_us=summary.median_us,
+        ci_low_us=summary.low_us,
+        ci_high_us=summary.high_us,
+        num_samples=len(taken.samples_us),
+        samples_us=taken.samples_us,
+        stopped_by=Stop.PRECISION if taken.precise else Stop.BUDGET,
+    )
+
+
+def _right(point: Point, name: str, entry: _Ready) -> Measurement:
+    """A row that says only that a candidate's output is right, and what its first call cost."""
     part, regime = total_part(point), Regime.EAGER
-    return Measurement(point.site, point.shape, point.role, name, part, regime, Outcome.OK)
+    return Measurement(
+        point.site, point.shape, point.role, name, part, regime, Outcome.OK, first_call_s=entry.first_call_s
+    )
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Also where torch's CPU allocator says so, which has no exception type of its own."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
 
 
 def parts(prepared: Prepared) -> dict[str, Work]:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mla_tune.site import SiteName
 from mla_tune.sku import Environment
 from mla_tune.store.measurement import Measurement, Regime
 from mla_tune.sweep.grid import Point
 
 TIMING = ""
 """In :class:`Entering`: no single candidate, all that gave the right answer are being timed in turn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """Attention candidates besides the project's own, for a sweep to measure too."""
+
+    module: str
+    """Importable name; importing it calls :func:`mla_tune.kernels.candidates.add` for each of them."""
+    candidates: tuple[str, ...]
+
+    def at(self, point: Point) -> tuple[str, ...]:
+        """Those of them that can be tried at ``point``."""
+        return self.candidates if point.site.name is SiteName.PREFILL_ATTENTION else ()
+
+
+NOTHING_ADDED = Added("", ())
 
 
 @dataclass(frozen=True, slots=True)

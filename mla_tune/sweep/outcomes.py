@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from mla_tune.shape import Shape
 from mla_tune.site import SiteName
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime
 from mla_tune.sweep.grid import Point
@@ -36,20 +37,51 @@ def failures(point: Point, candidate: str, failure: Failure, regimes: Sequence[R
     ]
 
 
+@dataclass(frozen=True, slots=True)
+class GivenUp:
+    """A candidate that is not tried any more at a site."""
+
+    site: str
+    """Its key."""
+    candidate: str
+    num_qo_tokens: int
+    """From this count of query tokens up."""
+    failures: int
+    last_words: str
+    """What the last failure said."""
+
+    @property
+    def reason(self) -> str:
+        """One line, for the rows of what is not tried."""
+        return f"not tried: failed {self.failures} times from {self.num_qo_tokens} query tokens up: {self.last_words}"
+
+
 class Deaths:
     """Counts what each candidate did to its workers at each site, and says when it is not worth another one."""
 
     def __init__(self) -> None:
-        self._failing_tokens: dict[tuple[str, str], list[int]] = {}
+        self._failed: dict[tuple[str, str], dict[Shape, str]] = {}
 
     def note(self, rows: Iterable[Measurement]) -> None:
-        """Take the outcomes of one point into account."""
-        for candidate, row in {row.candidate: row for row in rows if row.outcome in DEADLY}.items():
-            self._failing_tokens.setdefault((row.site.key, candidate), []).append(row.shape.num_qo_tokens)
+        """Take outcomes into account: those of a point that was just measured, or all that are stored."""
+        for row in rows:
+            if row.outcome in DEADLY:
+                self._failed.setdefault((row.site.key, row.candidate), {})[row.shape] = row.detail
 
     def hopeless(self, point: Point, candidate: str) -> Failure | None:
         """Why not to try ``candidate`` at ``point``; None if it is worth trying."""
-        tokens = self._failing_tokens.get((point.site.key, candidate), [])
-        if len(tokens) < _DEADLY_ATTEMPTS or point.shape.num_qo_tokens < min(tokens):
+        found = self._given_up((point.site.key, candidate))
+        if found is None or point.shape.num_qo_tokens < found.num_qo_tokens:
             return None
-        return Failure(Outcome.UNSUPPORTED, f"not tried: failed {len(tokens)} times from {min(tokens)} query tokens up")
+        return Failure(Outcome.UNSUPPORTED, found.reason)
+
+    def given_up(self) -> tuple[GivenUp, ...]:
+        """Every candidate that is not tried any more, in the order of their first failures."""
+        return tuple(found for key in self._failed if (found := self._given_up(key)) is not None)
+
+    def _given_up(self, key: tuple[str, str]) -> GivenUp | None:
+        failed = self._failed.get(key, {})
+        if len(failed) < _DEADLY_ATTEMPTS:
+            return None
+        fewest = min(shape.num_qo_tokens for shape in failed)
+        return GivenUp(*key, fewest, len(failed), list(failed.values())[-1])

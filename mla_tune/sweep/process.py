@@ -1,4 +1,8 @@
-"""A worker process as the parent holds it: started, asked, listened to, replaced, and never left behind."""
+"""A worker process as the parent holds it: started, asked, listened to, replaced, and never left behind.
+
+Workers are forked from a server process that has imported torch and has touched no device, so that a fresh one costs a
+fork and a CUDA context instead of seconds of imports. The server ends with this process, and the workers with the server.
+"""
 
 from __future__ import annotations
 
@@ -27,17 +31,19 @@ _LAST_WORDS = 200
 class WorkerProcess:
     """One worker. Whatever it or a kernel library prints goes to a file of its own, never to this process's output."""
 
-    def __init__(self, kind: str) -> None:
-        """Start it and wait until it is ready. Raises :class:`EnvironmentMismatchError` if the device cannot be used."""
+    def __init__(self, kind: str, added: str = "") -> None:
+        """Start it and wait until it is ready; ``added`` names a module with further candidates.
+
+        Raises :class:`EnvironmentMismatchError` if the device cannot be used.
+        """
         self._kind = kind
         handle, name = tempfile.mkstemp(prefix="mla-tune-worker-", suffix=".log")
         self._log = os.fdopen(handle, errors="replace")
         self._jit_cache = f"{name}.jit"
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["mla_tune.sweep.preload"])
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_enter, args=(theirs, kind, os.getpid(), name), daemon=True, name="mla-tune worker"
-        )
+        self._process = context.Process(target=_enter, args=(theirs, kind, name, added), daemon=True)
         try:
             with _ctrl_c_held_back():
                 self._process.start()
@@ -114,7 +120,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def _enter(connection: Connection, kind: str, parent_pid: int, log: str) -> None:
+def _enter(connection: Connection, kind: str, log: str, added: str) -> None:
     try:
         sink = os.open(log, os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:  # the parent has given up already
@@ -126,7 +132,6 @@ def _enter(connection: Connection, kind: str, parent_pid: int, log: str) -> None
         # First calls are measured as a server that never ran here sees them: DeepGEMM's cache on disk would hide them.
         os.environ["DG_JIT_CACHE_DIR"] = f"{log}.jit"
         os.makedirs(os.environ["DG_JIT_CACHE_DIR"], exist_ok=True)
-    os.environ.pop("TRITON_INTERPRET", None)  # an interpreter's timings would be stored as the kernels'
     from mla_tune.sweep.worker import serve  # imported here so that the parent never loads torch
 
-    serve(connection, kind, parent_pid)
+    serve(connection, kind, added)

@@ -14,10 +14,14 @@ from dataclasses import dataclass, replace
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Measurement, Outcome
+from mla_tune.sweep.attempt import attempt
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.messages import TIMING, Done, Entering, Lost, Task
-from mla_tune.sweep.outcomes import Deaths, Failure, failures
+from mla_tune.sweep.messages import NOTHING_ADDED, TIMING, Added, Task
+from mla_tune.sweep.outcomes import Deaths, GivenUp, failures
 from mla_tune.sweep.process import WorkerProcess
+
+TIMEOUT_S = 300.0
+"""Longest that one point may take, compilation included. DeepGEMM compiles for 17 s; the slowest point takes three."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,10 @@ class Report:
     """Points that the budget did not reach."""
     failed: int
     """Rows stored with an outcome other than ``ok``."""
+    disturbed: int
+    """Points without undisturbed samples; the next run measures them again."""
+    given_up: tuple[GivenUp, ...]
+    """Candidates that failed too often to be tried further at a site."""
     restarts: int
     elapsed_s: float
 
@@ -50,11 +58,14 @@ class Report:
 class Sweep:
     """A worker for one device and the database that its measurements go to. Use as a context manager."""
 
-    def __init__(self, kind: str, timeout_s: float = 300.0) -> None:
-        """Start the worker. Raises :class:`EnvironmentMismatchError` if the device cannot be used."""
-        self._kind, self._timeout_s = kind, timeout_s
+    def __init__(self, kind: str, timeout_s: float = TIMEOUT_S, added: Added = NOTHING_ADDED) -> None:
+        """Start the worker, which may take ``timeout_s`` for a point. ``added`` are candidates besides our own.
+
+        Raises :class:`EnvironmentMismatchError` if the device cannot be used.
+        """
+        self._kind, self._timeout_s, self._added = kind, timeout_s, added
         self._restarts = 0
-        self._worker = WorkerProcess(kind)
+        self._worker = WorkerProcess(kind, added.module)
         self.environment: Environment = self._worker.hello.environment
         self.regimes = self._worker.hello.regimes
 
@@ -78,10 +89,11 @@ class Sweep:
     ) -> Report:
         """Measure what ``database`` lacks of ``points`` for this environment, until ``budget_s`` seconds are over."""
         plan = list(points)
-        tasks = missing_tasks(database, self.environment, plan)
+        tasks = missing_tasks(database, self.environment, plan, self._added)
         start = time.monotonic()
-        failed = done = 0
+        failed = disturbed = done = 0
         deaths = Deaths()
+        deaths.note(database.measurements(self.environment.id))
         for index, task in enumerate(tasks):
             if time.monotonic() - start > budget_s:
                 break
@@ -90,6 +102,7 @@ class Sweep:
             rows = self._measure_or_skip(task, deaths)
             database.record(self.environment, rows)
             failed += sum(row.outcome is not Outcome.OK for row in rows)
+            disturbed += any(row.outcome is Outcome.DISTURBED for row in rows)
             done = index + 1
             deaths.note(rows)
         if on_progress:
@@ -100,6 +113,8 @@ class Sweep:
             already_done=len(plan) - len(tasks),
             left=len(tasks) - done,
             failed=failed,
+            disturbed=disturbed,
+            given_up=deaths.given_up(),
             restarts=self._restarts,
             elapsed_s=time.monotonic() - start,
         )
@@ -107,7 +122,7 @@ class Sweep:
     def check(self, points: Iterable[Point]) -> Iterator[Measurement]:
         """Compare every candidate with the reference at ``points``, without timing; nothing is stored."""
         for point in points:
-            rows = self._measure(Task(point, point.site.candidates, timed=False))
+            rows = self._measure(Task(point, (*point.site.candidates, *self._added.at(point)), timed=False))
             yield from {row.candidate: row for row in rows}.values()
 
     def _measure_or_skip(self, task: Task, deaths: Deaths) -> list[Measurement]:
@@ -124,53 +139,37 @@ class Sweep:
         queue = deque([task] if task.candidates else [])
         while queue:
             current = queue.popleft()
-            finished, culprit, failure = self._attempt(current)
-            rows += finished
-            if failure is None:
+            result = attempt(self._worker, current, self._timeout_s)
+            rows += result.rows
+            if result.failure is None:
                 continue
             self._restart()
-            left = tuple(c for c in current.candidates if c not in {row.candidate for row in finished})
-            if culprit == TIMING and len(left) > 1:  # nobody knows whose fault it was: each alone
+            left = tuple(c for c in current.candidates if c not in {row.candidate for row in result.rows})
+            if result.culprit == TIMING and len(left) > 1:  # nobody knows whose fault it was: each alone
                 queue.extendleft(replace(task, candidates=(name,)) for name in left)
                 continue
-            blamed = culprit or left[0]
-            rows += failures(task.point, blamed, failure, self.regimes)
+            blamed = result.culprit or left[0]
+            rows += failures(task.point, blamed, result.failure, self.regimes)
             others = tuple(name for name in left if name != blamed)
             if others:
                 queue.appendleft(replace(task, candidates=others))
         return rows
 
-    def _attempt(self, task: Task) -> tuple[list[Measurement], str, Failure | None]:
-        """One try of a task: its rows, the candidate that was running last, and how the worker failed, if it did."""
-        culprit = TIMING
-        deadline = time.monotonic() + self._timeout_s
-        try:
-            self._worker.send(task)
-            while True:
-                message = self._worker.receive(deadline - time.monotonic())
-                if isinstance(message, Entering):
-                    culprit = message.candidate
-                elif isinstance(message, Done):
-                    return list(message.measurements), culprit, None
-                elif isinstance(message, Lost):
-                    return list(message.measurements), culprit, Failure(Outcome.RUNTIME_ERROR, message.detail)
-                else:
-                    return [], culprit, Failure(Outcome.TIMEOUT, f"no answer within {self._timeout_s:.0f} s")
-        except (EOFError, OSError):  # OSError: it died in the middle of a message
-            return [], culprit, Failure(Outcome.CRASH, self._worker.epitaph())
-
     def _restart(self) -> None:
         self._worker.stop()
         self._restarts += 1
-        self._worker = WorkerProcess(self._kind)
+        self._worker = WorkerProcess(self._kind, self._added.module)
 
 
-def missing_tasks(database: Database, environment: Environment, plan: Iterable[Point]) -> list[Task]:
+def missing_tasks(
+    database: Database, environment: Environment, plan: Iterable[Point], added: Added = NOTHING_ADDED
+) -> list[Task]:
     """The points of ``plan`` with the candidates that have no row for ``environment`` yet, in plan order."""
     done = {(key[0], key[1], key[2]) for key in database.done_keys(environment.id)}
     tasks = []
     for point in plan:
-        left = tuple(c for c in point.site.candidates if (point.site.key, point.shape, c) not in done)
+        names = (*point.site.candidates, *added.at(point))
+        left = tuple(name for name in names if (point.site.key, point.shape, name) not in done)
         if left:
             tasks.append(Task(point, left))
     return tasks

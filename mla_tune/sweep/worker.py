@@ -7,10 +7,12 @@ from the last word what a dead worker died of. When the parent is gone the worke
 from __future__ import annotations
 
 import ctypes
+import importlib
 import os
 import signal
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 from mla_tune.bench.device import detect_environment
 from mla_tune.errors import MlaTuneError
@@ -21,14 +23,20 @@ from mla_tune.sweep.messages import Done, Entering, Hello, Lost, Refused, Task
 _PR_SET_PDEATHSIG = 1
 
 
-def serve(connection: Connection, kind: str, parent_pid: int) -> None:
-    """Serve tasks until the pipe closes or the device is lost. ``kind`` is ``cpu`` or ``cuda``."""
+def serve(connection: Connection, kind: str, added: str) -> None:
+    """Serve tasks until the pipe closes or the device is lost. ``kind`` is ``cpu`` or ``cuda``.
+
+    ``added`` names a module that brings further candidates; empty for none.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _die_with(parent_pid)
+    _die_with_the_server()
+    _be_the_first_to_go()
     try:
+        if added:
+            importlib.import_module(added)
         environment = detect_environment(gpu=kind == "cuda")
         measurer = PointMeasurer(kind)
-    except (MlaTuneError, RuntimeError) as error:  # RuntimeError: what torch raises for a driver or device problem
+    except (MlaTuneError, ImportError, RuntimeError) as error:  # RuntimeError: torch's, for a driver or device problem
         connection.send(Refused(str(error).strip().splitlines()[0]))
         return
     with suppress(EOFError, ConnectionError):  # the parent has closed its end: nobody wants the rest
@@ -53,11 +61,22 @@ def _measure(connection: Connection, measurer: PointMeasurer, task: Task) -> Don
     return Done(tuple(rows))
 
 
-def _die_with(parent_pid: int) -> None:
-    """Ask the kernel to kill this process when its parent dies, even in the middle of a launch."""
+def _die_with_the_server() -> None:
+    """Ask the kernel to kill this process when the one that forked it ends, even in the middle of a launch.
+
+    That one ends as soon as the sweep's process does, however it does. Should both be gone already, the closed pipe ends
+    this one.
+    """
+    server = os.getppid()
     try:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     except (AttributeError, OSError):  # not Linux: the closed pipe ends the worker after its current task
         return
-    if os.getppid() != parent_pid:  # it died before the call took effect
+    if os.getppid() != server:  # it died before the call took effect
         os._exit(1)
+
+
+def _be_the_first_to_go() -> None:
+    """If the machine runs out of memory, the kernel should end this process and not the one that keeps the results."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")

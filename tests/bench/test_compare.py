@@ -80,6 +80,13 @@ def test_a_full_output_is_written_whatever_its_type(reference: torch.Tensor) -> 
     assert unwritten(torch.zeros(3, 2, dtype=torch.int32)) is None
 
 
+def test_a_row_of_zeros_among_floats_is_unwritten_since_fresh_memory_is_zero(reference: torch.Tensor) -> None:
+    reference[7] = 0
+    assert unwritten(reference) == "output has unwritten or non-finite values, the first in row 7 of 40"
+    reference[7, 2, 9] = 1e-30
+    assert unwritten(reference) is None
+
+
 def test_an_output_without_rows_has_nothing_to_compare() -> None:
     empty = torch.empty(0, 4, 64)
     assert mismatch(empty, empty, BF16_ATTENTION) is None

@@ -1,86 +1,29 @@
-"""Timing: the interval covers what it says, sampling stops by its rules, and works take turns. No duration is asserted."""
+"""Timers: works take turns, each sample is flushed and waited for, baselines are subtracted. No duration is asserted."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.bench.timing import MIN_SAMPLES, Effort, Summary, WallTimer, Work, summarize
+from mla_tune.bench.sampling import MIN_SAMPLES, Effort
+from mla_tune.bench.timing import WallTimer, Work
 
-samples = st.lists(st.floats(0, 1e9), min_size=1, max_size=40)
 ENDLESS_S = 3600.0
-
-
-def coverage(n: int, low: int, high: int) -> float:
-    """How often the median lies between two order statistics: each sample is below it with probability 1/2."""
-    below = [sum(sides) for sides in product((0, 1), repeat=n)]
-    return sum(low < count <= high for count in below) / len(below)
-
-
-def ranks(n: int) -> tuple[int, int]:
-    summary = summarize(list(range(n)))
-    return int(summary.low_us), int(summary.high_us)
-
-
-@pytest.mark.parametrize("n", range(MIN_SAMPLES, 17))
-def test_the_interval_is_the_narrowest_symmetric_pair_that_covers_the_median_with_95_percent(n: int) -> None:
-    low, high = ranks(n)
-    assert low + high == n - 1
-    assert coverage(n, low, high) >= 0.95
-    if low + 1 < high - 1:
-        assert coverage(n, low + 1, high - 1) < 0.95
-
-
-@pytest.mark.parametrize("n", range(1, MIN_SAMPLES))
-def test_too_few_samples_give_their_whole_range(n: int) -> None:
-    assert ranks(n) == (0, n - 1)
-    assert coverage(n, 0, n - 1) < 0.95
-
-
-@given(samples, st.randoms())
-def test_a_summary_depends_on_the_samples_and_not_on_their_order(taken: list[float], random: object) -> None:
-    shuffled = sorted(taken, key=lambda _: random.random())  # type: ignore[attr-defined]
-    summary = summarize(taken)
-    assert summarize(shuffled) == summary
-    assert min(taken) <= summary.low_us <= summary.median_us <= summary.high_us <= max(taken)
-    assert summary.half_width >= 0
-
-
-def test_no_samples_are_refused_and_a_median_of_zero_has_no_relative_width() -> None:
-    with pytest.raises(ValueError, match="no samples"):
-        summarize([])
-    assert Summary(0.0, 0.0, 5.0).half_width == 0
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_all_works_get_the_same_number_of_samples_between_the_least_and_the_most(count: int) -> None:
     works = [Work(lambda: sum(range(100))) for _ in range(count)]
     taken = WallTimer().measure(works, Effort(target=0.05, max_samples=9, seconds=ENDLESS_S))
-    sizes = {len(store) for store in taken}
+    sizes = {len(entry.samples_us) for entry in taken}
     assert len(taken) == count
     assert len(sizes) == 1
     assert MIN_SAMPLES <= sizes.pop() <= 9
-    assert all(sample >= 0 for store in taken for sample in store)
-
-
-def test_without_time_there_are_still_enough_samples_for_an_interval() -> None:
-    (taken,) = WallTimer().measure([Work(lambda: None)], Effort(target=0.0, max_samples=30, seconds=0.0))
-    assert len(taken) == MIN_SAMPLES
-
-
-def test_an_unreachable_target_ends_at_the_most_samples() -> None:
-    (taken,) = WallTimer().measure([Work(lambda: None)], Effort(target=0.0, max_samples=11, seconds=ENDLESS_S))
-    assert len(taken) == 11
-
-
-def test_a_target_that_anything_meets_ends_at_the_fewest_samples() -> None:
-    (taken,) = WallTimer().measure([Work(lambda: None)], Effort(target=float("inf"), seconds=ENDLESS_S))
-    assert len(taken) == MIN_SAMPLES
+    assert all(sample >= 0 for entry in taken for sample in entry.samples_us)
 
 
 @settings(max_examples=10)
@@ -107,7 +50,7 @@ def test_each_run_is_flushed_and_waited_for_before_and_waited_for_after() -> Non
 def test_a_baseline_that_costs_more_leaves_zero_and_never_a_negative_time() -> None:
     work = Work(lambda: None, baseline=lambda: time.sleep(0.002))
     (taken,) = WallTimer().measure([work], Effort(target=0.0, max_samples=MIN_SAMPLES))
-    assert taken == (0.0,) * MIN_SAMPLES
+    assert taken.samples_us == (0.0,) * MIN_SAMPLES
 
 
 def test_an_error_of_a_work_is_the_callers_to_handle() -> None:
@@ -131,8 +74,8 @@ def test_graph_replay_runs_the_captured_work_for_every_sample() -> None:
     for work in works:
         work.run()
     taken = timer.measure(works, Effort(target=0.0, max_samples=MIN_SAMPLES))
-    assert [len(store) for store in taken] == [MIN_SAMPLES] * 2
-    assert all(sample >= 0 for store in taken for sample in store)
+    assert [len(entry.samples_us) for entry in taken] == [MIN_SAMPLES] * 2
+    assert all(sample >= 0 for entry in taken for sample in entry.samples_us)
     replays, rest = divmod(int(counter) - 1001, 1 + 2 * 1000)
     assert rest == 0
     assert replays >= MIN_SAMPLES

@@ -126,6 +126,23 @@ def test_kept_buffers_are_counted(site: Site) -> None:
     assert sparse.buffer_bytes() == sum(buffer.nbytes for buffer in sparse.buffers) > 0
 
 
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_what_a_stage_leaves_of_the_poison_is_a_wrong_result(site: Site) -> None:
+    judge = judge_of(site, Shape(2, 5, 700))
+    prepared = judge.prepare("sparse_fwd")
+    prepared.poison()
+    prepared.run()
+    assert judge.verdict(prepared.result()) is None
+    for skipped in ("dequantize_compressed", "dequantize_window", "combine"):
+        if not any(bound.stage.name == skipped for bound in prepared.stages):
+            continue
+        prepared.poison()
+        for bound in prepared.stages:
+            if bound.stage.name != skipped:
+                bound.run()
+        assert judge.verdict(prepared.result()) is not None, skipped
+
+
 def test_a_result_before_the_first_run_is_refused() -> None:
     prepared: Prepared = judge_of(attention_sites[0], Shape(1, 1, 1)).prepare("sparse_fwd")
     with pytest.raises(RuntimeError, match="sparse_fwd has not run yet"):

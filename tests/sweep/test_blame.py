@@ -70,8 +70,8 @@ class ScriptedWorker:
     behaviours: dict[str, Behaviour]
     started: int
 
-    def __init__(self, kind: str) -> None:
-        assert kind == "cpu"
+    def __init__(self, kind: str, added: str) -> None:
+        assert (kind, added) == ("cpu", "")
         type(self).started += 1
         self.hello = Hello(CPU_ENVIRONMENT, (Regime.EAGER,))
         self.pid = None

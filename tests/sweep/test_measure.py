@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mla_tune.bench.timing import MIN_SAMPLES
+from mla_tune.bench.sampling import MIN_SAMPLES
 from mla_tune.kernels import candidates
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared

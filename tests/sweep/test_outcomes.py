@@ -54,12 +54,19 @@ def test_two_deaths_end_the_attempts_from_the_smaller_count_up(
     deaths = Deaths()
     deaths.note(failed(one, first))
     assert deaths.hopeless(at(asked), "deep_gemm") is None
+    assert deaths.given_up() == ()
     deaths.note(failed(other, second))
+    if one == other:  # the same point again: one failure
+        assert deaths.given_up() == ()
+        return
+    (given_up,) = deaths.given_up()
+    assert (given_up.site, given_up.candidate, given_up.failures) == (METADATA.key, "deep_gemm", 2)
+    assert given_up.num_qo_tokens == min(one, other)
     verdict = deaths.hopeless(at(asked), "deep_gemm")
     if asked < min(one, other):
         assert verdict is None
     else:
-        detail = f"not tried: failed 2 times from {min(one, other)} query tokens up"
+        detail = f"not tried: failed 2 times from {min(one, other)} query tokens up: reason"
         assert verdict == Failure(Outcome.UNSUPPORTED, detail)
 
 

@@ -1,0 +1,164 @@
+"""Rounds of samples: when there are enough, which are quarantined, and what can be said of the median.
+
+Nothing here knows what it times. The works of one call take turns round by round, so that drift of clocks or
+temperature meets all of them alike; samples are kept raw and statistics derived from them.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from mla_tune.bench.watch import Disturbance, NoWatch, Watch
+
+MIN_SAMPLES = 6
+"""Fewest samples whose range is a 95 % interval of the median: 1 - 2 * 0.5**6 = 0.97."""
+_CAPPED_ROUNDS = 2
+"""Rounds under the power cap, each after a rest, from which on the cap counts as what this work always meets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Effort:
+    """When sampling stops: at ``target`` relative confidence half-width, at ``max_samples``, or when time is up."""
+
+    target: float = 0.01
+    max_samples: int = 30
+    seconds: float = 0.3
+    """Time for all works of one call together; never cuts below :data:`MIN_SAMPLES`."""
+    patience_s: float = 3.0
+    """Further time that disturbed rounds, and the rests after them, may take."""
+    rest_s: float = 0.1
+    """Pause after the first disturbed round, so that what disturbed it can pass; three times as long after the next,
+    nine times after any further one. An H200 needs about 0.4 s to leave its power cap."""
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """Median and its distribution-free confidence interval."""
+
+    median_us: float
+    low_us: float
+    high_us: float
+
+    @property
+    def half_width(self) -> float:
+        """Half of the interval over the median; 0 for a median of 0."""
+        return (self.high_us - self.low_us) / 2 / self.median_us if self.median_us > 0 else 0.0
+
+
+def summarize(samples_us: Sequence[float]) -> Summary:
+    """Median with the narrowest symmetric pair of order statistics that covers it with at least 95 %.
+
+    Coverage of (k-th smallest, k-th largest) is 1 - 2 * P(Binomial(n, 1/2) < k); see any text on distribution-free
+    inference. Below :data:`MIN_SAMPLES` samples the whole range is given, which covers less.
+    """
+    ordered = sorted(samples_us)
+    n = len(ordered)
+    if n == 0:
+        raise ValueError("no samples to summarize")
+    rank, tail = 0, 0.5**n
+    while rank + 1 < n / 2:
+        next_tail = tail + math.comb(n, rank + 1) * 0.5**n
+        if 2 * next_tail > 0.05:
+            break
+        rank, tail = rank + 1, next_tail
+    return Summary(statistics.median(ordered), ordered[rank], ordered[n - 1 - rank])
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What was taken of one work."""
+
+    samples_us: tuple[float, ...]
+    """At least :data:`MIN_SAMPLES`, or none where every round was disturbed; in the order taken."""
+    precise: bool
+    """Sampling reached its target; otherwise time or samples ran out first."""
+    quarantined: tuple[tuple[str, tuple[float, ...]], ...] = ()
+    """Disturbed samples by reason."""
+    power_capped: bool = False
+    """The samples were taken under the power cap, which came back after every rest."""
+
+
+class _Rounds:
+    """The samples of all works so far, the disturbed ones apart."""
+
+    def __init__(self, count: int) -> None:
+        self._clean: list[list[float]] = [[] for _ in range(count)]
+        self._disturbed: dict[str, list[list[float]]] = {}
+        self._capped = 0
+
+    @property
+    def taken(self) -> int:
+        return len(self._clean[0])
+
+    @property
+    def power_capped(self) -> bool:
+        return self._capped >= _CAPPED_ROUNDS
+
+    def add(self, samples: Sequence[float], disturbance: Disturbance | None) -> bool:
+        """Keep one round; false if it went into quarantine."""
+        if disturbance is None or (disturbance.power_capped and self.power_capped):
+            for store, sample in zip(self._clean, samples, strict=True):
+                store.append(sample)
+            return True
+        self._capped += disturbance.power_capped
+        stores = self._disturbed.setdefault(disturbance.reason, [[] for _ in samples])
+        for store, sample in zip(stores, samples, strict=True):
+            store.append(sample)
+        return False
+
+    def precise(self, target: float) -> bool:
+        return all(_half_width(store) < target for store in self._clean)
+
+    def results(self, target: float) -> list[Sampled]:
+        if self.taken < MIN_SAMPLES:  # the interval of so few would cover less than it says
+            reason = f"only {self.taken} undisturbed rounds"
+            self._disturbed |= {reason: self._clean} if self.taken else {}
+            self._clean = [[] for _ in self._clean]
+        return [
+            Sampled(
+                samples_us=tuple(store),
+                precise=bool(store) and _half_width(store) < target,
+                quarantined=tuple((reason, tuple(kept[index])) for reason, kept in self._disturbed.items()),
+                power_capped=self.power_capped and bool(store),
+            )
+            for index, store in enumerate(self._clean)
+        ]
+
+
+def sample_rounds(
+    takes: Sequence[Callable[[], float]],
+    effort: Effort,
+    watch: Watch | None = None,
+    rest: Callable[[float], None] = time.sleep,
+    clock: Callable[[], float] = time.perf_counter,
+) -> list[Sampled]:
+    """Round-robin over ``takes``, each giving one sample in microseconds, until every median is known well enough.
+
+    A round that ``watch`` says was disturbed goes into quarantine and is taken again after a rest. The power cap is
+    given two rests to go away; work that meets it all the same is timed under it, as it will be served under it.
+    """
+    if not takes:
+        return []
+    watch = watch or NoWatch()
+    rounds = _Rounds(len(takes))
+    watch.disturbance()  # what happened before the first round is none of its business
+    deadline, lost_s, rest_s = clock() + effort.seconds, 0.0, effort.rest_s
+    while rounds.taken < effort.max_samples:
+        start = clock()
+        if not rounds.add([take() for take in takes], watch.disturbance()):
+            rest(rest_s)
+            rest_s = min(3 * rest_s, 9 * effort.rest_s)
+            lost_s += clock() - start
+            if lost_s > effort.patience_s:
+                break
+        elif rounds.taken >= MIN_SAMPLES and (clock() > deadline + lost_s or rounds.precise(effort.target)):
+            break
+    return rounds.results(effort.target)
+
+
+def _half_width(samples_us: Sequence[float]) -> float:
+    return summarize(samples_us).half_width

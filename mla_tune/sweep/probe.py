@@ -1,0 +1,152 @@
+"""How many query tokens a candidate can take: doubling, then bisection, each try in a fresh worker.
+
+A failed launch may poison the context or end the process, so no try shares a process with another. The answer is a pair
+of neighbours, one count that ran and was correct and the next that failed, both seen; or that nothing failed up to the
+largest count asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass
+
+from mla_tune.shape import Shape
+from mla_tune.site import MODELS, Site
+from mla_tune.sku import Environment
+from mla_tune.store.measurement import Outcome
+from mla_tune.store.probe import Try
+from mla_tune.sweep.attempt import attempt
+from mla_tune.sweep.grid import Point
+from mla_tune.sweep.messages import NOTHING_ADDED, Added, Task
+from mla_tune.sweep.process import WorkerProcess
+
+CAPABILITY = frozenset({Outcome.RUNTIME_ERROR, Outcome.CRASH, Outcome.WRONG_RESULT, Outcome.COMPILE_ERROR})
+"""Outcomes that bound what a build can do. Memory and patience say nothing about it."""
+_CONTEXT = 8192
+"""Context tokens of a try, where it has no more query tokens than that: limits are a matter of query tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """What a search found."""
+
+    site: Site
+    candidate: str
+    runs_at: int
+    """Largest count seen to run and to be correct; 0 if none was."""
+    fails_at: int | None
+    """The count after it, which was seen to fail; None if nothing failed, or the search could not end."""
+    reason: str
+    """Why ``fails_at`` failed, or why the search ended without it; empty where it reached the largest count."""
+    tries: int
+    """Fresh workers that it took."""
+
+
+Search = Generator[int, Outcome, tuple[int, int | None]]
+"""Yields the count to try next, is sent its outcome, and returns the last that ran and the first that failed."""
+
+
+def search(largest: int, runs: int = 0, fails: int | None = None) -> Search:
+    """Look for the bound between ``runs`` (0: nothing ran yet) and ``fails`` (None: nothing failed yet).
+
+    Both ends are tried again before they count: what is given is where to look, not evidence. Ends early, with None
+    for the failure, at an outcome that is neither a success nor a capability failure.
+    """
+    tried: dict[int, bool] = {}
+    count = max(1, min(runs, largest))
+    while fails is None or fails - runs > 1 or not (tried.get(fails) is False and (runs == 0 or tried.get(runs))):
+        if fails is not None:
+            count = _between(runs, fails, tried)
+        outcome = yield count
+        if outcome is Outcome.OK:
+            tried[count] = True
+            runs = count
+            if fails is not None and fails <= runs:  # the failure that was given does not happen here
+                fails = None
+        elif outcome in CAPABILITY:
+            tried[count] = False
+            fails = count
+            runs = runs if runs < count and tried.get(runs, runs == 0) else 0
+        else:
+            return max((c for c, ran in tried.items() if ran), default=0), None
+        if fails is None:
+            if count >= largest:
+                return count, None
+            count = min(2 * count, largest)
+    return runs, fails
+
+
+def _between(runs: int, fails: int, tried: dict[int, bool]) -> int:
+    """The next count to try: an end that was only given, else the middle."""
+    if runs and runs not in tried:
+        return runs
+    if fails not in tried:
+        return fails
+    return (runs + fails) // 2
+
+
+class Prober:
+    """Searches bounds on one device."""
+
+    def __init__(self, kind: str, timeout_s: float, added: Added = NOTHING_ADDED) -> None:
+        """``timeout_s`` is for one try, compilation included."""
+        self._kind, self._timeout_s, self._added = kind, timeout_s, added
+        self.environment: Environment | None = None
+        """Where the tries ran; None before the first."""
+
+    def bound(
+        self,
+        site: Site,
+        candidate: str,
+        largest: int,
+        note: Callable[[Try], None],
+        known: Iterable[tuple[int, bool]] = (),
+    ) -> Bound:
+        """Search up to ``largest`` query tokens, telling ``note`` of every try.
+
+        ``known`` are counts that a sweep has seen to run or to fail: the search starts between them.
+        """
+        runs, fails = _start(known)
+        asked = search(min(largest, max_query_tokens(site)), runs, fails)
+        tries: dict[int, Try] = {}
+        try:
+            count = next(asked)
+            while True:
+                tries[count] = self.attempt(site, candidate, count)
+                note(tries[count])
+                count = asked.send(tries[count].outcome)
+        except StopIteration as end:
+            runs, fails = end.value
+        last = next(reversed(tries.values()))
+        reason = tries[fails].detail if fails is not None else last.detail
+        return Bound(site, candidate, runs, fails, reason, len(tries))
+
+    def attempt(self, site: Site, candidate: str, num_qo_tokens: int) -> Try:
+        """Run and compare ``candidate`` once, in a worker of its own."""
+        point = Point(site, Shape(1, num_qo_tokens, max(num_qo_tokens, _CONTEXT)))
+        worker = WorkerProcess(self._kind, self._added.module)
+        try:
+            self.environment = worker.hello.environment
+            result = attempt(worker, Task(point, (candidate,), timed=False), self._timeout_s)
+        finally:
+            worker.stop()
+        if result.failure is not None:
+            return Try(site, candidate, point.shape, result.failure.outcome, " ".join(result.failure.detail.split()))
+        row = result.rows[0]
+        return Try(site, candidate, point.shape, row.outcome, row.detail, row.first_call_s)
+
+
+def max_query_tokens(site: Site) -> int:
+    """Longest context of any model that has ``site``: one request cannot have more query tokens."""
+    return max(
+        model.max_context
+        for model in MODELS.values()
+        if site.layer in model.site_layers(site.name) and (site.h_q is None or site.h_q in model.heads)
+    )
+
+
+def _start(known: Iterable[tuple[int, bool]]) -> tuple[int, int | None]:
+    """Where to look: the first count that failed, and the largest below it that ran."""
+    counts = sorted(known)
+    fails = next((count for count, ran in counts if not ran), None)
+    return max((count for count, ran in counts if ran and (fails is None or count < fails)), default=0), fails
