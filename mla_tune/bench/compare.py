@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -42,6 +45,28 @@ def mismatch(output: torch.Tensor, reference: torch.Tensor, tolerance: Tolerance
     if not float(relative[row]) <= tolerance.worst_row:
         return f"row {row} has relative error {float(relative[row]):.2e}, above {tolerance.worst_row:.0e}"
     return None
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """In here every tensor that torch allocates without filling it holds NaN, or the largest integer of its type.
+
+    Otherwise a kernel that leaves a row unwritten shows the row that another one wrote right into the same memory
+    before. A side of torch's deterministic mode, whose other sides only cost time, and warnings that are of no use here.
+    """
+    import torch
+
+    enabled, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
 def unwritten(output: torch.Tensor) -> str | None:

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from mla_tune.bench.compare import poisoned_memory
 from mla_tune.bench.sampling import MIN_SAMPLES, Effort, Sampled, summarize
 from mla_tune.bench.timing import GraphTimer, Timer, WallTimer, Work
 from mla_tune.bench.watch import NoWatch, Watch, watch_gpu
@@ -127,9 +128,10 @@ class PointMeasurer:
             prepared = judge.prepare(name)
             judge.poison()
             prepared.poison()
-            start = time.perf_counter()
-            peak = self._peak_bytes(prepared.run)
-            first_call_s = time.perf_counter() - start
+            with poisoned_memory():
+                start = time.perf_counter()
+                peak = self._peak_bytes(prepared.run)
+                first_call_s = time.perf_counter() - start
             wrong = judge.verdict(prepared.result())
         except Exception as error:  # a candidate may raise anything; its failure must cost its own row only
             return self._failure(error)
@@ -190,7 +192,8 @@ class PointMeasurer:
         """What is wrong with another run after all the timed ones; None if nothing is."""
         entry.judge.poison()
         entry.prepared.poison()
-        entry.prepared.run()
+        with poisoned_memory():
+            entry.prepared.run()
         return entry.judge.verdict(entry.prepared.result())
 
     def _time(self, point: Point, ready: dict[str, _Ready]) -> list[Measurement]:

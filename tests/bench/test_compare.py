@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.bench.compare import BF16_ATTENTION, mismatch, unwritten
+from mla_tune.bench.compare import BF16_ATTENTION, mismatch, poisoned_memory, unwritten
 
 NAN, INFINITY = float("nan"), float("inf")
 
@@ -85,6 +85,20 @@ def test_a_row_of_zeros_among_floats_is_unwritten_since_fresh_memory_is_zero(ref
     assert unwritten(reference) == "output has unwritten or non-finite values, the first in row 7 of 40"
     reference[7, 2, 9] = 1e-30
     assert unwritten(reference) is None
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_memory_that_held_the_right_answer_shows_none_of_it_once_poisoned(device: str) -> None:
+    for _ in range(8):  # so that some allocator hands the same block out again
+        right = torch.randn(64, 512, device=device)
+        del right
+        with poisoned_memory():
+            output = torch.empty(64, 512, device=device)
+            indices = torch.empty_like(output, dtype=torch.int32)
+        assert unwritten(output) is not None
+        assert bool((indices == torch.iinfo(torch.int32).max).all())
+        del output, indices
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 def test_an_output_without_rows_has_nothing_to_compare() -> None:

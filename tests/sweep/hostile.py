@@ -1,0 +1,148 @@
+"""Candidates that are broken on purpose, one of each kind: ``sparse_fwd`` whose attention stage misbehaves.
+
+A worker that imports this module has them all. On a GPU the illegal access, the hang and the exhausted memory are real ones
+of the GPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from mla_tune.kernels import candidates
+from mla_tune.kernels.candidates import Device
+from mla_tune.kernels.inputs import AttentionInputs
+from mla_tune.kernels.prepared import BoundStage, Prepared
+
+Run = Callable[[], object]
+Misbehave = Callable[[Prepared, Run, Device], None]
+"""Runs the honest attention stage (the second argument), or not, and does its harm."""
+
+FOREVER_S = 3600.0
+FIRST_CALL_S = 1.2
+"""What each new shape costs the slow one: above the second that a served candidate may take."""
+
+
+def raises(prepared: Prepared, run: Run, device: Device) -> None:
+    raise RuntimeError("the launch was refused\nwith a second line")
+
+
+def aborts(prepared: Prepared, run: Run, device: Device) -> None:
+    os.write(2, b"terminate called: an invariant of the kernel does not hold\n")
+    os.abort()
+
+
+def reads_illegal_memory(prepared: Prepared, run: Run, device: Device) -> None:
+    run()
+    if device.kind == "cpu":
+        ctypes.string_at(0)
+    output = prepared.result()
+    far = torch.full((4,), 1 << 40, device=output.device)
+    # An index that device code checks only by asserting: the context is lost, as after any illegal access.
+    output[0, 0, :4] = output.flatten()[far]
+
+
+def is_killed(prepared: Prepared, run: Run, device: Device) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)  # what the kernel does to a process when memory runs out
+
+
+def hangs(prepared: Prepared, run: Run, device: Device) -> None:
+    if device.kind == "cpu":
+        time.sleep(FOREVER_S)
+    torch.cuda._sleep(10**12)  # GPU cycles: minutes
+    torch.cuda.synchronize()
+
+
+def exhausts_memory(prepared: Prepared, run: Run, device: Device) -> None:
+    torch.empty(1 << 50, dtype=torch.uint8, device=device.kind)
+
+
+def is_wrong(prepared: Prepared, run: Run, device: Device) -> None:
+    run()
+    prepared.result().mul_(1.1)
+
+
+def leaves_a_row_unwritten(prepared: Prepared, run: Run, device: Device) -> None:
+    run()
+    right = prepared.result().clone()
+    poison = torch.full_like(right, float("nan"))
+    prepared.output.tensor = None
+    del poison  # the next allocation of this size finds it, as after the judge's own poison
+    output = torch.empty_like(right)
+    output[:-1] = right[:-1]
+    prepared.output.tensor = output
+
+
+def is_slow_at_first(prepared: Prepared, run: Run, device: Device) -> None:
+    key = (prepared.candidate, tuple(prepared.buffers[0].shape))
+    if key not in _SEEN:
+        _SEEN.add(key)
+        time.sleep(FIRST_CALL_S)
+    run()
+
+
+def is_noisy(prepared: Prepared, run: Run, device: Device) -> None:
+    run()
+    if device.kind == "cpu":
+        time.sleep(random.uniform(0, 0.03))
+    else:
+        torch.cuda._sleep(random.randrange(1, 10**6))
+
+
+def is_flaky(prepared: Prepared, run: Run, device: Device) -> None:
+    run()
+    _CALLS[0] += 1
+    if _CALLS[0] > 1 and not _capturing(device):
+        prepared.result().neg_()
+
+
+def fails_when_it_is_timed(prepared: Prepared, run: Run, device: Device) -> None:
+    run()
+    _CALLS[0] += 1
+    if _CALLS[0] > 1:
+        raise RuntimeError("works once")
+
+
+_SEEN: set[object] = set()
+_CALLS = [0]
+
+KINDS: dict[str, Misbehave] = {
+    "raises": raises,
+    "aborts": aborts,
+    "illegal_access": reads_illegal_memory,
+    "killed": is_killed,
+    "hangs": hangs,
+    "out_of_memory": exhausts_memory,
+    "wrong": is_wrong,
+    "unwritten_row": leaves_a_row_unwritten,
+    "slow_first_call": is_slow_at_first,
+    "noisy": is_noisy,
+    "flaky": is_flaky,
+    "works_once": fails_when_it_is_timed,
+}
+
+
+def _capturing(device: Device) -> bool:
+    return device.kind == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _prepare(misbehave: Misbehave, inputs: AttentionInputs, device: Device) -> Prepared:
+    honest = candidates.prepare_attention(inputs, "sparse_fwd", device)
+    _CALLS[0] = 0
+
+    def broken(bound: BoundStage) -> BoundStage:
+        run = bound.run
+        return replace(bound, run=lambda: misbehave(honest, run, device)) if bound.stage.name == "attention" else bound
+
+    return replace(honest, stages=tuple(broken(bound) for bound in honest.stages))
+
+
+for _name, _misbehave in KINDS.items():
+    candidates.add(_name, lambda inputs, device, misbehave=_misbehave: _prepare(misbehave, inputs, device))  # type: ignore[misc]
