@@ -18,6 +18,7 @@ from mla_tune.learn.costs import CostModel
 from mla_tune.learn.scope import Scope
 from mla_tune.learn.segments import COST_UNIT, Band, Cells, Segment, few_bands
 from mla_tune.learn.training import QUERY_COUNTS, IntArray, bin_start, cells_of, training_grid
+from mla_tune.learn.winner import overlapping
 from mla_tune.learn.work import Array
 from mla_tune.policy import Choice, Ineligible, Limit, Row
 from mla_tune.shape import Shape
@@ -192,6 +193,15 @@ def _bracket(
 def _measured(
     costs: CostModel, scope: Scope, candidates: Candidates, swept: Sequence[Shape]
 ) -> list[tuple[Shape, Array]]:
-    """Fit shapes at which every candidate ran, with the measured cost of each."""
-    rows = [(s, [scope.measured_us(costs.observations, name, s) for name in candidates.names]) for s in swept]
-    return [(s, np.array(row, dtype=np.float64)) for s, row in rows if None not in row]
+    """Fit shapes at which every candidate ran, with the measured cost of each.
+
+    One that cannot be told from the incumbent there costs at least as much: what is ambiguous is no reason to switch.
+    """
+    points = []
+    for shape in swept:
+        row = [scope.measured_us(costs.observations, name, shape) for name in candidates.names]
+        if None not in row:
+            us = np.array(row, dtype=np.float64)
+            alike = [overlapping(costs.observations, scope, candidates.incumbent, n, shape) for n in candidates.names]
+            points.append((shape, np.where(alike, np.maximum(us, us[0]), us)))
+    return points

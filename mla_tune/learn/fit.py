@@ -6,7 +6,7 @@ the limits (a failure that was seen must not be served).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import median
 
 import msgspec
@@ -15,6 +15,7 @@ from mla_tune.errors import FitError
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.crossover import Candidates, swept_shapes, table_rows
 from mla_tune.learn.evaluate import held_out, held_out_points
+from mla_tune.learn.interval import LEAST_DIFFERENCE
 from mla_tune.learn.limits import is_unsafe, limits
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.scope import Scope, scopes
@@ -35,12 +36,8 @@ from mla_tune.store.measurement import Measurement, Role
 
 FIRST_CALL_BOUND_S = 1.0
 """Longest first call on a new shape that a served candidate may cost: a request that waits for it misses any deadline."""
-_LEAST_NOISE_BAND = 0.01
-"""Two timings of the same kernel in two processes differ by up to this, however tight each of them is."""
 _MOST_NOISE_BAND = 0.99
 """Where timings scatter by their own size nothing can win; a policy still has to hold a number below 1."""
-_HALF_WIDTHS = 2.0
-"""Confidence half-widths that make the band: each of the two candidates has its own."""
 
 
 def fit_policy(
@@ -145,9 +142,14 @@ def _candidates(observations: Observations, scope: Scope, first_call_bound_s: fl
         for name in others
         if (seconds := round(observations.first_call_s(sites[0], name), 3)) > first_call_bound_s
     )
-    return Candidates(names, incumbent, _noise_band(observations, scope), found, slow)
+    return Candidates(names, incumbent, _noise_band(observations, scope, names), found, slow)
 
 
-def _noise_band(observations: Observations, scope: Scope) -> float:
-    errors = [error for site, _ in scope.parts for error in observations.relative_errors(site)]
-    return round(min(max(_LEAST_NOISE_BAND, _HALF_WIDTHS * median(errors) if errors else 0.0), _MOST_NOISE_BAND), 4)
+def _noise_band(observations: Observations, scope: Scope, names: Sequence[str]) -> float:
+    """Least relative difference that counts: the half-widths of the incumbent and of the noisiest other, added."""
+    widths = [
+        median([error for site, _ in scope.parts for error in observations.relative_errors(site, name)] or [0.0])
+        for name in names
+    ]
+    band = widths[0] + max(widths[1:], default=widths[0])
+    return round(min(max(LEAST_DIFFERENCE, band), _MOST_NOISE_BAND), 4)

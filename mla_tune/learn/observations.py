@@ -132,6 +132,24 @@ class Observations:
             return None
         return Cost(totals[PER_LAYER_TOTAL], shared_us * (1 - once), shared_us * once)
 
+    def cost_range(self, site: Site, candidate: str, shape: Shape, shares: Shares) -> tuple[float, float] | None:
+        """Ends of the amortized whole-path cost's confidence interval, microseconds; None where there is no cost.
+
+        The intervals of the whole timings are added end to end, which covers at least what each of them covers.
+        """
+        cost = self.cost(site, candidate, shape)
+        if cost is None:
+            return None
+        per_layer = self.part(site, candidate, shape, PER_LAYER_TOTAL)
+        shared = self.part(site, candidate, shape, PER_FORWARD_TOTAL)
+        shared_us = cost.per_layer_type_us + cost.per_forward_us
+        weight = (cost.amortized(shares) - cost.per_layer_us) / shared_us if shared_us else 0.0
+        ends = [(1.0, per_layer), (weight, shared)]
+        low, high = (
+            sum(factor * (_end_us(part, name) if part else 0.0) for factor, part in ends) for name in ("low", "high")
+        )
+        return low, high
+
     def _once_per_forward_share(self, site: Site, candidate: str, shape: Shape) -> float | None:
         """Share of the per-forward total that all layer types share, by the stages timed one by one."""
         kinds = {
@@ -168,15 +186,14 @@ class Observations:
                 slowest[shape.num_qo_tokens] = max(slowest.get(shape.num_qo_tokens, 0.0), seconds)
         return median(slowest.values()) if slowest else 0.0
 
-    def relative_errors(self, site: Site) -> list[float]:
+    def relative_errors(self, site: Site, candidate: str) -> list[float]:
         """Half-width of the confidence interval over the median, for each whole timing of the fit points."""
         errors = []
         for shape in self.shapes(site, Role.FIT):
-            for candidate in site.candidates:
-                for name in (PER_LAYER_TOTAL, PER_FORWARD_TOTAL):
-                    m = self.part(site, candidate, shape, name)
-                    if m and m.latency_us and m.latency_us > 0 and m.ci_low_us is not None and m.ci_high_us is not None:
-                        errors.append((m.ci_high_us - m.ci_low_us) / 2 / m.latency_us)
+            for name in (PER_LAYER_TOTAL, PER_FORWARD_TOTAL):
+                m = self.part(site, candidate, shape, name)
+                if m and m.latency_us and m.latency_us > 0 and m.ci_low_us is not None and m.ci_high_us is not None:
+                    errors.append((m.ci_high_us - m.ci_low_us) / 2 / m.latency_us)
         return errors
 
 
@@ -190,6 +207,12 @@ def _latency_us(measurement: Measurement | None) -> float | None:
     if measurement is None or measurement.latency_us is None:
         return None
     return max(measurement.latency_us, _RESOLUTION_US)
+
+
+def _end_us(measurement: Measurement, name: str) -> float:
+    """One end of a timing's interval; its latency where it has none."""
+    end = measurement.ci_low_us if name == "low" else measurement.ci_high_us
+    return max(end if end is not None else measurement.latency_us or 0.0, _RESOLUTION_US)
 
 
 def _order(m: Measurement) -> tuple[object, ...]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mla_tune.learn.costs import CostModel
+from mla_tune.learn.interval import Interval
 from mla_tune.learn.observations import Observations, shares
 from mla_tune.learn.work import Array, Work
 from mla_tune.shape import Shape
@@ -35,6 +36,16 @@ class Scope:
                 return None
             total_us += layers * cost.amortized(shares(self.model, site))
         return total_us
+
+    def measured_interval(self, observations: Observations, candidate: str, shape: Shape) -> Interval | None:
+        """Confidence interval of :meth:`measured_us`; None where that is None."""
+        low_us = high_us = 0.0
+        for site, layers in self.parts:
+            ends = observations.cost_range(site, candidate, shape, shares(self.model, site))
+            if ends is None:
+                return None
+            low_us, high_us = low_us + layers * ends[0], high_us + layers * ends[1]
+        return Interval(low_us, high_us)
 
     def predicted_us(self, costs: CostModel, candidate: str, works: Sequence[Work]) -> Array:
         """Predicted cost, (num_shapes,); ``works`` holds the shapes' work at each site of :attr:`parts`."""
