@@ -56,7 +56,8 @@ class Limit(_Record, frozen=True):
     fails_at: int
     """Smallest count seen to fail."""
     found_by: str
-    """How: ``sweep`` (largest success and smallest failure among the swept points)."""
+    """How: ``sweep`` (largest success and smallest failure among the swept points), or ``probe`` (two neighbours, each
+    tried in a process of its own)."""
     reason: str
     """What the failure said."""
 

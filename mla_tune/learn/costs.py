@@ -17,6 +17,7 @@ from mla_tune.site import LayerType, Site
 from mla_tune.sku import Environment
 from mla_tune.stages import Amortization, Stage, stages
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement
+from mla_tune.store.probe import Try
 
 _TOTALS = {PER_LAYER_TOTAL: Amortization.PER_LAYER, PER_FORWARD_TOTAL: Amortization.PER_LAYER_TYPE}
 
@@ -106,9 +107,11 @@ def _by_amortization(costs: CandidateCosts, work: Work) -> tuple[tuple[Amortizat
 class CostModel:
     """Cost curves of every site that was measured in one environment, fitted on the fit points alone."""
 
-    def __init__(self, environment: Environment, measurements: Iterable[Measurement]) -> None:
+    def __init__(
+        self, environment: Environment, measurements: Iterable[Measurement], tries: Iterable[Try] = ()
+    ) -> None:
         self.environment = environment
-        self.observations = Observations(measurements)
+        self.observations = Observations(measurements, tries)
         self._fitted: dict[tuple[Site, str], CandidateCosts] = {}
 
     def candidates(self, site: Site) -> tuple[str, ...]:

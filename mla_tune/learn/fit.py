@@ -33,6 +33,7 @@ from mla_tune.policy import (
 )
 from mla_tune.sku import Environment
 from mla_tune.store.measurement import Measurement, Role
+from mla_tune.store.probe import Try
 
 FIRST_CALL_BOUND_S = 1.0
 """Longest first call on a new shape that a served candidate may cost: a request that waits for it misses any deadline."""
@@ -43,17 +44,18 @@ _MOST_NOISE_BAND = 0.99
 def fit_policy(
     environment: Environment,
     measurements: Iterable[Measurement],
+    tries: Iterable[Try] = (),
     *,
     source: Source,
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
 ) -> Policy:
-    """The policy that ``measurements`` of one environment support.
+    """The policy that ``measurements`` of one environment, and a probe's ``tries`` there, support.
 
     A site, or a model, that was not swept has no table; nor has one whose incumbent never ran, since there is nothing
     to switch from; nor a mix of layer types that share no points; nor a site without a held-out point to judge it by
     (:func:`left_out` names these). Raises :class:`FitError` if no table is left.
     """
-    costs = CostModel(environment, measurements)
+    costs = CostModel(environment, measurements, tries)
     tables = [table for scope in scopes() if (table := fit_table(costs, scope, first_call_bound_s)) is not None]
     if not tables:
         raise FitError(

@@ -1,4 +1,4 @@
-"""Capability bounds that the sweep ran into."""
+"""Capability bounds: those that a sweep ran into, and those that a probe went looking for."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from collections.abc import Iterable
 from mla_tune.learn.observations import Observations
 from mla_tune.policy import Limit
 from mla_tune.site import Site
-from mla_tune.store.measurement import Outcome
+from mla_tune.store.measurement import CAPABILITY, Outcome
 
-# Not no_memory (a matter of what else is on the device), not timeout (of patience), not unsupported (never launched).
-_CAPABILITY = (Outcome.RUNTIME_ERROR, Outcome.CRASH, Outcome.WRONG_RESULT, Outcome.COMPILE_ERROR)
 _REASON_CHARACTERS = 160
 
 
@@ -18,7 +16,8 @@ def limits(observations: Observations, sites: Iterable[Site], candidates: Iterab
     """One limit for each candidate that failed from some count of query tokens on, at any of ``sites``.
 
     Held-out points count too: a limit is about safety, not cost, and a failure that was seen must not be served. A
-    candidate that failed at its smallest count has no limit, see :func:`is_unsafe`.
+    candidate that failed at its smallest count has no limit, see :func:`is_unsafe`. A probe's tries count like points,
+    and the limit is a probe's where neighbours were tried: one count that ran and the next that failed.
     """
     chosen = list(sites)
     found = [_limit(candidate, *_counts(observations, chosen, candidate)) for candidate in sorted(candidates)]
@@ -38,10 +37,15 @@ def _counts(observations: Observations, sites: list[Site], candidate: str) -> tu
     for site in sites:
         for shape in observations.shapes(site):
             failure = observations.failure(site, candidate, shape)
-            if failure is not None and failure.outcome in _CAPABILITY:
+            if failure is not None and failure.outcome in CAPABILITY:
                 failed.setdefault(shape.num_qo_tokens, failure.detail)
             elif observations.cost(site, candidate, shape) is not None:
                 ran.add(shape.num_qo_tokens)
+        for attempt in observations.tries(site, candidate):
+            if attempt.outcome in CAPABILITY:
+                failed.setdefault(attempt.shape.num_qo_tokens, attempt.detail)
+            elif attempt.outcome is Outcome.OK:
+                ran.add(attempt.shape.num_qo_tokens)
     return ran, failed
 
 
@@ -52,8 +56,13 @@ def _limit(candidate: str, ran: set[int], failed: dict[int, str]) -> Limit | Non
     below = [count for count in ran if count < fails_at]
     if not below:
         return None
-    reason = _one_line(failed[fails_at])
-    return Limit(candidate=candidate, num_qo_tokens=max(below), fails_at=fails_at, found_by="sweep", reason=reason)
+    return Limit(
+        candidate=candidate,
+        num_qo_tokens=max(below),
+        fails_at=fails_at,
+        found_by="probe" if max(below) + 1 == fails_at else "sweep",
+        reason=_one_line(failed[fails_at]),
+    )
 
 
 def _one_line(detail: str) -> str:

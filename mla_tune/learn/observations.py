@@ -20,6 +20,7 @@ from mla_tune.store.measurement import (
     Regime,
     Role,
 )
+from mla_tune.store.probe import Try
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,7 @@ _SEVERITY = (
     Outcome.COMPILE_ERROR,
     Outcome.TIMEOUT,
     Outcome.NO_MEMORY,
+    Outcome.DISTURBED,
     Outcome.UNSUPPORTED,
 )
 
@@ -78,7 +80,10 @@ _SEVERITY = (
 class Observations:
     """All measurements of one environment, in the regime that the policy minimizes."""
 
-    def __init__(self, measurements: Iterable[Measurement]) -> None:
+    def __init__(self, measurements: Iterable[Measurement], tries: Iterable[Try] = ()) -> None:
+        self._tries: dict[tuple[Site, str], list[Try]] = {}
+        for attempt in sorted(tries, key=lambda attempt: attempt.key):
+            self._tries.setdefault((attempt.site, attempt.candidate), []).append(attempt)
         ordered = sorted(measurements, key=_order)
         graph = any(m.regime is Regime.GRAPH and m.outcome is Outcome.OK for m in ordered)
         self.regime = Regime.GRAPH if graph else Regime.EAGER
@@ -98,6 +103,10 @@ class Observations:
     def shapes(self, site: Site, role: Role | None = None) -> list[Shape]:
         """Shapes at which anything was attempted, sorted."""
         return sorted(s for s, r in self._roles.get(site, {}).items() if role is None or r is role)
+
+    def tries(self, site: Site, candidate: str) -> list[Try]:
+        """A probe's tries, ordered by shape."""
+        return self._tries.get((site, candidate), [])
 
     def candidates(self, site: Site) -> tuple[str, ...]:
         """Candidates with at least one whole timing among the fit points, sorted."""

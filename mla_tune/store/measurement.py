@@ -45,6 +45,11 @@ class Outcome(StrEnum):
     sweep measures again."""
 
 
+CAPABILITY = frozenset({Outcome.RUNTIME_ERROR, Outcome.CRASH, Outcome.WRONG_RESULT, Outcome.COMPILE_ERROR})
+"""Outcomes that bound what a build can do: not memory (a matter of what else is on the device), not time-outs (of
+patience), not unsupported (never launched)."""
+
+
 class Stop(StrEnum):
     """Why sampling ended."""
 

@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from mla_tune.shape import Shape
 from mla_tune.site import MODELS, Site
 from mla_tune.sku import Environment
-from mla_tune.store.measurement import Outcome
+from mla_tune.store.measurement import CAPABILITY, Outcome
 from mla_tune.store.probe import Try
 from mla_tune.sweep.attempt import attempt
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.messages import NOTHING_ADDED, Added, Task
 from mla_tune.sweep.process import WorkerProcess
 
-CAPABILITY = frozenset({Outcome.RUNTIME_ERROR, Outcome.CRASH, Outcome.WRONG_RESULT, Outcome.COMPILE_ERROR})
-"""Outcomes that bound what a build can do. Memory and patience say nothing about it."""
 _CONTEXT = 8192
 """Context tokens of a try, where it has no more query tokens than that: limits are a matter of query tokens."""
 
