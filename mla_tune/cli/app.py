@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from mla_tune import __version__
-from mla_tune.cli import databases, policies, sweeping
+from mla_tune.cli import databases, machine, policies, probing, sweeping
 from mla_tune.errors import UsageError
 
 _UsageProblem: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -25,8 +25,9 @@ app.command()(sweeping.sweep)
 app.command()(policies.fit)
 app.command()(policies.lookup)
 app.command()(policies.explain)
-app.command()(sweeping.verify)
-app.command()(sweeping.env)
+app.command()(probing.probe)
+app.command()(machine.verify)
+app.command()(machine.env)
 
 _database = typer.Typer(help="Measurement databases and their committed exports.", no_args_is_help=True)
 _database.command("export")(databases.export)

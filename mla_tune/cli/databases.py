@@ -31,7 +31,7 @@ def export(
     sku = policy_sku(gpu)
     with Database.open(db or database_path(sku), create=False) as database:
         chosen = _environment(database, environment)
-        pipeline.export(database, chosen, out or export_path(chosen.sku))
+    pipeline.export(db or database_path(sku), chosen, out or export_path(chosen.sku))
     print(out or export_path(chosen.sku))
 
 

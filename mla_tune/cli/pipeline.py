@@ -1,9 +1,10 @@
-"""The main job behind ``sweep`` and ``fit``: measure, refine near the crossovers, export, fit, write the policy."""
+"""The main job behind ``sweep``, ``probe`` and ``fit``: measure, refine near the crossovers, find limits, export, fit."""
 
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +15,16 @@ from mla_tune.learn.evaluate import overall
 from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.refine import crossover_shapes
+from mla_tune.learn.repeat import Repetition
+from mla_tune.learn.repeat import compare as compare_sweeps
 from mla_tune.policy import HeldOut, Policy, Source, load_policy, write_policy
-from mla_tune.site import ModelConfig, SiteName
+from mla_tune.site import ModelConfig, Site, SiteName
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_sha256, read_export, write_export
+from mla_tune.store.probe import Try
 from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points
+from mla_tune.sweep.probe import Bound, Known, Prober, unclosed
 from mla_tune.sweep.runner import Progress, Report, Sweep
 
 SEED = 20250
@@ -60,10 +65,66 @@ def run_sweep(
     return [first, sweep.run(database, crossovers, budget_s - first.elapsed_s, on_progress)] if crossovers else [first]
 
 
-def export(database: Database, environment: Environment, path: Path) -> None:
-    """Write the measurements of one environment for committing."""
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One sweep, finished."""
+
+    path: Path
+    """Its database."""
+    environment: Environment
+    reports: tuple[Report, ...]
+    bounds: tuple[Bound, ...]
+    """Limits that it looked for, because something failed."""
+
+    def observations(self) -> Observations:
+        """What its database holds of its environment."""
+        with Database.open(self.path, create=False) as database:
+            return Observations(database.measurements(self.environment.id))
+
+
+def compare(first: Measured, second: Measured) -> Repetition:
+    """How far two sweeps agree. Raises :class:`FitError` where they have no comparison in common."""
+    return compare_sweeps(first.observations(), second.observations())
+
+
+def failing(database: Database, environment: Environment) -> Known:
+    """Candidates that were seen to run and, further up, to fail, without the exact bound in between."""
+    return unclosed(database.measurements(environment.id), database.tries(environment.id))
+
+
+def probe(
+    prober: Prober,
+    database: Database,
+    wanted: Mapping[tuple[Site, str], int] | None,
+    budget_s: float,
+    on_try: Callable[[Try], None],
+) -> list[Bound]:
+    """Search the bound of every wanted candidate, up to the count of query tokens given for it.
+
+    Without a wish: of those that are :func:`failing`, up to the largest count that they were seen at. The search starts
+    from what is stored, and every try is stored as it is made.
+    """
+    deadline, environment = time.monotonic() + budget_s, prober.environment
+    known = failing(database, environment)
+    if wanted is None:
+        wanted = {target: max(count for count, _ in counts) for target, counts in known.items()}
+
+    def note(attempt: Try) -> None:
+        database.record_tries(environment, [attempt])
+        on_try(attempt)
+
+    return [
+        prober.bound(site, candidate, largest, note, known.get((site, candidate), ()), deadline)
+        for (site, candidate), largest in wanted.items()
+        if time.monotonic() < deadline
+    ]
+
+
+def export(database: Path, environment: Environment, path: Path) -> None:
+    """Write the measurements and tries of one environment for committing."""
     make_folder(path)
-    write_export(path, environment, database.measurements(environment.id))
+    with Database.open(database, create=False) as opened:
+        write_export(path, environment, opened.measurements(environment.id), opened.tries(environment.id))
 
 
 @dataclass(frozen=True, slots=True)

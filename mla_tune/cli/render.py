@@ -70,6 +70,11 @@ def _units(policy: Policy) -> str:
     return "threads" if policy.gpu.sku == CPU else "SMs"
 
 
+def note(line: str) -> None:
+    """A line on standard error about what was done or comes next."""
+    status.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def warn(line: str) -> None:
     """One line on standard error that does not stop the command."""
     status.print(f"warning: {line}", highlight=False, soft_wrap=True)

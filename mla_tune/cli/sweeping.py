@@ -1,29 +1,33 @@
-"""Commands that use the device: ``sweep``, ``verify``, ``env``."""
+"""The command ``sweep``: measure this machine, fit, and say what came of it."""
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mla_tune.cli import device_output, render
+from mla_tune.cli.options import (
+    DEFAULT_TIMEOUT_S,
+    DbOption,
+    GpuOption,
+    JsonOption,
+    ModelOption,
+    SiteOption,
+    TimeoutOption,
+    chosen_models,
+    chosen_sites,
+    positive_seconds,
+)
 from mla_tune.cli.places import Device, database_path, export_path, make_folder, policy_path, this_device
-from mla_tune.errors import MlaTuneError, UsageError
-from mla_tune.site import MODELS, ModelConfig, SiteName
-from mla_tune.site import model as find_model
+from mla_tune.errors import UsageError
 
 if TYPE_CHECKING:
-    from mla_tune.cli.pipeline import Plan
+    from mla_tune.cli.pipeline import Measured, Plan
 
-GpuOption = Annotated[
-    str, typer.Option("--gpu", help="auto, cpu, or the SKU of the GPU in this machine: h200, b200, ...")
-]
-ModelOption = Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")]
-SiteOption = Annotated[list[str] | None, typer.Option("--site", help="Only this site; may be repeated.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
-
+_MOST_REPEATS = 9
 _DEFAULT_BUDGET_S = {"cpu": 150.0, "cuda": 540.0}
 """Seconds of measuring: a CPU run with its set-up stays under five minutes, a GPU run under ten."""
 
@@ -35,7 +39,11 @@ def sweep(
     budget: Annotated[
         float | None, typer.Option("--budget", help="Seconds to measure for (default 540 on a GPU, 150 on a CPU).")
     ] = None,
-    db: Annotated[Path | None, typer.Option("--db", help="Working database (default db/<sku>.db).")] = None,
+    db: DbOption = None,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+    repeat: Annotated[
+        int, typer.Option("--repeat", help="Sweep so many times, and report which choices differ from the first.")
+    ] = 1,
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its estimated time, measure nothing.")
@@ -44,97 +52,103 @@ def sweep(
 ) -> None:
     """Measure this machine, fit a policy and write it. Run again, it measures only what is missing."""
     device = this_device(gpu)
-    models, names = _models(model), _sites(site)
-    if budget is not None and not 0 < budget < float("inf"):
-        raise UsageError(f"--budget must be a positive number of seconds: got {budget}; accepted: for example 300")
+    models, names = chosen_models(model), chosen_sites(site)
+    budget_s = positive_seconds("--budget", _DEFAULT_BUDGET_S[device.kind] if budget is None else budget)
+    positive_seconds("--timeout", timeout)
+    if not 1 <= repeat <= _MOST_REPEATS:
+        raise UsageError(f"--repeat must be a number of sweeps: got {repeat}; accepted: 1 to {_MOST_REPEATS}")
     from mla_tune.cli import pipeline
 
     plan = pipeline.make_plan(device.kind, device.sm_count, models, names)
     if dry_run:
         device_output.plan(plan.points, device, as_json)
         return
-    _sweep(device, plan, budget or _DEFAULT_BUDGET_S[device.kind], db or database_path(device.sku), no_fit, as_json)
+    _sweep(
+        _Request(
+            device=device,
+            plan=plan,
+            budget_s=budget_s,
+            timeout_s=timeout,
+            repeat=repeat,
+            path=db or database_path(device.sku),
+            fits=not no_fit,
+            as_json=as_json,
+        )
+    )
 
 
-def _sweep(device: Device, plan: Plan, budget_s: float, path: Path, no_fit: bool, as_json: bool) -> None:
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What one call of ``sweep`` is to do."""
+
+    device: Device
+    plan: Plan
+    budget_s: float
+    timeout_s: float
+    repeat: int
+    path: Path
+    fits: bool
+    as_json: bool
+
+    def outputs(self) -> list[Path]:
+        """Every file that it writes."""
+        derived = [export_path(self.device.sku), policy_path(self.device.sku)] if self.fits else []
+        return [*self.databases(), *derived]
+
+    def databases(self) -> list[Path]:
+        """The working database, and one for each repetition."""
+        return [self.path, *(self.path.with_suffix(f".repeat-{n}.db") for n in range(2, self.repeat + 1))]
+
+
+def _sweep(request: _Request) -> None:
     from mla_tune.cli import pipeline
-    from mla_tune.store.database import Database
-    from mla_tune.sweep.runner import Sweep
 
-    outputs = [path] if no_fit else [path, export_path(device.sku), policy_path(device.sku)]
-    for output in outputs:  # now, not after minutes of measuring
+    for output in request.outputs():  # now, not after minutes of measuring
         make_folder(output)
-    with Database.open(path) as database, Sweep(device.kind) as worker:
-        with device_output.live_progress(quiet=as_json) as on_progress:
-            reports = pipeline.run_sweep(plan, worker, database, budget_s, on_progress)
-        environment = worker.environment
-        if not no_fit:
-            pipeline.export(database, environment, export_path(device.sku))
-    if not as_json:
-        device_output.sweep_reports(reports, path)
+    export, policy = export_path(request.device.sku), policy_path(request.device.sku)
+    first, *others = [_measure(request, path) for path in request.databases()]
+    if request.fits:
+        pipeline.export(first.path, first.environment, export)
+    if not request.as_json:
+        device_output.sweep_reports(first.reports, first.bounds, first.path)
     fitted = None
     try:
-        if not no_fit:
-            fitted = pipeline.fit(export_path(device.sku), policy_path(device.sku))
+        if request.fits:
+            fitted = pipeline.fit(export, policy)
     finally:
-        if as_json:
-            device_output.sweep_json(reports, path, fitted.policy if fitted else None, policy_path(device.sku))
-    if fitted and not as_json:
-        render.policy_summary(fitted.policy, policy_path(device.sku), as_json)
+        if request.as_json:
+            repeats = [pipeline.compare(first, other) for other in others]
+            device_output.sweep_json(first, repeats, fitted.policy if fitted else None, policy)
+    if request.as_json:
+        return
+    if fitted:
+        render.policy_summary(fitted.policy, policy, as_json=False)
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
-        render.next_command(fitted.policy, policy_path(device.sku))
+    for other in others:
+        device_output.repetition(pipeline.compare(first, other), other.path)
+    if fitted:
+        render.next_command(fitted.policy, policy)
 
 
-def verify(
-    gpu: GpuOption = "auto", model: ModelOption = None, site: SiteOption = None, as_json: JsonOption = False
-) -> None:
-    """Compare every candidate with the torch reference on small shapes; exit 1 if one differs."""
-    device = this_device(gpu)
-    models, names = _models(model), _sites(site)
-    from mla_tune.store.measurement import Outcome
-    from mla_tune.sweep.grid import verification_points
+def _measure(request: _Request, path: Path) -> Measured:
+    """One sweep into the database at ``path``."""
+    from mla_tune.cli import pipeline
+    from mla_tune.store.database import Database
+    from mla_tune.store.lock import sweep_lock
+    from mla_tune.sweep.probe import Prober
     from mla_tune.sweep.runner import Sweep
 
-    with Sweep(device.kind) as worker:
-        results = list(worker.check(verification_points(models, names)))
-    device_output.verification(results, as_json)
-    wrong = [row for row in results if row.outcome not in (Outcome.OK, Outcome.UNSUPPORTED)]
-    if wrong:
-        raise MlaTuneError(
-            f"every candidate must match the reference: {len(wrong)} of {len(results)} checks failed; see above"
-        )
-    if not any(row.outcome is Outcome.OK for row in results):
-        raise MlaTuneError("one candidate at least must be compared: every one is unsupported here; see above")
-
-
-def env(as_json: JsonOption = False) -> None:
-    """Print what this machine is, as measurements record it, and which policy would serve it."""
-    from dataclasses import asdict
-
-    from mla_tune.bench.device import detect_environment
-    from mla_tune.gpu import detect_gpu
-    from mla_tune.runtime import Dispatcher
-
-    gpu = detect_gpu()
-    environment = detect_environment(gpu=gpu is not None)
-    try:
-        served_by = Dispatcher.for_this_gpu().source
-    except MlaTuneError as error:
-        served_by = f"none: {error}"
-    if as_json:
-        found = {"product": gpu.product if gpu else None, "policy": served_by, **asdict(environment)}
-        print(json.dumps(found, indent=2))
-        return
-    device_output.environment(gpu.product if gpu else "no NVIDIA GPU", environment, served_by)
-
-
-def _models(names: list[str] | None) -> list[ModelConfig]:
-    return [find_model(name) for name in names] if names else list(MODELS.values())
-
-
-def _sites(names: list[str] | None) -> list[SiteName]:
-    known = [str(name) for name in SiteName]
-    for name in names or ():
-        if name not in known:
-            raise UsageError(f"--site must be a known site: got {name!r}; accepted: {', '.join(known)}")
-    return [SiteName(name) for name in names] if names else list(SiteName)
+    kind, timeout_s = request.device.kind, request.timeout_s
+    with sweep_lock(path), Database.open(path) as database:
+        with (
+            Sweep(kind, timeout_s) as worker,
+            device_output.live_progress(quiet=request.as_json) as on_progress,
+        ):
+            reports = pipeline.run_sweep(request.plan, worker, database, request.budget_s, on_progress)
+        environment, rest_s = worker.environment, request.budget_s - sum(report.elapsed_s for report in reports)
+        bounds = []
+        if rest_s > 0 and not any(report.left for report in reports) and pipeline.failing(database, environment):
+            bounds = pipeline.probe(
+                Prober(kind, timeout_s), database, None, rest_s, device_output.tried(quiet=request.as_json)
+            )
+    return pipeline.Measured(path, environment, tuple(reports), tuple(bounds))

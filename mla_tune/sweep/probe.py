@@ -7,13 +7,14 @@ largest count asked for.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 
 from mla_tune.shape import Shape
 from mla_tune.site import MODELS, Site
 from mla_tune.sku import Environment
-from mla_tune.store.measurement import CAPABILITY, Outcome
+from mla_tune.store.measurement import CAPABILITY, Measurement, Outcome
 from mla_tune.store.probe import Try
 from mla_tune.sweep.attempt import attempt
 from mla_tune.sweep.grid import Point
@@ -36,8 +37,8 @@ class Bound:
     """The count after it, which was seen to fail; None if nothing failed, or the search could not end."""
     reason: str
     """Why ``fails_at`` failed, or why the search ended without it; empty where it reached the largest count."""
-    tries: int
-    """Fresh workers that it took."""
+    tries: tuple[Try, ...]
+    """Each in a fresh worker, in the order made."""
 
 
 Search = Generator[int, Outcome, tuple[int, int | None]]
@@ -87,10 +88,14 @@ class Prober:
     """Searches bounds on one device."""
 
     def __init__(self, kind: str, timeout_s: float, added: Added = NOTHING_ADDED) -> None:
-        """``timeout_s`` is for one try, compilation included."""
+        """``timeout_s`` is for one try, compilation included.
+
+        Raises :class:`EnvironmentMismatchError` if the device cannot be used.
+        """
         self._kind, self._timeout_s, self._added = kind, timeout_s, added
-        self.environment: Environment | None = None
-        """Where the tries ran; None before the first."""
+        worker = WorkerProcess(kind, added.module)
+        worker.stop()
+        self.environment: Environment = worker.hello.environment
 
     def bound(
         self,
@@ -99,32 +104,35 @@ class Prober:
         largest: int,
         note: Callable[[Try], None],
         known: Iterable[tuple[int, bool]] = (),
+        deadline: float = float("inf"),
     ) -> Bound:
         """Search up to ``largest`` query tokens, telling ``note`` of every try.
 
-        ``known`` are counts that a sweep has seen to run or to fail: the search starts between them.
+        ``known`` are counts that were seen to run or to fail: the search starts between them. At ``deadline``, by
+        ``time.monotonic()``, it ends where it is.
         """
         runs, fails = _start(known)
         asked = search(min(largest, max_query_tokens(site)), runs, fails)
         tries: dict[int, Try] = {}
         try:
             count = next(asked)
-            while True:
+            while time.monotonic() < deadline:
                 tries[count] = self.attempt(site, candidate, count)
                 note(tries[count])
                 count = asked.send(tries[count].outcome)
+            return Bound(
+                site, candidate, _largest_that_ran(tries), None, "the budget is used up", tuple(tries.values())
+            )
         except StopIteration as end:
             runs, fails = end.value
-        last = next(reversed(tries.values()))
-        reason = tries[fails].detail if fails is not None else last.detail
-        return Bound(site, candidate, runs, fails, reason, len(tries))
+        reason = tries[fails].detail if fails is not None else next(reversed(tries.values())).detail
+        return Bound(site, candidate, runs, fails, reason, tuple(tries.values()))
 
     def attempt(self, site: Site, candidate: str, num_qo_tokens: int) -> Try:
         """Run and compare ``candidate`` once, in a worker of its own."""
         point = Point(site, Shape(1, num_qo_tokens, max(num_qo_tokens, _CONTEXT)))
         worker = WorkerProcess(self._kind, self._added.module)
         try:
-            self.environment = worker.hello.environment
             result = attempt(worker, Task(point, (candidate,), timed=False), self._timeout_s)
         finally:
             worker.stop()
@@ -134,6 +142,30 @@ class Prober:
         return Try(site, candidate, point.shape, row.outcome, row.detail, row.first_call_s)
 
 
+Known = dict[tuple[Site, str], list[tuple[int, bool]]]
+"""Counts of query tokens that each (site, candidate) was tried at, and whether it ran there."""
+
+
+def unclosed(measurements: Iterable[Measurement], tries: Iterable[Try]) -> Known:
+    """Candidates that were seen to fail, without the count before that seen to run: their known counts, and if they ran."""
+    known: dict[tuple[Site, str], dict[int, bool]] = {}
+    made = list(tries)
+    entries: list[Measurement | Try] = [*measurements, *made]
+    for entry in entries:
+        if entry.outcome is Outcome.OK or entry.outcome in CAPABILITY:
+            counts = known.setdefault((entry.site, entry.candidate), {})
+            count = entry.shape.num_qo_tokens
+            counts[count] = counts.get(count, True) and entry.outcome is Outcome.OK
+    tried = {(entry.site, entry.candidate, entry.shape.num_qo_tokens) for entry in made}
+    open_ended: Known = {}
+    for (site, candidate), counts in known.items():
+        runs, fails = _start(counts.items())
+        closed = fails == runs + 1 and {(site, candidate, runs), (site, candidate, fails)} <= tried
+        if fails is not None and runs and not closed:
+            open_ended[site, candidate] = list(counts.items())
+    return open_ended
+
+
 def max_query_tokens(site: Site) -> int:
     """Longest context of any model that has ``site``: one request cannot have more query tokens."""
     return max(
@@ -141,6 +173,10 @@ def max_query_tokens(site: Site) -> int:
         for model in MODELS.values()
         if site.layer in model.site_layers(site.name) and (site.h_q is None or site.h_q in model.heads)
     )
+
+
+def _largest_that_ran(tries: dict[int, Try]) -> int:
+    return max((count for count, entry in tries.items() if entry.outcome is Outcome.OK), default=0)
 
 
 def _start(known: Iterable[tuple[int, bool]]) -> tuple[int, int | None]:

@@ -1,0 +1,53 @@
+"""Commands on the machine as it is: ``verify`` and ``env``."""
+
+from __future__ import annotations
+
+import json
+
+from mla_tune.cli import device_output
+from mla_tune.cli.options import GpuOption, JsonOption, ModelOption, SiteOption, chosen_models, chosen_sites
+from mla_tune.cli.places import this_device
+from mla_tune.errors import MlaTuneError
+
+
+def verify(
+    gpu: GpuOption = "auto", model: ModelOption = None, site: SiteOption = None, as_json: JsonOption = False
+) -> None:
+    """Compare every candidate with the torch reference on small shapes; exit 1 if one differs."""
+    device = this_device(gpu)
+    models, names = chosen_models(model), chosen_sites(site)
+    from mla_tune.store.measurement import Outcome
+    from mla_tune.sweep.grid import verification_points
+    from mla_tune.sweep.runner import Sweep
+
+    with Sweep(device.kind) as worker:
+        results = list(worker.check(verification_points(models, names)))
+    device_output.verification(results, as_json)
+    wrong = [row for row in results if row.outcome not in (Outcome.OK, Outcome.UNSUPPORTED)]
+    if wrong:
+        raise MlaTuneError(
+            f"every candidate must match the reference: {len(wrong)} of {len(results)} checks failed; see above"
+        )
+    if not any(row.outcome is Outcome.OK for row in results):
+        raise MlaTuneError("one candidate at least must be compared: every one is unsupported here; see above")
+
+
+def env(as_json: JsonOption = False) -> None:
+    """Print what this machine is, as measurements record it, and which policy would serve it."""
+    from dataclasses import asdict
+
+    from mla_tune.bench.device import detect_environment
+    from mla_tune.gpu import detect_gpu
+    from mla_tune.runtime import Dispatcher
+
+    gpu = detect_gpu()
+    environment = detect_environment(gpu=gpu is not None)
+    try:
+        served_by = Dispatcher.for_this_gpu().source
+    except MlaTuneError as error:
+        served_by = f"none: {error}"
+    if as_json:
+        found = {"product": gpu.product if gpu else None, "policy": served_by, **asdict(environment)}
+        print(json.dumps(found, indent=2))
+        return
+    device_output.environment(gpu.product if gpu else "no NVIDIA GPU", environment, served_by)

@@ -1,0 +1,47 @@
+"""Options that several commands have, and the checks of their values."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mla_tune.errors import UsageError
+from mla_tune.site import MODELS, ModelConfig, SiteName
+from mla_tune.site import model as find_model
+
+DEFAULT_TIMEOUT_S = 300.0
+"""Longest that one point may take, compilation included. DeepGEMM compiles for 17 s; the slowest point takes three."""
+
+GpuOption = Annotated[
+    str, typer.Option("--gpu", help="auto, cpu, or the SKU of the GPU in this machine: h200, b200, ...")
+]
+ModelOption = Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")]
+SiteOption = Annotated[list[str] | None, typer.Option("--site", help="Only this site; may be repeated.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+DbOption = Annotated[Path | None, typer.Option("--db", help="Working database (default db/<sku>.db).")]
+TimeoutOption = Annotated[
+    float, typer.Option("--timeout", help="Longest that one point may take, s; then its worker is replaced.")
+]
+
+
+def chosen_models(names: list[str] | None) -> list[ModelConfig]:
+    """The models that ``--model`` names; all of them without it. Raises :class:`UsageError` for an unknown one."""
+    return [find_model(name) for name in names] if names else list(MODELS.values())
+
+
+def chosen_sites(names: list[str] | None) -> list[SiteName]:
+    """The sites that ``--site`` names; all of them without it. Raises :class:`UsageError` for an unknown one."""
+    known = [str(name) for name in SiteName]
+    for name in names or ():
+        if name not in known:
+            raise UsageError(f"--site must be a known site: got {name!r}; accepted: {', '.join(known)}")
+    return [SiteName(name) for name in names] if names else list(SiteName)
+
+
+def positive_seconds(option: str, value: float) -> float:
+    """``value``, checked. Raises :class:`UsageError`."""
+    if not 0 < value < float("inf"):
+        raise UsageError(f"{option} must be a positive number of seconds: got {value}; accepted: for example 300")
+    return value

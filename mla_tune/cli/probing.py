@@ -1,0 +1,102 @@
+"""The command ``probe``: how many query tokens each candidate can take, and what its first call costs."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from mla_tune.cli import device_output, render
+from mla_tune.cli.options import (
+    DEFAULT_TIMEOUT_S,
+    DbOption,
+    GpuOption,
+    JsonOption,
+    ModelOption,
+    SiteOption,
+    TimeoutOption,
+    chosen_models,
+    chosen_sites,
+    positive_seconds,
+)
+from mla_tune.cli.places import database_path, export_path, make_folder, policy_path, this_device
+from mla_tune.errors import UsageError
+from mla_tune.site import CANDIDATES, ModelConfig, Site, SiteName
+
+_NO_BUDGET_S = 1e9
+
+
+def probe(
+    gpu: GpuOption = "auto",
+    model: ModelOption = None,
+    site: SiteOption = None,
+    candidate: Annotated[
+        list[str] | None, typer.Option("--candidate", help="Only this candidate; may be repeated.")
+    ] = None,
+    largest: Annotated[
+        int | None, typer.Option("--max", help="Most query tokens to try (default 131072 on a GPU, 4096 on a CPU).")
+    ] = None,
+    budget: Annotated[
+        float | None, typer.Option("--budget", help="Seconds to search for (default: to the end).")
+    ] = None,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+    db: DbOption = None,
+    no_fit: Annotated[bool, typer.Option("--no-fit", help="Store the tries only: no export, no policy.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Find the largest query token count that each candidate runs correctly: doubling, bisection, a process a try."""
+    device = this_device(gpu)
+    targets = _targets(chosen_models(model), chosen_sites(site), candidate)
+    most = _DEFAULT_MAX[device.kind] if largest is None else largest
+    if not 1 <= most <= _LARGEST_MAX:
+        raise UsageError(f"--max must be a count of query tokens: got {most}; accepted: 1 to {_LARGEST_MAX}")
+    budget_s = _NO_BUDGET_S if budget is None else positive_seconds("--budget", budget)
+    positive_seconds("--timeout", timeout)
+    from mla_tune.cli import pipeline
+    from mla_tune.store.database import Database
+    from mla_tune.store.lock import sweep_lock
+    from mla_tune.sweep.probe import Prober
+
+    path = db or database_path(device.sku)
+    export, policy = export_path(device.sku), policy_path(device.sku)
+    for output in [path] if no_fit else [path, export, policy]:
+        make_folder(output)
+    with sweep_lock(path), Database.open(path) as database:
+        prober = Prober(device.kind, timeout)
+        wanted = dict.fromkeys(targets, most)
+        bounds = pipeline.probe(prober, database, wanted, budget_s, device_output.tried(quiet=as_json))
+        measured = bool(database.done_keys(prober.environment.id))
+    device_output.bounds(bounds, as_json)
+    if measured and not no_fit:
+        pipeline.export(path, prober.environment, export)
+        pipeline.fit(export, policy)
+        render.note(f"limits written to {policy}")
+    elif not no_fit:
+        render.note(
+            f"tries stored in {path}; next: `mla-tune sweep` measures the rest and writes the limits to a policy"
+        )
+
+
+_DEFAULT_MAX = {"cpu": 4096, "cuda": 131072}
+"""On a GPU twice the largest chunk that engines prefill with, on a CPU what takes seconds."""
+_LARGEST_MAX = 1 << 20
+"""The longest context of any model."""
+
+
+def _targets(models: list[ModelConfig], names: list[SiteName], candidates: list[str] | None) -> list[tuple[Site, str]]:
+    """Every (site, candidate) that the options name, each once."""
+    known = {candidate for name in names for candidate in CANDIDATES[name]}
+    for candidate in candidates or ():
+        if candidate not in known:
+            raise UsageError(
+                f"--candidate must be one of the sites: got {candidate!r}; accepted: {', '.join(sorted(known))}"
+            )
+    sites = [
+        model.site(name, layer, h_q if name is SiteName.PREFILL_ATTENTION else None)
+        for name in names
+        for model in models
+        for h_q in model.heads
+        for layer in model.site_layers(name)
+    ]
+    found = [(site, name) for site in sites for name in site.candidates if not candidates or name in candidates]
+    return list(dict.fromkeys(found))
