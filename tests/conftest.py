@@ -42,6 +42,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+REPORTS = pytest.StashKey[dict[str, list[str]]]()
+"""Title and lines of what tests want to be read at the end of the run."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """No reports yet."""
+    config.stash[REPORTS] = {}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the reports."""
+    for title, lines in config.stash[REPORTS].items():
+        terminalreporter.section(title)
+        for line in lines:
+            terminalreporter.line(line)
+
+
 @dataclass(frozen=True, slots=True)
 class Target:
     """One implementation of the kernels, and where its tensors lie."""

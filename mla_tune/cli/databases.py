@@ -52,12 +52,12 @@ def import_(
     db: DbOption = None,
 ) -> None:
     """Read an export into a working database (raw samples are not in exports)."""
-    environment, rows = read_export(source)
-    path = db or database_path(environment.sku)
+    found = read_export(source)
+    path = db or database_path(found.environment.sku)
     make_folder(path)
     with Database.open(path) as database:
-        new = database.merge(environment, rows)
-    print(f"{new} of {len(rows)} measurements were new: {path}")
+        new = database.merge(found)
+    print(f"{new} of {len(found.measurements) + len(found.tries)} measurements and tries were new: {path}")
 
 
 def ls(gpu: GpuOption = "auto", db: DbOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:

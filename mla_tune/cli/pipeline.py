@@ -142,7 +142,8 @@ class Fitted:
 
 def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BOUND_S) -> Fitted:
     """Fit the policy of an export and write it. Nothing is written unless the fit succeeds."""
-    environment, rows = read_export(measurements)
+    found = read_export(measurements)
+    rows = found.measurements
     words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
     if first_call_bound_s != FIRST_CALL_BOUND_S:
         words += ["--first-call-bound", repr(first_call_bound_s)]
@@ -152,7 +153,7 @@ def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BO
         measurements=len(rows),
         command=shlex.join(words),
     )
-    policy = fit_policy(environment, rows, source=source, first_call_bound_s=first_call_bound_s)
+    policy = fit_policy(found.environment, rows, found.tries, source=source, first_call_bound_s=first_call_bound_s)
     make_folder(out)
     before = _keys(out)
     write_policy(out, policy)

@@ -53,7 +53,7 @@ def fit(
     from mla_tune.store.export import read_export
 
     source = measurements or export_path(policy_sku(gpu))
-    target = out or policy_path(read_export(source)[0].sku)
+    target = out or policy_path(read_export(source).environment.sku)
     fitted = pipeline.fit(source, target, first_call_bound)
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
@@ -109,7 +109,8 @@ def explain(
             f"a choice is explained by the measurements behind it: no file {export} here; run this in a checkout that has "
             "it, or pass --measurements"
         )
-    environment, rows = read_export(export)
+    found = read_export(export)
+    environment = found.environment
     if environment.sku != loaded.gpu.sku:
         raise EnvironmentMismatchError(
             f"a choice is explained by measurements of its own GPU: {name} is for {loaded.gpu.sku}, "
@@ -117,7 +118,7 @@ def explain(
         )
     if export_sha256(export) != loaded.source.sha256:
         render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    render.explanation(explain_choice(CostModel(environment, rows), table, shape), table, as_json)
+    render.explanation(explain_choice(CostModel(environment, found.measurements), table, shape), table, as_json)
 
 
 def show(

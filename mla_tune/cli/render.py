@@ -212,7 +212,7 @@ def database(rows: Sequence[EnvironmentSummary], as_json: bool) -> None:
     if as_json:
         print(json.dumps([asdict(row) for row in rows], default=str))
         return
-    table = RichTable("environment", "sku", "measurements", "outcomes", "first", "last")
+    table = RichTable("environment", "sku", "measurements", "outcomes", "tries", "quarantined samples", "first", "last")
     for row in rows:
         outcomes = ", ".join(f"{name} {count}" for name, count in row.outcomes)
         table.add_row(
@@ -220,6 +220,8 @@ def database(rows: Sequence[EnvironmentSummary], as_json: bool) -> None:
             row.environment.sku,
             str(row.measurements),
             outcomes,
+            str(row.tries),
+            str(row.quarantined_samples),
             f"{row.first_finished_at:%Y-%m-%d %H:%M}",
             f"{row.last_finished_at:%Y-%m-%d %H:%M}",
         )

@@ -21,9 +21,10 @@ from mla_tune.errors import StoreError, UsageError
 from mla_tune.shape import Shape
 from mla_tune.site import Site
 from mla_tune.sku import Environment
-from mla_tune.store.export import to_export_precision
-from mla_tune.store.measurement import Measurement, Outcome, fault
+from mla_tune.store.export import Export, attempt_to_export_precision, to_export_precision
+from mla_tune.store.measurement import Measurement, Outcome, QuarantinedTiming, fault
 from mla_tune.store.migrations import MIGRATIONS
+from mla_tune.store.probe import Try, try_fault
 from mla_tune.store.rows import (
     Row,
     environment_from,
@@ -32,6 +33,10 @@ from mla_tune.store.rows import (
     measurement_from,
     measurement_row,
     point_row,
+    quarantine_rows,
+    quarantined_from,
+    try_from,
+    try_row,
 )
 from mla_tune.store.sqlite_file import check_file, connect, one_line_errors
 
@@ -45,15 +50,33 @@ order by p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, m.candidate, m.part, 
 """
 _KEYS_SQL = """
 select p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, m.candidate, m.part, m.regime
-from measurements m join points p on p.id = m.point where m.environment = :environment
+from measurements m join points p on p.id = m.point
+where m.environment = :environment and m.outcome <> 'disturbed'
+"""
+_QUARANTINE_SQL = """
+select p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, q.* from quarantine q join points p on p.id = q.point
+where q.environment = :environment order by q.id
+"""
+_TRIES_SQL = """
+select * from tries where environment = :environment order by site, candidate, num_reqs, num_qo_tokens, kv_tokens
 """
 _OUTCOMES_SQL = """
 select outcome, count(*) as measurements from measurements
 where environment = :environment group by outcome order by outcome
 """
 _SPAN_SQL = """
-select count(distinct point) as points, min(finished_at) as first, max(finished_at) as last from measurements
-where environment = :environment
+select
+  (select count(distinct point) from measurements where environment = :environment) as points,
+  (select count(*) from tries where environment = :environment) as tries,
+  (select coalesce(sum(length(samples_us)) / 8, 0) from quarantine where environment = :environment) as quarantined,
+  (select min(finished_at) from all_times) as first,
+  (select max(finished_at) from all_times) as last
+"""
+_ALL_TIMES = """
+with all_times as (
+  select finished_at from measurements where environment = :environment
+  union all select finished_at from tries where environment = :environment
+)
 """
 _T = TypeVar("_T")
 
@@ -66,6 +89,9 @@ class EnvironmentSummary:
     points: int
     outcomes: tuple[tuple[Outcome, int], ...]
     """Measurements by outcome, sorted by outcome; outcomes that did not occur are left out."""
+    tries: int
+    """Tries of probes."""
+    quarantined_samples: int
     first_finished_at: datetime
     last_finished_at: datetime
 
@@ -127,32 +153,52 @@ class Database:
                 raise StoreError(f"a measurement must be sound: {measurement.label}: {reason}")
         if not rows:
             return
-        time = (finished_at or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds")
+        time = _utc(finished_at)
         with one_line_errors(self.path), self._transaction():
             row = environment_row(environment)
             self._db.table("environments").insert(row, ignore=True)
             distinct = {(m.site, m.shape, m.role): m for m in rows}
             points = {(m.site, m.shape): self._point_id(m) for m in distinct.values()}
+            placed = [(m, {"environment": row["id"], "point": points[m.site, m.shape]}) for m in rows]
             self._db.table("measurements").insert_all(
-                [
-                    measurement_row(m, environment=row["id"], point=points[m.site, m.shape], finished_at=time)
-                    for m in rows
-                ],
-                replace=True,
+                [measurement_row(m, **place, finished_at=time) for m, place in placed], replace=True
+            )
+            self._db.table("quarantine").insert_all(
+                [entry for m, place in placed for entry in quarantine_rows(m, **place, finished_at=time)]
             )
 
-    def merge(self, environment: Environment, measurements: Iterable[Measurement]) -> int:
-        """Record what an export adds or changes and return how many that were.
+    def record_tries(self, environment: Environment, tries: Iterable[Try], finished_at: datetime | None = None) -> None:
+        """Store tries of a probe in one transaction, as :meth:`record` does measurements; a later one replaces."""
+        rows = list(tries)
+        for attempt in rows:
+            if reason := try_fault(attempt):
+                raise StoreError(f"a try must be sound: {attempt.site.key} {attempt.candidate}: {reason}")
+        if not rows:
+            return
+        time = _utc(finished_at)
+        with one_line_errors(self.path), self._transaction():
+            row = environment_row(environment)
+            self._db.table("environments").insert(row, ignore=True)
+            self._db.table("tries").insert_all(
+                [try_row(attempt, environment=row["id"], finished_at=time) for attempt in rows], replace=True
+            )
+
+    def merge(self, export: Export) -> int:
+        """Record the measurements and tries that an export adds or changes and return how many that were.
 
         A stored measurement that the export only repeats, to export precision, is left alone and keeps its raw samples.
         """
+        environment = export.environment
         stored = {m.key: to_export_precision(m) for m in self.measurements(environment.id)}
-        news = [m for m in measurements if stored.get(m.key) != to_export_precision(m)]
+        news = [m for m in export.measurements if stored.get(m.key) != to_export_precision(m)]
+        known = {attempt.key: attempt_to_export_precision(attempt) for attempt in self.tries(environment.id)}
+        new_tries = [t for t in export.tries if known.get(t.key) != attempt_to_export_precision(t)]
         self.record(environment, news)
-        return len(news)
+        self.record_tries(environment, new_tries)
+        return len(news) + len(new_tries)
 
     def environments(self) -> list[Environment]:
-        """Every environment that has measurements, ordered by SKU and id."""
+        """Every environment that has measurements or tries, ordered by SKU and id."""
         return self._rows("select * from environments order by sku, id", {}, environment_from)
 
     def measurements(self, environment_id: str, site: Site | None = None) -> list[Measurement]:
@@ -160,8 +206,19 @@ class Database:
         parameters = {"environment": environment_id, "site": site.key if site else None}
         return self._rows(_MEASUREMENTS_SQL, parameters, measurement_from)
 
+    def quarantined(self, environment_id: str) -> list[QuarantinedTiming]:
+        """All disturbed samples of one environment, in the order stored; nothing ever removes them."""
+        return self._rows(_QUARANTINE_SQL, {"environment": environment_id}, quarantined_from)
+
+    def tries(self, environment_id: str) -> list[Try]:
+        """All tries of one environment, ordered by their key."""
+        return self._rows(_TRIES_SQL, {"environment": environment_id}, try_from)
+
     def done_keys(self, environment_id: str) -> set[tuple[str, Shape, str, str, str]]:
-        """Keys (see :attr:`Measurement.key`) of everything stored for one environment, failures included."""
+        """Keys (see :attr:`Measurement.key`) of everything stored for one environment, failures included.
+
+        Not those without an undisturbed sample, which are to be measured again.
+        """
         return set(self._rows(_KEYS_SQL, {"environment": environment_id}, key_from))
 
     def summaries(self) -> list[EnvironmentSummary]:
@@ -217,14 +274,21 @@ class Database:
             _OUTCOMES_SQL, parameters, lambda row: (Outcome(row["outcome"]), int(row["measurements"]))
         )
         (summary,) = self._rows(
-            _SPAN_SQL,
+            _ALL_TIMES + _SPAN_SQL,
             parameters,
             lambda row: EnvironmentSummary(
                 environment=environment,
                 points=row["points"],
                 outcomes=tuple(outcomes),
+                tries=row["tries"],
+                quarantined_samples=row["quarantined"],
                 first_finished_at=datetime.fromisoformat(row["first"]),
                 last_finished_at=datetime.fromisoformat(row["last"]),
             ),
         )
         return summary
+
+
+def _utc(moment: datetime | None) -> str:
+    """A moment, or now, as it is stored."""
+    return (moment or datetime.now(UTC)).astimezone(UTC).isoformat(timespec="seconds")

@@ -1,8 +1,9 @@
 """The committed export of a database: what a policy is fitted from, small enough to review and to keep in git.
 
-JSON lines. Line 1 is a header with the environment; every other line is one point with all its measurements, and the
-lines are sorted. The same measurements give the same bytes, whatever order they were taken or inserted in. Raw samples
-stay in the database; latencies are kept to 0.001 us and first calls to 1 us, which is far below their noise.
+JSON lines. Line 1 is a header with the environment; then comes a line for each point with all its measurements, then one
+for each try of a probe, both sorted. The same content gives the same bytes, whatever order it was taken or inserted in.
+Raw and disturbed samples stay in the database; latencies are kept to 0.001 us and first calls to 1 us, which is far below
+their noise. Version 1 had no tries and did not say why sampling stopped; it is read as well.
 """
 
 from __future__ import annotations
@@ -10,94 +11,46 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, replace
-from itertools import groupby, pairwise
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Annotated
 
 import msgspec
 
 from mla_tune.errors import StoreError, UsageError
 from mla_tune.files import write_atomically
-from mla_tune.shape import Shape
-from mla_tune.site import Site
 from mla_tune.sku import Environment, KernelLibrary
-from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, fault
+from mla_tune.store.lines import (
+    MALFORMED,
+    EnvironmentRecord,
+    FormatVersion,
+    Header,
+    decode_point,
+    decode_try,
+    encode_line,
+    encode_point,
+    encode_try,
+    measurements_fault,
+    tries_fault,
+)
+from mla_tune.store.measurement import Measurement
+from mla_tune.store.probe import Try
 
 FORMAT = "mla-tune-measurements"
-VERSION = 1
+VERSION = 2
 MAX_BYTES = 64 * 2**20
 """Largest export that is read: ten times what a sweep of every site of a GPU writes, small enough for any machine."""
 
 
-class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of every part of a line: immutable, and strict about unknown keys."""
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What an export holds."""
 
-
-_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
-"""What a database column can hold."""
-
-
-class _Library(_Record, frozen=True):
-    name: str
-    version: str
-    sha256: str
-
-
-class _Environment(_Record, frozen=True):
-    sku: str
-    sm_count: _Count
-    shared_memory_optin_bytes: _Count
-    driver: str
-    cuda: str
-    torch: str
-    triton: str
-    libraries: tuple[_Library, ...]
-
-
-class _Header(_Record, frozen=True):
-    format: str
-    version: int
-    points: _Count
-    """Lines that follow: a file that was cut short shows it."""
-    environment: _Environment
-
-
-class _Version(msgspec.Struct, frozen=True):
-    """What a header of any version has."""
-
-    format: str
-    version: int
-
-
-_Timing = tuple[str, Regime, float, float | None, float | None, int]
-"""(part, regime, latency_us, ci_low_us, ci_high_us, num_samples) of an ``ok`` measurement."""
-
-
-class _Result(_Record, frozen=True, omit_defaults=True):
-    """All measurements of one candidate at one point that share everything but part, regime and latency."""
-
-    candidate: str
-    outcome: Outcome = Outcome.OK
-    detail: str = ""
-    first_call_s: float | None = None
-    workspace_bytes: int | None = None
-    timings: tuple[_Timing, ...] = ()
-    parts: tuple[tuple[str, Regime], ...] = ()
-    """(part, regime) of each measurement that failed in this one way; empty for ``ok``."""
-
-
-class _Point(_Record, frozen=True):
-    site: str
-    role: Role
-    shape: tuple[int, int, int]
-    """(num_reqs, num_qo_tokens, kv_tokens)"""
-    results: tuple[_Result, ...]
-
-
-_ENCODER = msgspec.json.Encoder()
-_POINT_DECODER = msgspec.json.Decoder(_Point)
-_MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+    environment: Environment
+    measurements: tuple[Measurement, ...]
+    """Ordered by their key."""
+    tries: tuple[Try, ...] = ()
+    """Ordered by their key."""
 
 
 def to_export_precision(measurement: Measurement) -> Measurement:
@@ -113,26 +66,44 @@ def to_export_precision(measurement: Measurement) -> Measurement:
         ci_high_us=_rounded(measurement.ci_high_us, 3),
         first_call_s=_rounded(measurement.first_call_s, 6),
         samples_us=(),
+        quarantined=(),
     )
 
 
-def export_lines(environment: Environment, measurements: Iterable[Measurement]) -> Iterator[str]:
+def attempt_to_export_precision(attempt: Try) -> Try:
+    """The try as an export gives it back: rounded."""
+    return replace(attempt, first_call_s=_rounded(attempt.first_call_s, 6))
+
+
+def export_lines(
+    environment: Environment, measurements: Iterable[Measurement], tries: Iterable[Try] = ()
+) -> Iterator[str]:
     """Lines of an export, newlines included. Raises :class:`StoreError` on what an export cannot hold.
 
-    That is an unsound measurement, two with one key, or a point with two roles.
+    That is an unsound measurement or try, two with one key, or a point with two roles.
     """
     rows = sorted(map(to_export_precision, measurements), key=lambda m: m.key)
-    if reason := _collective_fault(rows):
+    if reason := measurements_fault(rows):
         raise StoreError(f"measurements must be sound to be exported: {reason}")
+    attempts = sorted(map(attempt_to_export_precision, tries), key=lambda attempt: attempt.key)
+    if reason := tries_fault(attempts):
+        raise StoreError(f"tries must be sound to be exported: {reason}")
     points = [list(point) for _, point in groupby(rows, key=lambda m: (m.site, m.shape))]
-    described = msgspec.convert(asdict(environment), _Environment)
-    yield _line(_Header(format=FORMAT, version=VERSION, points=len(points), environment=described))
-    yield from (_line(_encode_point(point)) for point in points)
+    described = msgspec.convert(asdict(environment), EnvironmentRecord)
+    header = Header(format=FORMAT, version=VERSION, points=len(points), tries=len(attempts), environment=described)
+    yield encode_line(header)
+    yield from (encode_line(encode_point(point)) for point in points)
+    yield from (encode_line(encode_try(attempt)) for attempt in attempts)
 
 
-def write_export(path: str | os.PathLike[str], environment: Environment, measurements: Iterable[Measurement]) -> None:
+def write_export(
+    path: str | os.PathLike[str],
+    environment: Environment,
+    measurements: Iterable[Measurement],
+    tries: Iterable[Try] = (),
+) -> None:
     """Write an export, all or nothing; raises :class:`StoreError`."""
-    data = "".join(export_lines(environment, measurements)).encode()
+    data = "".join(export_lines(environment, measurements, tries)).encode()
     try:
         write_atomically(path, data)
     except OSError as error:
@@ -142,25 +113,39 @@ def write_export(path: str | os.PathLike[str], environment: Environment, measure
         ) from error
 
 
-def read_export(path: str | os.PathLike[str]) -> tuple[Environment, list[Measurement]]:
-    """Environment and measurements of an export, in its order. Raises :class:`StoreError` that names file and line."""
+def read_export(path: str | os.PathLike[str]) -> Export:
+    """Everything in an export. Raises :class:`StoreError` that names file and line."""
     lines = _read(path).removesuffix(b"\n").split(b"\n")
-    environment, points = _decode_header(path, lines[0])
+    environment, points, num_tries = _decode_header(path, lines[0])
+    end = min(1 + points, len(lines))
     measurements: list[Measurement] = []
-    seen: set[tuple[str, Shape]] = set()
-    for number, line in enumerate(lines[1:], start=2):
+    seen: set[object] = set()
+    for number, line in enumerate(lines[1:end], start=2):
         try:
-            point = _decode_point(line)
-        except (*_MALFORMED, ValueError, UsageError) as error:
+            point = decode_point(line)
+        except (*MALFORMED, ValueError, UsageError) as error:
             raise _refusal(path, number, f"a point as mla-tune db export writes it: {error}") from error
         identity = (point[0].site.key, point[0].shape)
         if identity in seen:
             raise _refusal(path, number, f"a point that no line before has: {point[0].label} is repeated")
         seen.add(identity)
         measurements += point
-    if len(seen) != points:
-        raise _refusal(path, len(lines), f"the last of {points} points: the file is cut short or was added to")
-    return environment, measurements
+    tries: list[Try] = []
+    for number, line in enumerate(lines[end:], start=end + 1):
+        try:
+            tries.append(decode_try(line))
+        except (*MALFORMED, ValueError, UsageError) as error:
+            raise _refusal(path, number, f"a try as mla-tune db export writes it: {error}") from error
+        if tries[-1].key in seen:
+            raise _refusal(path, number, f"a try that no line before has: {tries[-1].key} is repeated")
+        seen.add(tries[-1].key)
+    if len(lines) != 1 + points + num_tries:
+        raise _refusal(
+            path,
+            len(lines),
+            f"the last of {points} points and {num_tries} tries: the file is cut short or was added to",
+        )
+    return Export(environment, tuple(measurements), tuple(tries))
 
 
 def export_sha256(path: str | os.PathLike[str]) -> str:
@@ -172,114 +157,25 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(float(value), digits)
 
 
-def _line(record: _Record) -> str:
-    return _ENCODER.encode(record).decode() + "\n"
-
-
-def _collective_fault(rows: list[Measurement]) -> str | None:
-    """Why measurements sorted by key cannot stand in one export, in one line; None if they can."""
-    for row in rows:
-        if reason := fault(row):
-            return f"{row.label}: {reason}"
-    for first, second in pairwise(rows):
-        if first.key == second.key:
-            return f"{first.label} must occur once: it is repeated"
-        if (first.site, first.shape) == (second.site, second.shape) and first.role is not second.role:
-            return f"{first.label} must have one role: got {first.role} and {second.role}"
-    return None
-
-
-def _shared(m: Measurement) -> tuple[str, Outcome, str, float | None, int | None]:
-    return (m.candidate, m.outcome, m.detail, m.first_call_s, m.workspace_bytes)
-
-
-def _encode_point(measurements: list[Measurement]) -> _Point:
-    """One line of the measurements of one point, which are sorted by key."""
-    groups: dict[tuple[str, Outcome, str, float | None, int | None], list[Measurement]] = {}
-    for measurement in measurements:  # a group stands where its first key stands, so the order is that of the keys
-        groups.setdefault(_shared(measurement), []).append(measurement)
-    first = measurements[0]
-    return _Point(
-        site=first.site.key,
-        role=first.role,
-        shape=(first.shape.num_reqs, first.shape.num_qo_tokens, first.shape.kv_tokens),
-        results=tuple(_encode_result(group) for group in groups.values()),
+def _decode_header(path: str | os.PathLike[str], line: bytes) -> tuple[Environment, int, int]:
+    """Environment, number of points, number of tries."""
+    accepted = (
+        f'a header {{"format": "{FORMAT}", "version": {VERSION}, "points": ..., "tries": ..., "environment": {{...}}}}'
     )
-
-
-def _encode_result(group: list[Measurement]) -> _Result:
-    candidate, outcome, detail, first_call_s, workspace_bytes = _shared(group[0])
-    return _Result(
-        candidate=candidate,
-        outcome=outcome,
-        detail=detail,
-        first_call_s=first_call_s,
-        workspace_bytes=workspace_bytes,
-        timings=tuple(
-            (m.part, m.regime, m.latency_us, m.ci_low_us, m.ci_high_us, m.num_samples)
-            for m in group
-            if m.latency_us is not None
-        ),
-        parts=tuple((m.part, m.regime) for m in group if m.latency_us is None),
-    )
-
-
-def _decode_point(line: bytes) -> list[Measurement]:
-    """Measurements of one line, sorted by key. Raises ``ValueError``, ``UsageError`` or what msgspec raises."""
-    point = _POINT_DECODER.decode(line)
-    site, shape = _decode_site(point.site), Shape(*point.shape)
-    measurements: list[Measurement] = []
-    for result in point.results:
-        failed = ((part, regime, None, None, None, 0) for part, regime in result.parts)
-        for part, regime, latency_us, ci_low_us, ci_high_us, num_samples in (*result.timings, *failed):
-            measurement = Measurement(
-                site=site,
-                shape=shape,
-                role=point.role,
-                candidate=result.candidate,
-                part=part,
-                regime=regime,
-                outcome=result.outcome,
-                detail=result.detail,
-                latency_us=latency_us,
-                ci_low_us=ci_low_us,
-                ci_high_us=ci_high_us,
-                num_samples=num_samples,
-                first_call_s=result.first_call_s,
-                workspace_bytes=result.workspace_bytes,
-            )
-            measurements.append(measurement)
-    if not measurements:
-        raise ValueError("it holds no measurement")
-    measurements.sort(key=lambda m: m.key)
-    if reason := _collective_fault(measurements):
-        raise ValueError(reason)
-    return measurements
-
-
-def _decode_site(key: str) -> Site:
     try:
-        return Site.parse(key)
-    except ValueError as error:
-        raise ValueError(f"site must be a key like prefill_attention/c4a/h64/k512: got {key!r}") from error
-
-
-def _decode_header(path: str | os.PathLike[str], line: bytes) -> tuple[Environment, int]:
-    accepted = f'a header {{"format": "{FORMAT}", "version": {VERSION}, "points": ..., "environment": {{...}}}}'
-    try:
-        found = msgspec.json.decode(line, type=_Version)
+        found = msgspec.json.decode(line, type=FormatVersion)
         if found.format == FORMAT and found.version > VERSION:
             raise _refusal(path, 1, f"a format version up to {VERSION}: got {found.version}; upgrade mla-tune")
-        header = msgspec.json.decode(line, type=_Header)
-    except _MALFORMED as error:
+        header = msgspec.json.decode(line, type=Header)
+    except MALFORMED as error:
         raise _refusal(path, 1, f"{accepted}: {error}") from error
-    if (header.format, header.version) != (FORMAT, VERSION):
+    if header.format != FORMAT or not 1 <= header.version <= VERSION or (header.version == 1 and header.tries):
         raise _refusal(path, 1, f"{accepted}: got format {header.format!r}, version {header.version}")
     libraries = tuple(
         KernelLibrary(library.name, library.version, library.sha256) for library in header.environment.libraries
     )
     fields = {name: getattr(header.environment, name) for name in header.environment.__struct_fields__}
-    return Environment(**{**fields, "libraries": libraries}), header.points
+    return Environment(**{**fields, "libraries": libraries}), header.points, header.tries
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

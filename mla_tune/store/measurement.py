@@ -99,6 +99,8 @@ class Measurement:
     """Raw samples in the order taken; empty when read back from an export, which keeps only the summary."""
     stopped_by: Stop | None = None
     """Why sampling ended; None for a failure, and for what was measured before this was recorded."""
+    power_capped: bool = False
+    """The samples were taken under the GPU's power cap, which came back after every rest: what a heavy kernel meets."""
     quarantined: tuple[Quarantined, ...] = ()
     """Disturbed samples of the same timing. Empty when read back: :meth:`Database.quarantined` has them."""
     first_call_s: float | None = None
@@ -116,6 +118,19 @@ class Measurement:
         """The key as messages show it: ``prefill_attention/swa_only/h64 (1, 64, 8192) sparse_fwd attention graph``."""
         shape = f"({self.shape.num_reqs}, {self.shape.num_qo_tokens}, {self.shape.kv_tokens})"
         return f"{self.site.key} {shape} {self.candidate} {self.part} {self.regime}"
+
+
+@dataclass(frozen=True, slots=True)
+class QuarantinedTiming:
+    """Disturbed samples as a database gives them back, whatever became of their measurement later."""
+
+    site: Site
+    shape: Shape
+    candidate: str
+    part: str
+    regime: Regime
+    reason: str
+    samples_us: tuple[float, ...]
 
 
 def fault(measurement: Measurement) -> str | None:
@@ -174,6 +189,8 @@ def _outcome_fault(measurement: Measurement) -> str | None:
             return f"outcome {measurement.outcome} must come without latency and samples: got latency_us={latency}"
         if measurement.stopped_by is not None:
             return f"outcome {measurement.outcome} must come without stopped_by: got {measurement.stopped_by}"
+        if measurement.power_capped:
+            return f"outcome {measurement.outcome} must come without power_capped: it is set"
         return None
     if measurement.detail:
         return f"outcome ok must come without detail: got {measurement.detail!r}"

@@ -54,6 +54,51 @@ def m001_initial(db: sqlite_utils.Database) -> None:
     )
 
 
+@MIGRATIONS()
+def m002_trust(db: sqlite_utils.Database) -> None:
+    """Why sampling stopped and under which cap; the samples that were disturbed; the tries of probes."""
+    db.table("measurements").add_column("stopped_by", str, not_null_default="")  # empty: not recorded
+    db.table("measurements").add_column("power_capped", int, not_null_default=0)
+
+    quarantine = {
+        "id": int,
+        "environment": str,
+        "point": int,
+        "candidate": str,
+        "part": str,
+        "regime": str,
+        "reason": str,
+        "samples_us": bytes,  # little-endian float64, in the order taken
+        "finished_at": str,
+    }
+    db.table("quarantine").create(
+        quarantine,
+        pk="id",
+        foreign_keys=[("environment", "environments", "id"), ("point", "points", "id")],
+        not_null=set(quarantine) - {"id"},
+    )
+    db.table("quarantine").create_index(["environment", "point"])
+
+    tries = {
+        "environment": str,
+        "site": str,
+        "num_reqs": int,
+        "num_qo_tokens": int,
+        "kv_tokens": int,
+        "candidate": str,
+        "outcome": str,
+        "detail": str,
+        "first_call_s": float,
+        "finished_at": str,
+    }
+    db.table("tries").create(
+        tries,
+        pk=("environment", "site", "num_reqs", "num_qo_tokens", "kv_tokens", "candidate"),
+        foreign_keys=[("environment", "environments", "id")],
+        not_null=set(tries) - {"first_call_s"},
+    )
+
+
 def applied_migrations(db: sqlite_utils.Database) -> list[str]:
     """Names of the steps that made this database, oldest first; empty for one that mla-tune did not write."""
     return [migration.name for migration in MIGRATIONS.applied(db)]

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
 from mla_tune.shape import Shape
 from mla_tune.site import Site
 from mla_tune.sku import Environment, KernelLibrary
-from mla_tune.store.measurement import Measurement, Outcome, Regime, Role
+from mla_tune.store.measurement import Measurement, Outcome, QuarantinedTiming, Regime, Role, Stop
+from mla_tune.store.probe import Try
 
 Row = Mapping[str, Any]
 """Column name -> SQLite value."""
@@ -47,7 +48,6 @@ def key_from(row: Row) -> tuple[str, Shape, str, str, str]:
 
 def measurement_row(measurement: Measurement, *, environment: str, point: int, finished_at: str) -> dict[str, Any]:
     """Row of the table ``measurements``."""
-    samples_us = measurement.samples_us
     return {
         "environment": environment,
         "point": point,
@@ -60,11 +60,64 @@ def measurement_row(measurement: Measurement, *, environment: str, point: int, f
         "ci_low_us": measurement.ci_low_us,
         "ci_high_us": measurement.ci_high_us,
         "num_samples": measurement.num_samples,
-        "samples_us": struct.pack(f"<{len(samples_us)}d", *samples_us),
+        "samples_us": _packed(measurement.samples_us),
         "first_call_s": measurement.first_call_s,
         "workspace_bytes": measurement.workspace_bytes,
+        "stopped_by": measurement.stopped_by or "",
+        "power_capped": int(measurement.power_capped),
         "finished_at": finished_at,
     }
+
+
+def quarantine_rows(
+    measurement: Measurement, *, environment: str, point: int, finished_at: str
+) -> Iterator[dict[str, Any]]:
+    """Rows of the table ``quarantine``: one for each reason."""
+    for entry in measurement.quarantined:
+        yield {
+            "environment": environment,
+            "point": point,
+            "candidate": measurement.candidate,
+            "part": measurement.part,
+            "regime": measurement.regime.value,
+            "reason": entry.reason,
+            "samples_us": _packed(entry.samples_us),
+            "finished_at": finished_at,
+        }
+
+
+def try_row(attempt: Try, *, environment: str, finished_at: str) -> dict[str, Any]:
+    """Row of the table ``tries``."""
+    return {
+        "environment": environment,
+        "site": attempt.site.key,
+        **asdict(attempt.shape),
+        "candidate": attempt.candidate,
+        "outcome": attempt.outcome.value,
+        "detail": attempt.detail,
+        "first_call_s": attempt.first_call_s,
+        "finished_at": finished_at,
+    }
+
+
+def try_from(row: Row) -> Try:
+    """Read :func:`try_row` back. Raises ``ValueError``, ``TypeError`` or ``UsageError`` on one that was edited by hand."""
+    return Try(
+        site=Site.parse(row["site"]),
+        candidate=row["candidate"],
+        shape=shape_from(row),
+        outcome=Outcome(row["outcome"]),
+        detail=row["detail"],
+        first_call_s=row["first_call_s"],
+    )
+
+
+def _packed(samples_us: tuple[float, ...]) -> bytes:
+    return struct.pack(f"<{len(samples_us)}d", *samples_us)
+
+
+def _unpacked(samples_us: bytes) -> tuple[float, ...]:
+    return struct.unpack(f"<{len(samples_us) // 8}d", samples_us)
 
 
 def measurement_from(row: Row) -> Measurement:
@@ -72,7 +125,6 @@ def measurement_from(row: Row) -> Measurement:
 
     Raises ``ValueError``, ``TypeError``, ``struct.error`` or ``UsageError`` on one that was edited by hand.
     """
-    samples_us = row["samples_us"]
     return Measurement(
         site=Site.parse(row["site"]),
         shape=shape_from(row),
@@ -86,7 +138,22 @@ def measurement_from(row: Row) -> Measurement:
         ci_low_us=row["ci_low_us"],
         ci_high_us=row["ci_high_us"],
         num_samples=row["num_samples"],
-        samples_us=struct.unpack(f"<{len(samples_us) // 8}d", samples_us),
+        samples_us=_unpacked(row["samples_us"]),
         first_call_s=row["first_call_s"],
         workspace_bytes=row["workspace_bytes"],
+        stopped_by=Stop(row["stopped_by"]) if row["stopped_by"] else None,
+        power_capped=bool(row["power_capped"]),
+    )
+
+
+def quarantined_from(row: Row) -> QuarantinedTiming:
+    """Read one of :func:`quarantine_rows`, joined with its point, back. Raises like :func:`measurement_from`."""
+    return QuarantinedTiming(
+        site=Site.parse(row["site"]),
+        shape=shape_from(row),
+        candidate=row["candidate"],
+        part=row["part"],
+        regime=Regime(row["regime"]),
+        reason=row["reason"],
+        samples_us=_unpacked(row["samples_us"]),
     )

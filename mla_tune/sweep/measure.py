@@ -242,6 +242,7 @@ def _row(point: Point, entry: _Ready, name: str, part: str, regime: Regime, take
         num_samples=len(taken.samples_us),
         samples_us=taken.samples_us,
         stopped_by=Stop.PRECISION if taken.precise else Stop.BUDGET,
+        power_capped=taken.power_capped,
     )
 
 

@@ -135,9 +135,9 @@ def test_a_shown_policy_has_its_provenance_and_every_rule(folder: Path, capsys: 
 
 
 def test_an_export_goes_through_a_new_database_unchanged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    _, rows = read_export(EXPORT)
+    rows = read_export(EXPORT).measurements
     imported = output(capsys, "db", "import", EXPORT, "--db", "new/copy.db")
-    assert imported == f"{len(rows)} of {len(rows)} measurements were new: new/copy.db\n"
+    assert imported == f"{len(rows)} of {len(rows)} measurements and tries were new: new/copy.db\n"
     assert output(capsys, "db", "import", EXPORT, "--db", "new/copy.db").startswith(f"0 of {len(rows)} ")
     assert output(capsys, "db", "export", "--gpu", "cpu", "--db", "new/copy.db", "--out", "x/y.jsonl") == "x/y.jsonl\n"
     assert Path("x/y.jsonl").read_bytes() == EXPORT.read_bytes()

@@ -58,6 +58,32 @@ def test_ctrl_c_in_a_sweep_says_how_to_go_on_keeps_its_points_and_leaves_no_proc
     assert {row.key for row in kept} <= {row.key for row in stored(tmp_path)}
 
 
+@pytest.mark.parametrize("pause_s", [0.0, 0.01, 0.1, 0.3])
+def test_ctrl_c_twice_ends_like_ctrl_c_once(pause_s: float, tmp_path: Path) -> None:
+    process = start(tmp_path, *LONG_SWEEP)
+    deadline = time.monotonic() + SOON_S
+    while not has_points(tmp_path) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for _ in range(3):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(pause_s)
+        if process.poll() is not None:
+            break
+    out, err = process.communicate(timeout=SOON_S)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == GO_ON
+    assert "Traceback" not in err
+    assert "Exception ignored" not in err
+    while group_members(process.pid) and time.monotonic() < deadline + SOON_S:
+        time.sleep(0.05)
+    assert group_members(process.pid) == []
+    assert not list(tmp_path.rglob("*.lock"))
+    kept = stored(tmp_path)
+    assert kept
+    assert run(tmp_path, *LONG_SWEEP, "--budget", "0.001", "--no-fit").returncode == 0
+    assert {row.key for row in kept} <= {row.key for row in stored(tmp_path)}
+
+
 @pytest.mark.parametrize("delay_s", [0.15, 0.4, 0.6, 1.2])
 def test_ctrl_c_while_a_sweep_starts_is_one_line_too(delay_s: float, tmp_path: Path) -> None:
     workers_files = tmp_path / "temporary"

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from mla_tune.shape import Shape
 from mla_tune.site import LayerType, Site, SiteName
 from mla_tune.sku import Environment, KernelLibrary
-from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role
+from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Quarantined, Regime, Role, Stop
+from mla_tune.store.probe import Try
 
 ENVIRONMENT = Environment(
     sku="nvidia-h200",
@@ -105,6 +106,9 @@ def _at(draw: st.DrawFn, site: Site, shape: Shape, role: Role) -> Measurement:
     )
     if outcome is not Outcome.OK:
         return replace(measurement, detail=draw(details))
+    measurement = replace(
+        measurement, stopped_by=draw(st.none() | st.sampled_from(Stop)), power_capped=draw(st.booleans())
+    )
     low, middle, high = sorted(draw(st.tuples(latencies_us, latencies_us, latencies_us)))
     if draw(st.booleans()):
         measurement = replace(measurement, ci_low_us=low, ci_high_us=high)
@@ -121,6 +125,43 @@ def measurement_lists(draw: st.DrawFn) -> list[Measurement]:
         role = draw(st.sampled_from(Role))
         measurements += draw(st.lists(_at(site, shape, role), max_size=5, unique_by=lambda m: m.key))
     return measurements
+
+
+lines = st.text(st.characters(categories=["L", "N", "P"]), min_size=1, max_size=30)
+"""One printable line."""
+quarantines = st.builds(Quarantined, lines, st.lists(latencies_us, min_size=1, max_size=3).map(tuple))
+
+
+def disturbed(reason: str = "throttled: power cap", *samples_us: float) -> Measurement:
+    """A measurement without an undisturbed sample."""
+    return replace(
+        failure(Outcome.DISTURBED, f"no undisturbed samples: {reason}"),
+        quarantined=(Quarantined(reason, samples_us or (5.0, 7.0)),),
+    )
+
+
+@st.composite
+def _tries(draw: st.DrawFn) -> Try:
+    outcome = draw(st.sampled_from(Outcome))
+    return Try(
+        site=draw(st.sampled_from(SITES)),
+        candidate=draw(names),
+        shape=draw(shapes()),
+        outcome=outcome,
+        detail="" if outcome is Outcome.OK else draw(lines),
+        first_call_s=draw(st.none() | st.floats(0, 100)),
+    )
+
+
+try_lists = st.lists(_tries(), max_size=5, unique_by=lambda attempt: attempt.key)
+
+
+def fixed_tries() -> list[Try]:
+    """What ``data/schema_m002.db`` holds of :data:`ENVIRONMENT` besides :func:`fixed_rows`."""
+    return [
+        Try(METADATA, "deep_gemm", Shape(1, 14368, 14368), Outcome.OK, "", 12.5),
+        Try(METADATA, "deep_gemm", Shape(1, 14369, 14369), Outcome.RUNTIME_ERROR, "RuntimeError: invalid argument"),
+    ]
 
 
 environments = st.builds(

@@ -18,18 +18,23 @@ from hypothesis import given, settings
 from mla_tune.errors import StoreError
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database, EnvironmentSummary
-from mla_tune.store.measurement import Measurement, Outcome, Role
+from mla_tune.store.measurement import Measurement, Outcome, Quarantined, Role, Stop
+from mla_tune.store.migrations import known_migrations
+from mla_tune.store.probe import Try
 from tests.store.strategies import (
     C4A,
     CPU_ENVIRONMENT,
     ENVIRONMENT,
     METADATA,
+    disturbed,
     environments,
     export_order,
     failure,
     fixed_rows,
+    fixed_tries,
     measurement_lists,
     timing,
+    try_lists,
 )
 
 DATA = Path(__file__).with_name("data")
@@ -46,17 +51,21 @@ def _refused(path: Path, **options: bool) -> str:
 
 
 @settings(max_examples=30, deadline=None)
-@given(environments, measurement_lists())
+@given(environments, measurement_lists(), try_lists)
 def test_a_database_gives_back_what_was_recorded_in_the_order_of_keys(
-    environment: Environment, measurements: list[Measurement]
+    environment: Environment, measurements: list[Measurement], tries: list[Try]
 ) -> None:
     with tempfile.TemporaryDirectory() as folder:
         with Database.open(Path(folder, "a.db")) as database:
             database.record(environment, measurements)
+            database.record_tries(environment, tries)
         with Database.open(Path(folder, "a.db"), create=False) as database:
             assert database.measurements(environment.id) == export_order(measurements)
-            assert database.done_keys(environment.id) == {m.key for m in measurements}
-            assert database.environments() == ([environment] if measurements else [])
+            assert database.tries(environment.id) == sorted(tries, key=lambda attempt: attempt.key)
+            done = {m.key for m in measurements if m.outcome is not Outcome.DISTURBED}
+            assert database.done_keys(environment.id) == done
+            assert database.environments() == ([environment] if measurements or tries else [])
+            assert [summary.tries for summary in database.summaries()] == [len(tries)] * len(database.environments())
 
 
 def test_a_measurement_taken_again_replaces_the_first(tmp_path: Path) -> None:
@@ -65,6 +74,51 @@ def test_a_measurement_taken_again_replaces_the_first(tmp_path: Path) -> None:
         again = replace(failure(Outcome.CRASH, "signal 11"), candidate="sparse_fwd", part="attention")
         database.record(ENVIRONMENT, [again])
         assert database.measurements(ENVIRONMENT.id) == [again, timing(part="combine")]
+
+
+def test_disturbed_samples_are_kept_for_good_and_their_timing_is_taken_again(tmp_path: Path) -> None:
+    with Database.open(tmp_path / "a.db") as database:
+        database.record(ENVIRONMENT, [disturbed("throttled: power cap", 5.0, 7.0), timing()])
+        assert database.done_keys(ENVIRONMENT.id) == {timing().key}
+        clean = replace(
+            timing(4.0, part=disturbed().part),
+            candidate=disturbed().candidate,
+            quarantined=(Quarantined("another process used the GPU: pid 7", (9.0,)), Quarantined("throttled", (8.0,))),
+        )
+        database.record(ENVIRONMENT, [clean])
+        assert database.done_keys(ENVIRONMENT.id) == {timing().key, clean.key}
+        assert [(q.reason, q.samples_us) for q in database.quarantined(ENVIRONMENT.id)] == [
+            ("throttled: power cap", (5.0, 7.0)),
+            ("another process used the GPU: pid 7", (9.0,)),
+            ("throttled", (8.0,)),
+        ]
+        assert {(q.site, q.shape, q.candidate, q.part, q.regime) for q in database.quarantined(ENVIRONMENT.id)} == {
+            (clean.site, clean.shape, clean.candidate, clean.part, clean.regime)
+        }
+        assert replace(clean, quarantined=()) in database.measurements(ENVIRONMENT.id)
+        assert [summary.quarantined_samples for summary in database.summaries()] == [4]
+        assert database.quarantined(CPU_ENVIRONMENT.id) == []
+
+
+def test_a_later_try_replaces_the_earlier_and_an_unsound_one_stores_nothing(tmp_path: Path) -> None:
+    ran, failed = fixed_tries()
+    with Database.open(tmp_path / "a.db") as database:
+        database.record_tries(ENVIRONMENT, [ran, failed])
+        again = replace(failed, outcome=Outcome.CRASH, detail="worker ended with exit code -11")
+        database.record_tries(ENVIRONMENT, [again], NOON)
+        assert database.tries(ENVIRONMENT.id) == [ran, again]
+        for wrong in (replace(ran, detail="x"), replace(failed, detail=""), replace(failed, detail="a\nb")):
+            with pytest.raises(StoreError, match="a try must be sound: indexer_metadata/c4a deep_gemm"):
+                database.record_tries(ENVIRONMENT, [replace(ran, candidate="jit"), wrong])
+        assert database.tries(ENVIRONMENT.id) == [ran, again]
+
+
+def test_an_environment_with_tries_alone_is_listed_and_summed_up(tmp_path: Path) -> None:
+    with Database.open(tmp_path / "a.db") as database:
+        database.record_tries(ENVIRONMENT, fixed_tries(), NOON)
+        assert database.summaries() == [EnvironmentSummary(ENVIRONMENT, 0, (), 2, 0, NOON, NOON)]
+        assert database.environments() == [ENVIRONMENT]
+        assert database.measurements(ENVIRONMENT.id) == []
 
 
 def test_measurements_are_read_by_site_and_environment(tmp_path: Path) -> None:
@@ -87,7 +141,7 @@ def test_a_summary_counts_points_and_outcomes_and_spans_the_times_in_utc(tmp_pat
         database.record(ENVIRONMENT, fixed_rows()[:3], NOON + timedelta(hours=1))
         (summary,) = database.summaries()
     counts = ((Outcome.OK, 3), (Outcome.UNSUPPORTED, 1), (Outcome.WRONG_RESULT, 1))
-    assert summary == EnvironmentSummary(ENVIRONMENT, 2, counts, NOON, NOON + timedelta(hours=1))
+    assert summary == EnvironmentSummary(ENVIRONMENT, 2, counts, 0, 0, NOON, NOON + timedelta(hours=1))
     assert summary.measurements == 5
 
 
@@ -164,10 +218,15 @@ from dataclasses import replace
 from tests.store.strategies import ENVIRONMENT, timing
 from mla_tune.shape import Shape
 from mla_tune.store.database import Database
+from mla_tune.store.measurement import Outcome, Quarantined
+from mla_tune.store.probe import Try
 database = Database.open(sys.argv[1])
+spoiled = (Quarantined("throttled: power cap", (1.0,)),)
 for count in range(1, 1_000_000):
     shape = Shape(1, count, 1 << 20)
-    database.record(ENVIRONMENT, [timing(shape=shape, part=part) for part in ("a", "b", "c")])
+    rows = [replace(timing(shape=shape, part=part), quarantined=spoiled) for part in ("a", "b", "c")]
+    database.record(ENVIRONMENT, rows)
+    database.record_tries(ENVIRONMENT, [Try(rows[0].site, name, shape, Outcome.OK) for name in ("x", "y")])
     print(count, flush=True)
 """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -180,8 +239,12 @@ for count in range(1, 1_000_000):
     assert writer.returncode == -signal.SIGKILL
     with Database.open(path, create=False) as database:
         counts = [m.shape.num_qo_tokens for m in database.measurements(ENVIRONMENT.id)]
+        quarantined = [q.shape.num_qo_tokens for q in database.quarantined(ENVIRONMENT.id)]
+        tried = sorted(t.shape.num_qo_tokens for t in database.tries(ENVIRONMENT.id))
     assert counts[-1] >= committed
-    assert counts == [count for count in range(1, counts[-1] + 1) for _ in "abc"]
+    assert counts == quarantined == [count for count in range(1, counts[-1] + 1) for _ in "abc"]
+    assert tried[-1] in (counts[-1], counts[-1] - 1)
+    assert tried == [count for count in range(1, tried[-1] + 1) for _ in "xy"]
 
 
 def test_a_file_that_is_not_sqlite_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
@@ -338,11 +401,27 @@ def test_a_full_database_is_one_line_and_the_batch_is_rolled_back(tmp_path: Path
         assert database.measurements(ENVIRONMENT.id) == [timing()]
 
 
-def test_the_database_of_the_first_schema_opens_and_gives_its_rows(tmp_path: Path) -> None:
-    shutil.copy(DATA / "schema_m001.db", tmp_path / "a.db")
+def test_every_schema_that_ever_landed_has_its_file() -> None:
+    assert [path.stem.removeprefix("schema_") for path in sorted(DATA.glob("schema_*.db"))] == [
+        name.split("_")[0] for name in known_migrations()
+    ]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in DATA.glob("schema_*.db")))
+def test_a_database_of_an_earlier_schema_opens_and_keeps_every_row(name: str, tmp_path: Path) -> None:
+    shutil.copy(DATA / name, tmp_path / "a.db")
     with Database.open(tmp_path / "a.db", create=False) as database:
         assert database.environments() == [CPU_ENVIRONMENT, ENVIRONMENT]
-        assert database.measurements(ENVIRONMENT.id) == export_order(fixed_rows())
+        rows = database.measurements(ENVIRONMENT.id)
+        assert [replace(row, stopped_by=None, power_capped=False) for row in rows] == export_order(fixed_rows())
         assert database.measurements(CPU_ENVIRONMENT.id) == [failure()]
         assert {summary.first_finished_at for summary in database.summaries()} == {NOON}
-        database.record(ENVIRONMENT, [timing(part="combine")])
+        if name != "schema_m001.db":
+            assert database.tries(ENVIRONMENT.id) == fixed_tries()
+            assert [entry.reason for entry in database.quarantined(ENVIRONMENT.id)] == ["throttled: power cap"]
+            assert {row.stopped_by for row in rows if row.outcome is Outcome.OK} == {Stop.BUDGET}
+        database.record(ENVIRONMENT, [timing(part="combine"), disturbed()])
+        database.record_tries(ENVIRONMENT, fixed_tries())
+    with Database.open(tmp_path / "a.db", create=False) as database:  # migrated for good
+        assert len(database.measurements(ENVIRONMENT.id)) == len(fixed_rows()) + 1
+        assert database.tries(ENVIRONMENT.id) == fixed_tries()

@@ -21,8 +21,17 @@ from mla_tune.shape import Shape
 from mla_tune.sku import Environment
 from mla_tune.store import export
 from mla_tune.store.database import Database
-from mla_tune.store.export import export_lines, export_sha256, read_export, to_export_precision, write_export
+from mla_tune.store.export import (
+    Export,
+    attempt_to_export_precision,
+    export_lines,
+    export_sha256,
+    read_export,
+    to_export_precision,
+    write_export,
+)
 from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, fault
+from mla_tune.store.probe import Try
 from tests.store.strategies import (
     C4A,
     ENVIRONMENT,
@@ -30,41 +39,50 @@ from tests.store.strategies import (
     export_order,
     failure,
     fixed_rows,
+    fixed_tries,
     measurement_lists,
     timing,
+    try_lists,
 )
 
 
 @settings(max_examples=60, deadline=None)
-@given(environments, measurement_lists(), st.randoms(use_true_random=False))
+@given(environments, measurement_lists(), try_lists, st.randoms(use_true_random=False))
 def test_reading_an_export_gives_what_was_written_to_export_precision(
-    environment: Environment, measurements: list[Measurement], rng: random.Random
+    environment: Environment, measurements: list[Measurement], tries: list[Try], rng: random.Random
 ) -> None:
     shuffled = rng.sample(measurements, len(measurements))
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "a.jsonl")
-        write_export(path, environment, shuffled)
-        assert read_export(path) == (environment, export_order(list(map(to_export_precision, measurements))))
+        write_export(path, environment, shuffled, rng.sample(tries, len(tries)))
+        assert read_export(path) == Export(
+            environment,
+            tuple(export_order(list(map(to_export_precision, measurements)))),
+            tuple(sorted(map(attempt_to_export_precision, tries), key=lambda attempt: attempt.key)),
+        )
 
 
 @settings(max_examples=60)
-@given(measurement_lists(), st.randoms(use_true_random=False))
+@given(measurement_lists(), try_lists, st.randoms(use_true_random=False))
 def test_the_bytes_do_not_depend_on_the_order_of_the_measurements(
-    measurements: list[Measurement], rng: random.Random
+    measurements: list[Measurement], tries: list[Try], rng: random.Random
 ) -> None:
-    shuffled = rng.sample(measurements, len(measurements))
-    assert list(export_lines(ENVIRONMENT, shuffled)) == list(export_lines(ENVIRONMENT, measurements))
+    shuffled = rng.sample(measurements, len(measurements)), rng.sample(tries, len(tries))
+    assert list(export_lines(ENVIRONMENT, *shuffled)) == list(export_lines(ENVIRONMENT, measurements, tries))
 
 
 @settings(max_examples=15, deadline=None)
-@given(environments, measurement_lists())
-def test_export_import_export_gives_the_same_bytes(environment: Environment, measurements: list[Measurement]) -> None:
+@given(environments, measurement_lists(), try_lists)
+def test_export_import_export_gives_the_same_bytes(
+    environment: Environment, measurements: list[Measurement], tries: list[Try]
+) -> None:
     with tempfile.TemporaryDirectory() as folder:
         first, second = Path(folder, "1.jsonl"), Path(folder, "2.jsonl")
-        write_export(first, environment, measurements)
+        write_export(first, environment, measurements, tries)
         with Database.open(Path(folder, "a.db")) as database:
-            assert database.merge(*read_export(first)) == len(measurements)
-            write_export(second, environment, database.measurements(environment.id))
+            assert database.merge(read_export(first)) == len(measurements) + len(tries)
+            assert database.merge(read_export(first)) == 0
+            write_export(second, environment, database.measurements(environment.id), database.tries(environment.id))
         assert second.read_bytes() == first.read_bytes()
         assert export_sha256(second) == hashlib.sha256(first.read_bytes()).hexdigest()
 
@@ -79,12 +97,18 @@ def test_export_precision_keeps_measurements_sound_and_applying_it_twice_changes
 
 
 def test_the_lines_of_an_export_are_these() -> None:
-    first, second, *rest = export_lines(ENVIRONMENT, fixed_rows()[:3])
-    assert not rest
+    first, second, *tries = export_lines(ENVIRONMENT, fixed_rows()[:3], fixed_tries())
+    assert tries == [
+        '{"site":"indexer_metadata/c4a","candidate":"deep_gemm","shape":[1,14368,14368],"outcome":"ok",'
+        '"first_call_s":12.5}\n',
+        '{"site":"indexer_metadata/c4a","candidate":"deep_gemm","shape":[1,14369,14369],"outcome":"runtime_error",'
+        '"detail":"RuntimeError: invalid argument"}\n',
+    ]
     assert json.loads(first) == {
         "format": "mla-tune-measurements",
-        "version": 1,
+        "version": 2,
         "points": 1,
+        "tries": 2,
         "environment": {
             "sku": "nvidia-h200",
             "sm_count": 132,
@@ -170,7 +194,7 @@ def _refused(path: Path, data: bytes) -> str:
         (b"not json", "malformed"),
         (b"[]", "Expected `object`"),
         (b"\xff", "malformed"),
-        (b'{"format": "mla-tune-measurements", "version": 2, "later": 1}', "version up to 1: got 2; upgrade"),
+        (b'{"format": "mla-tune-measurements", "version": 3, "later": 1}', "version up to 2: got 3; upgrade"),
         (b'{"format": "mla-tune-measurements", "version": 0, "environment": {}}', "missing required field"),
         (b'{"format": "other", "version": 1, "environment": {}}', "missing required field"),
         (b'{"format": "mla-tune-measurements", "version": 1, "deep": ' + b"[" * 100_000, "header"),
@@ -227,9 +251,7 @@ def test_a_wrong_point_is_refused_with_its_line_number(tmp_path: Path, edit: Edi
 def test_a_repeated_point_a_blank_line_and_a_cut_line_are_refused(tmp_path: Path) -> None:
     header, first, second = export_lines(ENVIRONMENT, fixed_rows())
     path = tmp_path / "a.jsonl"
-    assert "line 4 must hold a point that no line before has" in _refused(
-        path, (header + first + second + first).encode()
-    )
+    assert "line 3 must hold a point that no line before has" in _refused(path, (header + first + first).encode())
     assert "line 3" in _refused(path, (header + first + "\n" + second).encode())
     assert "line 3" in _refused(path, (header + first + second[:-3]).encode())
 
@@ -239,13 +261,54 @@ def test_an_export_that_was_cut_between_two_lines_is_refused(tmp_path: Path) -> 
     assert "line 2 must hold the last of 2 points" in _refused(tmp_path / "a.jsonl", (header + first).encode())
 
 
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda attempt: attempt.update(note="x"), "unknown field `note`"),
+        (lambda attempt: attempt.update(outcome="great"), "Invalid enum value 'great'"),
+        (lambda attempt: attempt.update(detail="why"), "must agree"),
+        (lambda attempt: attempt.update(first_call_s=-1.0), "at least 0"),
+        (lambda attempt: attempt.update(first_call_s=math.nan), "malformed"),
+        (lambda attempt: attempt.update(site="c4a"), "must be a key like prefill_attention/"),
+        (lambda attempt: attempt.update(shape=[2, 1, 5]), "num_reqs <= num_qo_tokens"),
+        (lambda attempt: attempt.update(candidate=""), "must be a name"),
+    ],
+)
+def test_a_wrong_try_is_refused_with_its_line_number(tmp_path: Path, edit: Edit, words: str) -> None:
+    *lines, first, second = export_lines(ENVIRONMENT, fixed_rows(), fixed_tries())
+    attempt = json.loads(first)
+    edit(attempt)
+    data = "".join([*lines, json.dumps(attempt) + "\n", second])
+    message = _refused(tmp_path / "a.jsonl", data.encode())
+    assert f"line {len(lines) + 1} must hold a try" in message
+    assert words in message
+
+
+def test_tries_that_are_repeated_missing_or_too_many_are_refused(tmp_path: Path) -> None:
+    *lines, first, second = export_lines(ENVIRONMENT, fixed_rows(), fixed_tries())
+    path = tmp_path / "a.jsonl"
+    assert "a try that no line before has" in _refused(path, "".join([*lines, first, first]).encode())
+    assert "the last of 2 points and 2 tries" in _refused(path, "".join([*lines, first]).encode())
+    third = second.replace("14369", "14370")
+    assert "the last of 2 points and 2 tries" in _refused(path, "".join([*lines, first, second, third]).encode())
+    with pytest.raises(StoreError, match="must occur once"):
+        list(export_lines(ENVIRONMENT, [], [*fixed_tries(), *fixed_tries()]))
+
+
+def test_an_export_of_the_first_version_is_read_and_has_no_tries(tmp_path: Path) -> None:
+    header, *points = export_lines(ENVIRONMENT, fixed_rows())
+    old = {key: value for key, value in json.loads(header).items() if key != "tries"} | {"version": 1}
+    (tmp_path / "a.jsonl").write_text("".join([json.dumps(old) + "\n", *points]))
+    rows = export_order(list(map(to_export_precision, fixed_rows())))
+    assert read_export(tmp_path / "a.jsonl") == Export(ENVIRONMENT, tuple(rows))
+    assert "version 1" in _refused(tmp_path / "b.jsonl", (json.dumps(old | {"tries": 1}) + "\n").encode())
+
+
 def test_line_ends_that_a_checkout_rewrote_read_the_same(tmp_path: Path) -> None:
     text = "".join(export_lines(ENVIRONMENT, fixed_rows()))
     (tmp_path / "a.jsonl").write_bytes(text.replace("\n", "\r\n").encode())
-    assert read_export(tmp_path / "a.jsonl") == (
-        ENVIRONMENT,
-        export_order(list(map(to_export_precision, fixed_rows()))),
-    )
+    rows = export_order(list(map(to_export_precision, fixed_rows())))
+    assert read_export(tmp_path / "a.jsonl") == Export(ENVIRONMENT, tuple(rows))
 
 
 def test_an_export_beyond_the_size_limit_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,7 +329,7 @@ def test_merging_keeps_raw_samples_of_what_is_only_repeated_and_replaces_what_di
     write_export(tmp_path / "a.jsonl", ENVIRONMENT, [kept, replace(changed, latency_us=30.3)])
     with Database.open(tmp_path / "a.db") as database:
         database.record(ENVIRONMENT, [kept, changed])
-        assert database.merge(*read_export(tmp_path / "a.jsonl")) == 1
+        assert database.merge(read_export(tmp_path / "a.jsonl")) == 1
         assert database.measurements(ENVIRONMENT.id, C4A) == [
             kept,
             to_export_precision(replace(changed, latency_us=30.3)),
@@ -276,4 +339,4 @@ def test_merging_keeps_raw_samples_of_what_is_only_repeated_and_replaces_what_di
 def test_an_outcome_of_every_kind_survives_the_export(tmp_path: Path) -> None:
     rows = [replace(failure(outcome, "it\nfailed"), part=outcome) for outcome in Outcome if outcome is not Outcome.OK]
     write_export(tmp_path / "a.jsonl", ENVIRONMENT, rows)
-    assert read_export(tmp_path / "a.jsonl")[1] == export_order(rows)
+    assert list(read_export(tmp_path / "a.jsonl").measurements) == export_order(rows)

@@ -39,14 +39,19 @@ def aborts(prepared: Prepared, run: Run, device: Device) -> None:
     os.abort()
 
 
+def aborts_above_9(prepared: Prepared, run: Run, device: Device) -> None:
+    run()
+    if prepared.result().shape[0] > 9:
+        aborts(prepared, run, device)
+
+
 def reads_illegal_memory(prepared: Prepared, run: Run, device: Device) -> None:
     run()
     if device.kind == "cpu":
         ctypes.string_at(0)
-    output = prepared.result()
-    far = torch.full((4,), 1 << 40, device=output.device)
-    # An index that device code checks only by asserting: the context is lost, as after any illegal access.
-    output[0, 0, :4] = output.flatten()[far]
+    from tests.sweep.hostile_kernels import store_far_away
+
+    store_far_away[(1,)](prepared.result())
 
 
 def is_killed(prepared: Prepared, run: Run, device: Device) -> None:
@@ -56,7 +61,7 @@ def is_killed(prepared: Prepared, run: Run, device: Device) -> None:
 def hangs(prepared: Prepared, run: Run, device: Device) -> None:
     if device.kind == "cpu":
         time.sleep(FOREVER_S)
-    torch.cuda._sleep(10**12)  # GPU cycles: minutes
+    torch.cuda._sleep(10**12)  # type: ignore[no-untyped-call]  # GPU cycles: minutes
     torch.cuda.synchronize()
 
 
@@ -92,8 +97,12 @@ def is_noisy(prepared: Prepared, run: Run, device: Device) -> None:
     run()
     if device.kind == "cpu":
         time.sleep(random.uniform(0, 0.03))
-    else:
-        torch.cuda._sleep(random.randrange(1, 10**6))
+        return
+    from tests.sweep.hostile_kernels import spin
+
+    if "dice" not in _DICE:
+        _DICE["dice"] = torch.tensor([random.getrandbits(30)], device="cuda")
+    spin[(1,)](_DICE["dice"])  # how long it takes is drawn on the GPU: a replayed graph is as noisy
 
 
 def is_flaky(prepared: Prepared, run: Run, device: Device) -> None:
@@ -110,6 +119,7 @@ def fails_when_it_is_timed(prepared: Prepared, run: Run, device: Device) -> None
         raise RuntimeError("works once")
 
 
+_DICE: dict[str, torch.Tensor] = {}
 _SEEN: set[object] = set()
 _CALLS = [0]
 
@@ -144,5 +154,5 @@ def _prepare(misbehave: Misbehave, inputs: AttentionInputs, device: Device) -> P
     return replace(honest, stages=tuple(broken(bound) for bound in honest.stages))
 
 
-for _name, _misbehave in KINDS.items():
+for _name, _misbehave in {**KINDS, "aborts_above_9": aborts_above_9}.items():
     candidates.add(_name, lambda inputs, device, misbehave=_misbehave: _prepare(misbehave, inputs, device))  # type: ignore[misc]

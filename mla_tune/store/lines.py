@@ -1,0 +1,238 @@
+"""The lines of an export: their schema, and values to and from them. A file of them is :mod:`mla_tune.store.export`'s."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Annotated
+
+import msgspec
+
+from mla_tune.shape import Shape
+from mla_tune.site import Site
+from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, Stop, fault
+from mla_tune.store.probe import Try, try_fault
+
+
+class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Base of every part of a line: immutable, and strict about unknown keys."""
+
+
+_Count = Annotated[int, msgspec.Meta(ge=0, le=2**63 - 1)]
+"""What a database column can hold."""
+
+
+class _Library(_Record, frozen=True):
+    name: str
+    version: str
+    sha256: str
+
+
+class EnvironmentRecord(_Record, frozen=True):
+    """See :class:`mla_tune.sku.Environment`."""
+
+    sku: str
+    sm_count: _Count
+    shared_memory_optin_bytes: _Count
+    driver: str
+    cuda: str
+    torch: str
+    triton: str
+    libraries: tuple[_Library, ...]
+
+
+class Header(_Record, frozen=True):
+    """The first line."""
+
+    format: str
+    version: int
+    points: _Count
+    """Lines of points that follow: a file that was cut short shows it."""
+    environment: EnvironmentRecord
+    tries: _Count = 0
+    """Lines of tries after those; version 1 had none."""
+
+
+class FormatVersion(msgspec.Struct, frozen=True):
+    """What a header of any version has."""
+
+    format: str
+    version: int
+
+
+_Timing = tuple[str, Regime, float, float | None, float | None, int]
+"""(part, regime, latency_us, ci_low_us, ci_high_us, num_samples) of an ``ok`` measurement."""
+
+
+class _Result(_Record, frozen=True, omit_defaults=True):
+    """All measurements of one candidate at one point that share everything but part, regime and latency."""
+
+    candidate: str
+    outcome: Outcome = Outcome.OK
+    detail: str = ""
+    first_call_s: float | None = None
+    workspace_bytes: int | None = None
+    stopped_by: Stop | None = None
+    power_capped: bool = False
+    timings: tuple[_Timing, ...] = ()
+    parts: tuple[tuple[str, Regime], ...] = ()
+    """(part, regime) of each measurement that failed in this one way; empty for ``ok``."""
+
+
+class _Point(_Record, frozen=True):
+    site: str
+    role: Role
+    shape: tuple[int, int, int]
+    """(num_reqs, num_qo_tokens, kv_tokens)"""
+    results: tuple[_Result, ...]
+
+
+class _Try(_Record, frozen=True, omit_defaults=True):
+    """One try of a probe."""
+
+    site: str
+    candidate: str
+    shape: tuple[int, int, int]
+    outcome: Outcome
+    detail: str = ""
+    first_call_s: float | None = None
+
+
+_ENCODER = msgspec.json.Encoder()
+_POINT_DECODER = msgspec.json.Decoder(_Point)
+_TRY_DECODER = msgspec.json.Decoder(_Try)
+MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""What decoding a line raises, besides ``ValueError`` and ``UsageError``."""
+
+
+def encode_line(record: _Record) -> str:
+    """One line, with its end."""
+    return _ENCODER.encode(record).decode() + "\n"
+
+
+def measurements_fault(rows: list[Measurement]) -> str | None:
+    """Why measurements sorted by key cannot stand in one export, in one line; None if they can."""
+    for row in rows:
+        if reason := fault(row):
+            return f"{row.label}: {reason}"
+    for first, second in pairwise(rows):
+        if first.key == second.key:
+            return f"{first.label} must occur once: it is repeated"
+        if (first.site, first.shape) == (second.site, second.shape) and first.role is not second.role:
+            return f"{first.label} must have one role: got {first.role} and {second.role}"
+    return None
+
+
+def tries_fault(tries: list[Try]) -> str | None:
+    """Why tries sorted by key cannot stand in one export, in one line; None if they can."""
+    for attempt in tries:
+        if reason := try_fault(attempt):
+            return f"{attempt.site.key} {attempt.candidate}: {reason}"
+    for first, second in pairwise(tries):
+        if first.key == second.key:
+            return f"{first.key} must occur once: it is repeated"
+    return None
+
+
+_Shared = tuple[str, Outcome, str, float | None, int | None, Stop | None, bool]
+
+
+def _shared(m: Measurement) -> _Shared:
+    return (m.candidate, m.outcome, m.detail, m.first_call_s, m.workspace_bytes, m.stopped_by, m.power_capped)
+
+
+def encode_point(measurements: list[Measurement]) -> _Point:
+    """The measurements of one point, which are sorted by key."""
+    groups: dict[_Shared, list[Measurement]] = {}
+    for measurement in measurements:  # a group stands where its first key stands, so the order is that of the keys
+        groups.setdefault(_shared(measurement), []).append(measurement)
+    first = measurements[0]
+    return _Point(
+        site=first.site.key,
+        role=first.role,
+        shape=(first.shape.num_reqs, first.shape.num_qo_tokens, first.shape.kv_tokens),
+        results=tuple(_encode_result(group) for group in groups.values()),
+    )
+
+
+def _encode_result(group: list[Measurement]) -> _Result:
+    candidate, outcome, detail, first_call_s, workspace_bytes, stopped_by, power_capped = _shared(group[0])
+    return _Result(
+        candidate=candidate,
+        outcome=outcome,
+        detail=detail,
+        first_call_s=first_call_s,
+        workspace_bytes=workspace_bytes,
+        stopped_by=stopped_by,
+        power_capped=power_capped,
+        timings=tuple(
+            (m.part, m.regime, m.latency_us, m.ci_low_us, m.ci_high_us, m.num_samples)
+            for m in group
+            if m.latency_us is not None
+        ),
+        parts=tuple((m.part, m.regime) for m in group if m.latency_us is None),
+    )
+
+
+def decode_point(line: bytes) -> list[Measurement]:
+    """Measurements of one line, sorted by key. Raises ``ValueError``, ``UsageError`` or what msgspec raises."""
+    point = _POINT_DECODER.decode(line)
+    site, shape = _decode_site(point.site), Shape(*point.shape)
+    measurements: list[Measurement] = []
+    for result in point.results:
+        failed = ((part, regime, None, None, None, 0) for part, regime in result.parts)
+        for part, regime, latency_us, ci_low_us, ci_high_us, num_samples in (*result.timings, *failed):
+            measurement = Measurement(
+                site=site,
+                shape=shape,
+                role=point.role,
+                candidate=result.candidate,
+                part=part,
+                regime=regime,
+                outcome=result.outcome,
+                detail=result.detail,
+                latency_us=latency_us,
+                ci_low_us=ci_low_us,
+                ci_high_us=ci_high_us,
+                num_samples=num_samples,
+                first_call_s=result.first_call_s,
+                workspace_bytes=result.workspace_bytes,
+                stopped_by=result.stopped_by,
+                power_capped=result.power_capped,
+            )
+            measurements.append(measurement)
+    if not measurements:
+        raise ValueError("it holds no measurement")
+    measurements.sort(key=lambda m: m.key)
+    if reason := measurements_fault(measurements):
+        raise ValueError(reason)
+    return measurements
+
+
+def encode_try(attempt: Try) -> _Try:
+    """One try."""
+    return _Try(
+        site=attempt.site.key,
+        candidate=attempt.candidate,
+        shape=(attempt.shape.num_reqs, attempt.shape.num_qo_tokens, attempt.shape.kv_tokens),
+        outcome=attempt.outcome,
+        detail=attempt.detail,
+        first_call_s=attempt.first_call_s,
+    )
+
+
+def decode_try(line: bytes) -> Try:
+    """The try of one line. Raises ``ValueError``, ``UsageError`` or what msgspec raises."""
+    found = _TRY_DECODER.decode(line)
+    attempt = Try(
+        _decode_site(found.site), found.candidate, Shape(*found.shape), found.outcome, found.detail, found.first_call_s
+    )
+    if reason := try_fault(attempt):
+        raise ValueError(reason)
+    return attempt
+
+
+def _decode_site(key: str) -> Site:
+    try:
+        return Site.parse(key)
+    except ValueError as error:
+        raise ValueError(f"site must be a key like prefill_attention/c4a/h64/k512: got {key!r}") from error
