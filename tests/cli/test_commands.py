@@ -206,7 +206,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_path_that_is_no_text_can_be_used_and_shown(folder: Path) -> None:
     result = run(folder, "db", "import", EXPORT, "--db", os.fsdecode(b"\xff.db"), PYTHONIOENCODING="utf-8")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.endswith("measurements were new: \\udcff.db\n")
+    assert result.stdout.endswith("measurements and tries were new: \\udcff.db\n")
 
 
 def test_output_in_ascii_is_readable_too(folder: Path) -> None:

@@ -105,7 +105,7 @@ FAILURES = {
     "a sweep into a folder": ([*SWEEP, "--db", "policies"], "policies is not"),
     "a policy as database": (["db", "ls", "--db", "policies/cpu.yaml"], "policies/cpu.yaml is not one"),
     "a device as database": ([*SWEEP, "--db", "/dev/null"], "/dev/null is not"),
-    "a place without files": ([*SWEEP, "--db", "/proc/a.db"], "cannot open /proc/a.db"),
+    "a place without files": ([*SWEEP, "--db", "/proc/a.db"], "cannot write /proc/a.db.lock"),
     "a folder that cannot be made": ([*SWEEP, "--db", "/proc/no/a.db"], "folder that exists or can be made: /proc/no"),
     "a file as folder of a database": ([*SWEEP, "--db", "db/cpu.jsonl/a.db"], "db/cpu.jsonl: "),
     "a file as folder of an export": (["db", "export", "--gpu", "cpu", "--out", "db/cpu.db/a"], "db/cpu.db: "),
