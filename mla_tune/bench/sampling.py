@@ -20,6 +20,11 @@ _CAPPED_ROUNDS = 2
 """Rounds under the power cap, each after a rest, from which on the cap counts as what this work always meets."""
 
 
+_HEAVY_ROUND_S = 0.02
+"""A round that takes as long loads the GPU for most of the time over which its power is averaged (about 0.4 s on an H200):
+it meets the cap by itself, and a rest before the next would not help."""
+
+
 @dataclass(frozen=True, slots=True)
 class Effort:
     """When sampling stops: at ``target`` relative confidence half-width, at ``max_samples``, or when time is up."""
@@ -33,6 +38,8 @@ class Effort:
     rest_s: float = 0.1
     """Pause after the first disturbed round, so that what disturbed it can pass; three times as long after the next,
     nine times after any further one. An H200 needs about 0.4 s to leave its power cap."""
+    power_capped: bool = False
+    """The works are known to meet the power cap: no round under it is quarantined any more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,28 +86,26 @@ class Sampled:
     quarantined: tuple[tuple[str, tuple[float, ...]], ...] = ()
     """Disturbed samples by reason."""
     power_capped: bool = False
-    """The samples were taken under the power cap, which came back after every rest."""
+    """Some of the samples were taken under the power cap, which did not go away."""
 
 
 class _Rounds:
     """The samples of all works so far, the disturbed ones apart."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, power_capped: bool) -> None:
         self._clean: list[list[float]] = [[] for _ in range(count)]
         self._disturbed: dict[str, list[list[float]]] = {}
-        self._capped = 0
+        self._capped = _CAPPED_ROUNDS if power_capped else 0
+        self._counted_capped = False
 
     @property
     def taken(self) -> int:
         return len(self._clean[0])
 
-    @property
-    def power_capped(self) -> bool:
-        return self._capped >= _CAPPED_ROUNDS
-
     def add(self, samples: Sequence[float], disturbance: Disturbance | None) -> bool:
         """Keep one round; false if it went into quarantine."""
-        if disturbance is None or (disturbance.power_capped and self.power_capped):
+        if disturbance is None or (disturbance.power_capped and self._capped >= _CAPPED_ROUNDS):
+            self._counted_capped |= disturbance is not None
             for store, sample in zip(self._clean, samples, strict=True):
                 store.append(sample)
             return True
@@ -123,7 +128,7 @@ class _Rounds:
                 samples_us=tuple(store),
                 precise=bool(store) and _half_width(store) < target,
                 quarantined=tuple((reason, tuple(kept[index])) for reason, kept in self._disturbed.items()),
-                power_capped=self.power_capped and bool(store),
+                power_capped=self._counted_capped and bool(store),
             )
             for index, store in enumerate(self._clean)
         ]
@@ -139,19 +144,20 @@ def sample_rounds(
     """Round-robin over ``takes``, each giving one sample in microseconds, until every median is known well enough.
 
     A round that ``watch`` says was disturbed goes into quarantine and is taken again after a rest. The power cap is
-    given two rests to go away; work that meets it all the same is timed under it, as it will be served under it.
+    given two rounds to go away; work that meets it all the same is timed under it, as it will be served under it.
     """
     if not takes:
         return []
     watch = watch or NoWatch()
-    rounds = _Rounds(len(takes))
+    rounds = _Rounds(len(takes), effort.power_capped)
     watch.disturbance()  # what happened before the first round is none of its business
     deadline, lost_s, rest_s = clock() + effort.seconds, 0.0, effort.rest_s
     while rounds.taken < effort.max_samples:
         start = clock()
         if not rounds.add([take() for take in takes], watch.disturbance()):
-            rest(rest_s)
-            rest_s = min(3 * rest_s, 9 * effort.rest_s)
+            if clock() - start < _HEAVY_ROUND_S:
+                rest(rest_s)
+                rest_s = min(3 * rest_s, 9 * effort.rest_s)
             lost_s += clock() - start
             if lost_s > effort.patience_s:
                 break

@@ -100,7 +100,7 @@ class Measurement:
     stopped_by: Stop | None = None
     """Why sampling ended; None for a failure, and for what was measured before this was recorded."""
     power_capped: bool = False
-    """The samples were taken under the GPU's power cap, which came back after every rest: what a heavy kernel meets."""
+    """Some of the samples were taken under the GPU's power cap, which did not go away: what a heavy kernel meets."""
     quarantined: tuple[Quarantined, ...] = ()
     """Disturbed samples of the same timing. Empty when read back: :meth:`Database.quarantined` has them."""
     first_call_s: float | None = None

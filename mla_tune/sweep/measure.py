@@ -205,8 +205,8 @@ class PointMeasurer:
         rows: list[Measurement] = []
         power_capped = False
         for regime, timer, effort in self._timers:
-            # What met the power cap in one regime meets it in the next: no need to rest again.
-            effort = replace(effort, rest_s=0.0) if power_capped else effort
+            # What met the power cap in one regime meets it in the next.
+            effort = replace(effort, power_capped=power_capped)
             samples = dict(zip(labels, timer.measure(works, effort), strict=True)) if works else {}
             power_capped = any(taken.power_capped for taken in samples.values())
             rows += [

@@ -49,7 +49,8 @@ def install(site: Path, module: str, distribution: str = "", version: str = "", 
 @pytest.fixture
 def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The only folder of installed packages, so that what this machine really has plays no part."""
-    monkeypatch.setattr(sys, "path", [str(tmp_path), *(p for p in sys.path if not p.endswith("-packages"))])
+    others = [p for p in sys.path if not p.endswith("-packages") and not Path(p, "flash_mla").is_dir()]
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *others])
     for module in ("flash_mla", "deep_gemm"):
         monkeypatch.delitem(sys.modules, module, raising=False)
     yield tmp_path

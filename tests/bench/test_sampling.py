@@ -135,7 +135,24 @@ def test_every_sample_is_kept_once_and_a_disturbed_one_is_in_no_statistic(
         counts = disturbance is None or (disturbance is CAPPED and capped >= 2)
         capped += disturbance is CAPPED
         assert (100.0 + number in taken.samples_us) is counts
-    assert taken.power_capped is (capped >= 2)
+    assert taken.power_capped is (capped > 2)
+
+
+def test_work_that_is_known_to_meet_the_power_cap_is_timed_under_it_at_once() -> None:
+    effort = Effort(target=0.0, max_samples=8, seconds=ENDLESS_S, power_capped=True)
+    taken, rests = sampled([None, CAPPED, CAPPED, BUSY, CAPPED], effort)
+    assert (len(taken.samples_us), taken.power_capped, len(rests)) == (8, True, 1)
+    assert [reason for reason, _ in taken.quarantined] == [BUSY.reason]
+    calm, _ = sampled([], effort)
+    assert not calm.power_capped
+
+
+def test_a_round_long_enough_to_meet_the_power_cap_by_itself_is_not_followed_by_a_rest() -> None:
+    effort = Effort(target=0.0, max_samples=8, seconds=ENDLESS_S)
+    taken, rests = sampled([CAPPED] * 20, effort, round_s=0.05)
+    assert (len(taken.samples_us), taken.power_capped, rests) == (8, True, [])
+    _, rests = sampled([CAPPED] * 20, effort, round_s=0.001)
+    assert rests == pytest.approx([0.1, 0.3])
 
 
 def test_after_a_disturbance_the_next_round_waits_longer_each_time_up_to_a_bound() -> None:
@@ -144,11 +161,10 @@ def test_after_a_disturbance_the_next_round_waits_longer_each_time_up_to_a_bound
 
 
 def test_a_disturbance_that_does_not_end_leaves_quarantined_samples_only() -> None:
-    taken, rests = sampled([BUSY] * 1000, Effort(patience_s=3.0), round_s=0.25)
+    taken, _ = sampled([BUSY] * 1000, Effort(patience_s=3.0), round_s=0.25)
     assert taken.samples_us == ()
     assert not taken.precise
-    assert taken.quarantined == ((BUSY.reason, tuple(float(100 + n) for n in range(len(rests)))),)
-    assert 2 < len(rests) < 20
+    assert taken.quarantined == ((BUSY.reason, tuple(float(100 + n) for n in range(13))),)
 
 
 def test_fewer_undisturbed_samples_than_make_an_interval_are_quarantined_too() -> None:
