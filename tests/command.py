@@ -11,7 +11,10 @@ from pathlib import Path
 
 SOON_S = 30.0
 """Patience of a test on a busy machine; what it waits for takes milliseconds."""
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
+}
 COMMAND = [sys.executable, "-m", "mla_tune"]
 
 

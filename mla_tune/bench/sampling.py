@@ -17,12 +17,11 @@ from mla_tune.bench.watch import Disturbance, NoWatch, Watch
 MIN_SAMPLES = 6
 """Fewest samples whose range is a 95 % interval of the median: 1 - 2 * 0.5**6 = 0.97."""
 _CAPPED_ROUNDS = 2
-"""Rounds under the power cap, each after a rest, from which on the cap counts as what this work always meets."""
-
-
-_HEAVY_ROUND_S = 0.02
-"""A round that takes as long loads the GPU for most of the time over which its power is averaged (about 0.4 s on an H200):
-it meets the cap by itself, and a rest before the next would not help."""
+"""Rounds under the power cap, with a rest after each, from which on the cap counts as what this work always meets."""
+HEAVY_ROUND_S = 0.02
+"""A round that takes as long loads the GPU for a good part of the time over which its power is averaged (about 0.4 s on an
+H200): it meets the cap by itself, at once and after any rest."""
+_POLL_S = 0.02
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,9 +34,9 @@ class Effort:
     """Time for all works of one call together; never cuts below :data:`MIN_SAMPLES`."""
     patience_s: float = 3.0
     """Further time that disturbed rounds, and the rests after them, may take."""
-    rest_s: float = 0.1
-    """Pause after the first disturbed round, so that what disturbed it can pass; three times as long after the next,
-    nine times after any further one. An H200 needs about 0.4 s to leave its power cap."""
+    rest_s: float = 0.5
+    """Longest pause after a disturbed round, so that what disturbed it can pass; it ends when nothing is disturbed any
+    more. An H200 needs about 0.4 s to leave its power cap."""
     power_capped: bool = False
     """The works are known to meet the power cap: no round under it is quarantined any more."""
 
@@ -87,6 +86,8 @@ class Sampled:
     """Disturbed samples by reason."""
     power_capped: bool = False
     """Some of the samples were taken under the power cap, which did not go away."""
+    heavy: bool = False
+    """A round of all works took :data:`HEAVY_ROUND_S` or more."""
 
 
 class _Rounds:
@@ -97,19 +98,22 @@ class _Rounds:
         self._disturbed: dict[str, list[list[float]]] = {}
         self._capped = _CAPPED_ROUNDS if power_capped else 0
         self._counted_capped = False
+        self._heavy = False
 
     @property
     def taken(self) -> int:
         return len(self._clean[0])
 
-    def add(self, samples: Sequence[float], disturbance: Disturbance | None) -> bool:
+    def add(self, samples: Sequence[float], disturbance: Disturbance | None, took_s: float) -> bool:
         """Keep one round; false if it went into quarantine."""
+        self._heavy |= took_s >= HEAVY_ROUND_S
         if disturbance is None or (disturbance.power_capped and self._capped >= _CAPPED_ROUNDS):
             self._counted_capped |= disturbance is not None
             for store, sample in zip(self._clean, samples, strict=True):
                 store.append(sample)
             return True
-        self._capped += disturbance.power_capped
+        if disturbance.power_capped:
+            self._capped += _CAPPED_ROUNDS if self._heavy else 1
         stores = self._disturbed.setdefault(disturbance.reason, [[] for _ in samples])
         for store, sample in zip(stores, samples, strict=True):
             store.append(sample)
@@ -129,6 +133,7 @@ class _Rounds:
                 precise=bool(store) and _half_width(store) < target,
                 quarantined=tuple((reason, tuple(kept[index])) for reason, kept in self._disturbed.items()),
                 power_capped=self._counted_capped and bool(store),
+                heavy=self._heavy,
             )
             for index, store in enumerate(self._clean)
         ]
@@ -144,26 +149,36 @@ def sample_rounds(
     """Round-robin over ``takes``, each giving one sample in microseconds, until every median is known well enough.
 
     A round that ``watch`` says was disturbed goes into quarantine and is taken again after a rest. The power cap is
-    given two rounds to go away; work that meets it all the same is timed under it, as it will be served under it.
+    given two rests to go away, or none where a round is long enough to meet it by itself; work that meets it all the
+    same is timed under it, as it will be served under it.
     """
     if not takes:
         return []
     watch = watch or NoWatch()
     rounds = _Rounds(len(takes), effort.power_capped)
     watch.disturbance()  # what happened before the first round is none of its business
-    deadline, lost_s, rest_s = clock() + effort.seconds, 0.0, effort.rest_s
+    deadline, lost_s = clock() + effort.seconds, 0.0
     while rounds.taken < effort.max_samples:
         start = clock()
-        if not rounds.add([take() for take in takes], watch.disturbance()):
-            if clock() - start < _HEAVY_ROUND_S:
-                rest(rest_s)
-                rest_s = min(3 * rest_s, 9 * effort.rest_s)
+        samples = [take() for take in takes]
+        took_s = clock() - start
+        if not rounds.add(samples, watch.disturbance(), took_s):
+            if took_s < HEAVY_ROUND_S:
+                _rest(effort.rest_s, watch, rest)
             lost_s += clock() - start
             if lost_s > effort.patience_s:
                 break
         elif rounds.taken >= MIN_SAMPLES and (clock() > deadline + lost_s or rounds.precise(effort.target)):
             break
     return rounds.results(effort.target)
+
+
+def _rest(longest_s: float, watch: Watch, rest: Callable[[float], None]) -> None:
+    """Pause until nothing is disturbed any more, or as long as allowed."""
+    for _ in range(max(1, round(longest_s / _POLL_S))):
+        rest(_POLL_S)
+        if watch.disturbance() is None:
+            return
 
 
 def _half_width(samples_us: Sequence[float]) -> float:

@@ -148,17 +148,17 @@ def bounds(found: Sequence[Bound], as_json: bool) -> None:
             bound.site.key, bound.candidate, str(bound.runs_at), fails_at, str(len(bound.tries)), bound.reason
         )
     console.print(table)
-    calls = RichTable("candidate", "site", "query tokens", "first call, s", title="first call in a fresh process")
-    for bound in found:
-        for bucket, seconds in _first_calls(bound).items():
-            calls.add_row(bound.candidate, bound.site.key, bucket, f"{seconds:.2f}")
+    calls = RichTable("candidate", "query tokens", "first call, s", title="slowest first call in a fresh process")
+    for candidate in dict.fromkeys(bound.candidate for bound in found):
+        for bucket, seconds in _first_calls([bound for bound in found if bound.candidate == candidate]).items():
+            calls.add_row(candidate, bucket, f"{seconds:.2f}")
     console.print(calls)
 
 
-def _first_calls(bound: Bound) -> dict[str, float]:
+def _first_calls(found: Sequence[Bound]) -> dict[str, float]:
     """Slowest first call in each octave of query tokens, ``"64 - 127"`` and so on."""
     slowest: dict[int, float] = {}
-    for attempt in bound.tries:
+    for attempt in (attempt for bound in found for attempt in bound.tries):
         if attempt.first_call_s is not None:
             octave = 1 << (attempt.shape.num_qo_tokens.bit_length() - 1)
             slowest[octave] = max(slowest.get(octave, 0.0), attempt.first_call_s)
@@ -181,7 +181,7 @@ def _bound_json(bound: Bound) -> dict[str, object]:
         "fails_at": bound.fails_at,
         "reason": bound.reason,
         "tries": len(bound.tries),
-        "first_call_s": _first_calls(bound),
+        "first_call_s": _first_calls([bound]),
     }
 
 

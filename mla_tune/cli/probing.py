@@ -61,8 +61,7 @@ def probe(
     export, policy = export_path(device.sku), policy_path(device.sku)
     for output in [path] if no_fit else [path, export, policy]:
         make_folder(output)
-    with sweep_lock(path), Database.open(path) as database:
-        prober = Prober(device.kind, timeout)
+    with sweep_lock(path), Database.open(path) as database, Prober(device.kind, timeout) as prober:
         wanted = dict.fromkeys(targets, most)
         bounds = pipeline.probe(prober, database, wanted, budget_s, device_output.tried(quiet=as_json))
         measured = bool(database.done_keys(prober.environment.id))

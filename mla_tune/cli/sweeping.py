@@ -148,7 +148,6 @@ def _measure(request: _Request, path: Path) -> Measured:
         environment, rest_s = worker.environment, request.budget_s - sum(report.elapsed_s for report in reports)
         bounds = []
         if rest_s > 0 and not any(report.left for report in reports) and pipeline.failing(database, environment):
-            bounds = pipeline.probe(
-                Prober(kind, timeout_s), database, None, rest_s, device_output.tried(quiet=request.as_json)
-            )
+            with Prober(kind, timeout_s) as prober:
+                bounds = pipeline.probe(prober, database, None, rest_s, device_output.tried(quiet=request.as_json))
     return pipeline.Measured(path, environment, tuple(reports), tuple(bounds))

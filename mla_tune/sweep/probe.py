@@ -7,9 +7,11 @@ largest count asked for.
 
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
+from typing import Self
 
 from mla_tune.shape import Shape
 from mla_tune.site import MODELS, Site
@@ -85,7 +87,10 @@ def _between(runs: int, fails: int, tried: dict[int, bool]) -> int:
 
 
 class Prober:
-    """Searches bounds on one device."""
+    """Searches bounds on one device. A context manager: its tries share what kernel libraries compile, and it is removed.
+
+    So a first call is as slow as it can be at the first try of a shape bucket, and cheaper at the next ones.
+    """
 
     def __init__(self, kind: str, timeout_s: float, added: Added = NOTHING_ADDED) -> None:
         """``timeout_s`` is for one try, compilation included.
@@ -95,7 +100,14 @@ class Prober:
         self._kind, self._timeout_s, self._added = kind, timeout_s, added
         worker = WorkerProcess(kind, added.module)
         worker.stop()
+        self._jit_cache = tempfile.TemporaryDirectory(prefix="mla-tune-probe-", ignore_cleanup_errors=True)
         self.environment: Environment = worker.hello.environment
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._jit_cache.cleanup()
 
     def bound(
         self,
@@ -131,7 +143,7 @@ class Prober:
     def attempt(self, site: Site, candidate: str, num_qo_tokens: int) -> Try:
         """Run and compare ``candidate`` once, in a worker of its own."""
         point = Point(site, Shape(1, num_qo_tokens, max(num_qo_tokens, _CONTEXT)))
-        worker = WorkerProcess(self._kind, self._added.module)
+        worker = WorkerProcess(self._kind, self._added.module, self._jit_cache.name)
         try:
             result = attempt(worker, Task(point, (candidate,), timed=False), self._timeout_s)
         finally:

@@ -31,19 +31,21 @@ _LAST_WORDS = 200
 class WorkerProcess:
     """One worker. Whatever it or a kernel library prints goes to a file of its own, never to this process's output."""
 
-    def __init__(self, kind: str, added: str = "") -> None:
+    def __init__(self, kind: str, added: str = "", jit_cache: str = "") -> None:
         """Start it and wait until it is ready; ``added`` names a module with further candidates.
 
-        Raises :class:`EnvironmentMismatchError` if the device cannot be used.
+        What a kernel library compiles goes to a folder of its own, or to ``jit_cache``, which stays. Raises
+        :class:`EnvironmentMismatchError` if the device cannot be used.
         """
         self._kind = kind
         handle, name = tempfile.mkstemp(prefix="mla-tune-worker-", suffix=".log")
         self._log = os.fdopen(handle, errors="replace")
-        self._jit_cache = f"{name}.jit"
+        self._own_cache = "" if jit_cache else f"{name}.jit"
+        cache = jit_cache or self._own_cache
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["mla_tune.sweep.preload"])
         self._connection, theirs = context.Pipe()
-        self._process = context.Process(target=_enter, args=(theirs, kind, name, added), daemon=True)
+        self._process = context.Process(target=_enter, args=(theirs, kind, name, cache, added), daemon=True)
         try:
             with _ctrl_c_held_back():
                 self._process.start()
@@ -87,7 +89,8 @@ class WorkerProcess:
             self._process.kill()
             self._process.join(STOP_TIMEOUT_S)
         self._log.close()
-        shutil.rmtree(self._jit_cache, ignore_errors=True)
+        if self._own_cache:
+            shutil.rmtree(self._own_cache, ignore_errors=True)
 
     def _greeting(self) -> Hello:
         try:
@@ -120,7 +123,7 @@ def _ctrl_c_held_back() -> Iterator[None]:
         signal.raise_signal(number)
 
 
-def _enter(connection: Connection, kind: str, log: str, added: str) -> None:
+def _enter(connection: Connection, kind: str, log: str, jit_cache: str, added: str) -> None:
     try:
         sink = os.open(log, os.O_WRONLY | os.O_APPEND)
     except FileNotFoundError:  # the parent has given up already
@@ -130,8 +133,8 @@ def _enter(connection: Connection, kind: str, log: str, added: str) -> None:
     os.unlink(log)  # both ends have it open; however they end, nothing is left behind
     if kind == "cuda":
         # First calls are measured as a server that never ran here sees them: DeepGEMM's cache on disk would hide them.
-        os.environ["DG_JIT_CACHE_DIR"] = f"{log}.jit"
-        os.makedirs(os.environ["DG_JIT_CACHE_DIR"], exist_ok=True)
+        os.environ["DG_JIT_CACHE_DIR"] = jit_cache
+        os.makedirs(jit_cache, exist_ok=True)
     from mla_tune.sweep.worker import serve  # imported here so that the parent never loads torch
 
     serve(connection, kind, added)

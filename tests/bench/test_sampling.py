@@ -61,12 +61,16 @@ def test_no_samples_are_refused_and_a_median_of_zero_has_no_relative_width() -> 
 
 
 class Scripted:
-    """A watch that has seen what it was told to have seen, round by round, and nothing after that."""
+    """A watch that sees what it was told to, round by round, and nothing after that; calm while nobody samples."""
 
     def __init__(self, found: Iterable[Disturbance | None]) -> None:
-        self._found: Iterator[Disturbance | None] = iter([None, *found])  # the first call precedes the first round
+        self._found: Iterator[Disturbance | None] = iter(found)
+        self.sampled = False
 
     def disturbance(self) -> Disturbance | None:
+        if not self.sampled:
+            return None
+        self.sampled = False
         return next(self._found, None)
 
 
@@ -75,13 +79,15 @@ def sampled(found: Iterable[Disturbance | None], effort: Effort, round_s: float 
     rests: list[float] = []
     samples = iter(range(100, 10_000))
     now_s = 0.0
+    watch = Scripted(found)
 
     def take() -> float:
         nonlocal now_s
         now_s += round_s
+        watch.sampled = True
         return float(next(samples))
 
-    (taken,) = sample_rounds([take], effort, Scripted(found), rest=rests.append, clock=lambda: now_s)
+    (taken,) = sample_rounds([take], effort, watch, rest=rests.append, clock=lambda: now_s)
     return taken, rests
 
 
@@ -147,17 +153,37 @@ def test_work_that_is_known_to_meet_the_power_cap_is_timed_under_it_at_once() ->
     assert not calm.power_capped
 
 
-def test_a_round_long_enough_to_meet_the_power_cap_by_itself_is_not_followed_by_a_rest() -> None:
+def test_a_round_long_enough_to_meet_the_power_cap_by_itself_is_taken_again_at_once_and_then_counts() -> None:
     effort = Effort(target=0.0, max_samples=8, seconds=ENDLESS_S)
     taken, rests = sampled([CAPPED] * 20, effort, round_s=0.05)
-    assert (len(taken.samples_us), taken.power_capped, rests) == (8, True, [])
-    _, rests = sampled([CAPPED] * 20, effort, round_s=0.001)
-    assert rests == pytest.approx([0.1, 0.3])
+    assert (len(taken.samples_us), taken.power_capped, taken.heavy, rests) == (8, True, True, [])
+    assert taken.quarantined == ((CAPPED.reason, (100.0,)),)
+    light, rests = sampled([CAPPED] * 20, effort, round_s=0.001)
+    assert (light.heavy, len(rests)) == (False, 2)
+    assert light.quarantined == ((CAPPED.reason, (100.0, 101.0)),)
 
 
-def test_after_a_disturbance_the_next_round_waits_longer_each_time_up_to_a_bound() -> None:
-    _, rests = sampled([BUSY] * 4, Effort(seconds=ENDLESS_S, patience_s=ENDLESS_S, rest_s=0.1))
-    assert rests == pytest.approx([0.1, 0.3, 0.9, 0.9])
+@pytest.mark.parametrize(("readings", "pauses"), [(1, 1), (4, 4), (1000, 25)])
+def test_a_rest_ends_when_nothing_is_disturbed_any_more_or_when_it_has_lasted_long_enough(
+    readings: int, pauses: int
+) -> None:
+    class Lasting:
+        """Calm, then disturbed for so many readings."""
+
+        left = readings + 1
+
+        def disturbance(self) -> Disturbance | None:
+            if self.left > readings:  # the one before the first round
+                self.left -= 1
+                return None
+            self.left -= 1
+            return BUSY if self.left >= 0 else None
+
+    rests: list[float] = []
+    effort = Effort(max_samples=1, rest_s=0.5, patience_s=-1.0)
+    sample_rounds([lambda: 1.0], effort, Lasting(), rest=rests.append, clock=lambda: 0.0)
+    assert len(rests) == pauses
+    assert sum(rests) <= 0.5 + 1e-9
 
 
 def test_a_disturbance_that_does_not_end_leaves_quarantined_samples_only() -> None:

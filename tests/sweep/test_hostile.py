@@ -25,7 +25,7 @@ from mla_tune.sweep.runner import Report, Sweep
 from tests.conftest import HAS_CUDA, REPORTS
 from tests.sweep import hostile
 
-KIND = "cuda" if HAS_CUDA else "cpu"
+KIND, TIMEOUT_S = ("cuda", 25) if HAS_CUDA else ("cpu", 8)
 SITE = Site.parse("prefill_attention/c128a/h64")
 METADATA = Site.parse("indexer_metadata/c4a")
 SHAPES = [Shape(1, 4, 2048), Shape(1, 16, 2048), Shape(2, 24, 6000), Shape(1, 48, 4096)]
@@ -55,7 +55,7 @@ LAST_WORDS = {
     "aborts": "exit code -6: terminate called: an invariant of the kernel does not hold",
     "illegal_access": "CUDA error" if HAS_CUDA else "exit code -11",
     "killed": "exit code -9",
-    "hangs": "no answer within 8 s",
+    "hangs": f"no answer within {TIMEOUT_S} s",
     "works_once": "RuntimeError: works once",
     "out_of_memory": "OutOfMemoryError" if HAS_CUDA else "can't allocate memory",
     "wrong": "relative error 1.00e-01 exceeds 1e-02",
@@ -81,7 +81,7 @@ class Swept:
 def swept(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Swept:
     path = tmp_path_factory.mktemp("hostile") / "a.db"
     added = Added("tests.sweep.hostile", tuple(hostile.KINDS))
-    with Database.open(path) as database, Sweep(KIND, timeout_s=8, added=added) as sweep:
+    with Database.open(path) as database, Sweep(KIND, timeout_s=TIMEOUT_S, added=added) as sweep:
         report = sweep.run(database, POINTS)
         again = sweep.run(database, POINTS)
         rows = tuple(database.measurements(sweep.environment.id))

@@ -84,22 +84,22 @@ def test_only_a_candidate_that_failed_above_a_success_is_worth_a_search() -> Non
 
 
 def test_real_workers_find_the_limit_of_a_candidate_that_aborts_from_some_count_on() -> None:
-    prober = Prober("cpu", timeout_s=60, added=Added("tests.sweep.hostile", ("aborts_above_9",)))
     made: list[Try] = []
-    bound = prober.bound(SITE, "aborts_above_9", 64, made.append)
+    with Prober("cpu", timeout_s=60, added=Added("tests.sweep.hostile", ("aborts_above_9",))) as prober:
+        bound = prober.bound(SITE, "aborts_above_9", 64, made.append)
+        known = [(entry.shape.num_qo_tokens, entry.outcome is Outcome.OK) for entry in made]
+        again = prober.bound(SITE, "aborts_above_9", 64, lambda _: None, known)
     assert (bound.runs_at, bound.fails_at) == (9, 10)
     assert bound.reason == "worker ended with exit code -6: terminate called: an invariant of the kernel does not hold"
     assert list(bound.tries) == made
     assert [entry.shape.num_qo_tokens for entry in made] == [1, 2, 4, 8, 16, 12, 10, 9]
     assert all((entry.first_call_s is not None) is (entry.outcome is Outcome.OK) for entry in made)
-    known = [(entry.shape.num_qo_tokens, entry.outcome is Outcome.OK) for entry in made]
-    again = prober.bound(SITE, "aborts_above_9", 64, made.append, known)
     assert (again.runs_at, again.fails_at, len(again.tries)) == (9, 10, 2)
 
 
 def test_a_candidate_without_a_limit_says_so_and_a_spent_budget_too() -> None:
-    prober = Prober("cpu", timeout_s=60)
-    bound = prober.bound(SITE, "sparse_fwd", 16, lambda _: None)
+    with Prober("cpu", timeout_s=60) as prober:
+        bound = prober.bound(SITE, "sparse_fwd", 16, lambda _: None)
+        late = prober.bound(SITE, "sparse_fwd", 16, lambda _: None, deadline=0.0)
     assert (bound.runs_at, bound.fails_at, bound.reason, len(bound.tries)) == (16, None, "", 5)
-    bound = prober.bound(SITE, "sparse_fwd", 16, lambda _: None, deadline=0.0)
-    assert (bound.runs_at, bound.fails_at, bound.reason) == (0, None, "the budget is used up")
+    assert (late.runs_at, late.fails_at, late.reason) == (0, None, "the budget is used up")
