@@ -24,7 +24,7 @@ from mla_tune.store.database import Database
 from mla_tune.store.export import export_sha256, read_export, write_export
 from mla_tune.store.probe import Try
 from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points
-from mla_tune.sweep.probe import Bound, Known, Prober, unclosed
+from mla_tune.sweep.probe import Bound, Known, Prober, known_counts, unclosed
 from mla_tune.sweep.runner import Progress, Report, Sweep
 
 SEED = 20250
@@ -89,7 +89,8 @@ def compare(first: Measured, second: Measured) -> Repetition:
 
 def failing(database: Database, environment: Environment) -> Known:
     """Candidates that were seen to run and, further up, to fail, without the exact bound in between."""
-    return unclosed(database.measurements(environment.id), database.tries(environment.id))
+    tries = database.tries(environment.id)
+    return unclosed(known_counts(database.measurements(environment.id), tries), tries)
 
 
 def probe(
@@ -105,9 +106,10 @@ def probe(
     from what is stored, and every try is stored as it is made.
     """
     deadline, environment = time.monotonic() + budget_s, prober.environment
-    known = failing(database, environment)
+    known = known_counts(database.measurements(environment.id), database.tries(environment.id))
     if wanted is None:
-        wanted = {target: max(count for count, _ in counts) for target, counts in known.items()}
+        failed = failing(database, environment)
+        wanted = {target: max(count for count, _ in counts) for target, counts in failed.items()}
 
     def note(attempt: Try) -> None:
         database.record_tries(environment, [attempt])

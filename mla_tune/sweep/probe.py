@@ -158,24 +158,28 @@ Known = dict[tuple[Site, str], list[tuple[int, bool]]]
 """Counts of query tokens that each (site, candidate) was tried at, and whether it ran there."""
 
 
-def unclosed(measurements: Iterable[Measurement], tries: Iterable[Try]) -> Known:
-    """Candidates that were seen to fail, without the count before that seen to run: their known counts, and if they ran."""
+def known_counts(measurements: Iterable[Measurement], tries: Iterable[Try]) -> Known:
+    """What a sweep and earlier probes have seen of each candidate. One that ever failed at a count fails there."""
+    entries: list[Measurement | Try] = [*measurements, *tries]
     known: dict[tuple[Site, str], dict[int, bool]] = {}
-    made = list(tries)
-    entries: list[Measurement | Try] = [*measurements, *made]
     for entry in entries:
         if entry.outcome is Outcome.OK or entry.outcome in CAPABILITY:
             counts = known.setdefault((entry.site, entry.candidate), {})
             count = entry.shape.num_qo_tokens
             counts[count] = counts.get(count, True) and entry.outcome is Outcome.OK
-    tried = {(entry.site, entry.candidate, entry.shape.num_qo_tokens) for entry in made}
-    open_ended: Known = {}
-    for (site, candidate), counts in known.items():
-        runs, fails = _start(counts.items())
-        closed = fails == runs + 1 and {(site, candidate, runs), (site, candidate, fails)} <= tried
+    return {key: sorted(counts.items()) for key, counts in known.items()}
+
+
+def unclosed(known: Known, tries: Iterable[Try]) -> Known:
+    """Those that were seen to run and, further up, to fail, without neighbours of which both were tried."""
+    tried = {(entry.site, entry.candidate, entry.shape.num_qo_tokens) for entry in tries}
+    found: Known = {}
+    for key, counts in known.items():
+        runs, fails = _start(counts)
+        closed = fails == runs + 1 and {(*key, runs), (*key, fails)} <= tried
         if fails is not None and runs and not closed:
-            open_ended[site, candidate] = list(counts.items())
-    return open_ended
+            found[key] = counts
+    return found
 
 
 def max_query_tokens(site: Site) -> int:

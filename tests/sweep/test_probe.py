@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +13,7 @@ from mla_tune.site import MODELS, Site, SiteName
 from mla_tune.store.measurement import CAPABILITY, Outcome
 from mla_tune.store.probe import Try
 from mla_tune.sweep.messages import Added
-from mla_tune.sweep.probe import Prober, max_query_tokens, search, unclosed
+from mla_tune.sweep.probe import Known, Prober, known_counts, max_query_tokens, search, unclosed
 
 LARGEST = 131072
 SITE = Site.parse("prefill_attention/c128a/h64")
@@ -73,14 +75,31 @@ def attempt(count: int, outcome: Outcome) -> Try:
     return Try(SITE, "with_kvcache", Shape(1, count, 8192), outcome, "" if outcome is Outcome.OK else "reason")
 
 
+def still_open(*tries: Try) -> Known:
+    return unclosed(known_counts([], tries), tries)
+
+
 def test_only_a_candidate_that_failed_above_a_success_is_worth_a_search() -> None:
     ok, crash = Outcome.OK, Outcome.CRASH
-    assert unclosed([], [attempt(4, ok), attempt(8, ok)]) == {}
-    assert unclosed([], [attempt(4, crash)]) == {}
-    assert unclosed([], [attempt(4, ok), attempt(8, Outcome.NO_MEMORY)]) == {}
+    assert still_open(attempt(4, ok), attempt(8, ok)) == {}
+    assert still_open(attempt(4, crash)) == {}
+    assert still_open(attempt(4, ok), attempt(8, Outcome.NO_MEMORY)) == {}
     key = (SITE, "with_kvcache")
-    assert unclosed([], [attempt(4, ok), attempt(8, crash)]) == {key: [(4, True), (8, False)]}
-    assert unclosed([], [attempt(4, ok), attempt(5, crash), attempt(8, crash)]) == {}
+    assert still_open(attempt(8, crash), attempt(4, ok)) == {key: [(4, True), (8, False)]}
+    assert still_open(attempt(4, ok), attempt(5, crash), attempt(8, crash)) == {}
+
+
+def test_neighbours_that_a_sweep_measured_are_still_to_be_tried_in_processes_of_their_own() -> None:
+    ran, failed = attempt(4, Outcome.OK), attempt(5, Outcome.CRASH)
+    known = known_counts([], [ran, failed])
+    assert unclosed(known, [ran]) == unclosed(known, []) == known
+    assert unclosed(known, [ran, failed]) == {}
+
+
+def test_a_count_that_ever_failed_fails() -> None:
+    elsewhere = replace(attempt(8, Outcome.OK), shape=Shape(2, 8, 9000))
+    for entries in ([elsewhere, attempt(8, Outcome.CRASH)], [attempt(8, Outcome.CRASH), elsewhere]):
+        assert known_counts([], entries) == {(SITE, "with_kvcache"): [(8, False)]}
 
 
 def test_real_workers_find_the_limit_of_a_candidate_that_aborts_from_some_count_on() -> None:
