@@ -9,18 +9,15 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.places import export_path, policy_path, policy_sku
+from mla_tune.cli.options import PolicyOption
+from mla_tune.cli.places import chosen_policy, export_path, policy_path, policy_sku
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError, UsageError
-from mla_tune.packaged import packaged_policy
-from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
+from mla_tune.policy import Table
 from mla_tune.runtime import Dispatcher
 from mla_tune.shape import Shape
 from mla_tune.site import FORWARD
 
 GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose policy is meant.")]
-PolicyOption = Annotated[
-    Path | None, typer.Option("--policy", help="Policy file (default: policies/<sku>.yaml, else the shipped one).")
-]
 MeasurementsOption = Annotated[
     Path | None, typer.Option("--measurements", help="Export to read (default db/<sku>.jsonl).")
 ]
@@ -76,7 +73,7 @@ def lookup(
 ) -> None:
     """Print the candidate that a policy answers for one forward."""
     Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
-    loaded, name = _policy(policy, gpu)
+    loaded, name = chosen_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
     answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
     print(json.dumps(asdict(answer)) if as_json else answer.candidate)
@@ -97,7 +94,7 @@ def explain(
 ) -> None:
     """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
-    loaded, name = _policy(policy, gpu)
+    loaded, name = chosen_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
     from mla_tune.cli import render
     from mla_tune.learn.costs import CostModel
@@ -131,23 +128,11 @@ def show(
     """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
     from mla_tune.cli import render
 
-    loaded, name = _policy(policy, gpu)
+    loaded, name = chosen_policy(policy, gpu)
     render.policy_summary(loaded, Path(name), as_json)
     if not as_json:
         render.held_out(loaded)
         render.provenance(loaded, name)
-
-
-def _policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
-    """The policy that the options name, and what to call it in messages."""
-    if path is not None:
-        return parse_policy(read_policy_file(path), str(path)), str(path)
-    sku = policy_sku(gpu)
-    local = policy_path(sku)
-    if local.is_file():
-        return parse_policy(read_policy_file(local), str(local)), str(local)
-    shipped = packaged_policy(sku)
-    return parse_policy(shipped.read_bytes(), shipped.name), shipped.name
 
 
 def _require_table(table: Table | None, name: str) -> Table:

@@ -66,7 +66,8 @@ def _attention(site: Site, candidate: str, sm_count: int) -> Basis:
         tiles = np.ceil(work.selected / _ENTRIES_PER_TILE) + np.ceil(work.window / _ENTRIES_PER_TILE)
         cached_rows = work.rows if site.layer is not LayerType.SWA_ONLY else work.kv_tokens
         missed = work.num_qo_tokens * work.attended * _miss_rate(cached_rows * 600)
-        return [_ones(work), queries(work), _busiest_part(queries(work), tiles), waves(work) * tiles, missed]
+        busiest, split = _schedule(queries(work), tiles)
+        return [_ones(work), queries(work), busiest, split, queries(work) * split, waves(work) * tiles, missed]
 
     def coordinates(work: Work) -> list[Array]:
         # Where the rows lie matters less than how many a query reads.
@@ -75,17 +76,17 @@ def _attention(site: Site, candidate: str, sm_count: int) -> Basis:
     return Basis(sparse_fwd if candidate == "sparse_fwd" else with_kvcache, coordinates)
 
 
-def _busiest_part(queries: Array, tiles: Array) -> Array:
-    """Tiles of the busiest part of FlashMLA's split-KV schedule, the fixed cost of each piece of a query included.
+def _schedule(queries: Array, tiles: Array) -> tuple[Array, Array]:
+    """FlashMLA's split-KV schedule: tiles of its busiest part, and whether every query is split (1 or 0).
 
     ``queries`` are query blocks per part and ``tiles`` the tiles of one query. The scheduler (FlashMLA,
     ``get_decoding_sched_meta``) shares the tiles out evenly, charges each piece of a query 5 tiles, and leaves a part's
-    rest empty where nothing but that charge would fit.
+    rest empty where nothing but that charge would fit. Where a part holds no whole query all results must be merged.
     """
     whole = tiles + _PIECE_TILES
     payload = np.ceil(queries * whole) + _PIECE_TILES
     rest = payload % whole
-    return payload - np.where(rest > _PIECE_TILES, 0.0, rest)
+    return payload - np.where(rest > _PIECE_TILES, 0.0, rest), (payload < whole).astype(np.float64)
 
 
 def _miss_rate(pool_bytes: Array) -> Array:
