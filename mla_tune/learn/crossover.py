@@ -196,7 +196,10 @@ def _measured(
     """Fit shapes at which every candidate ran, with the measured cost of each.
 
     One that cannot be told from the incumbent there costs at least as much: what is ambiguous is no reason to switch.
+    None where the costs are modelled: what was measured is another GPU's.
     """
+    if costs.modelled:
+        return []
     points = []
     for shape in swept:
         row = [scope.measured_us(costs.observations, name, shape) for name in candidates.names]
