@@ -24,7 +24,6 @@ from mla_tune.policy import (
     SCHEMA_VERSION,
     Gpu,
     Policy,
-    Range,
     Source,
     Table,
 )
@@ -128,7 +127,7 @@ def _table(costs: ModelledCosts, scope: Scope) -> Table | None:
         return table
     low, high = table.measured.num_qo_tokens
     safe = min(high, *(limit.num_qo_tokens for limit in table.limits))
-    claimed = Range(num_qo_tokens=(min(low, safe), safe), kv_tokens=table.measured.kv_tokens)
+    claimed = msgspec.structs.replace(table.measured, num_qo_tokens=(min(low, safe), safe))
     return msgspec.structs.replace(table, limits=(), measured=claimed)
 
 
