@@ -114,7 +114,7 @@ def explain(
     environment = found.environment
     if environment.sku != measured_sku:
         raise EnvironmentMismatchError(
-            f"a choice is explained by the measurements behind it: {name} was made of those of {measured_sku}, "
+            f"a choice is explained by the measurements behind it: {name} is for {loaded.gpu.sku}, "
             f"{export} was measured on {environment.sku}; pass the export of {measured_sku} with --measurements"
         )
     if export_sha256(export) != loaded.source.sha256:
