@@ -87,6 +87,7 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
         yield Problem(f"{path}.noise_band", f"must be a relative difference in [0, {bound:g}): got {table.noise_band}")
     if table.uncertainty and measured:
         yield Problem(f"{path}.uncertainty", "must be absent from a measured table: got one")
+    yield from _unique(f"{path}.uncertainty", [stated.candidate for stated in table.uncertainty])
     for index, stated in enumerate(table.uncertainty):
         yield from _one_of(f"{path}.uncertainty[{index}].candidate", stated.candidate, table.candidates)
         yield from _finite(f"{path}.uncertainty[{index}].relative", stated.relative)
