@@ -43,16 +43,18 @@ def model(
     paths = [out or policy_path(target.sku) for target in targets]
     for path in paths:
         _refuse_measured(path)
-        make_folder(path)
     from mla_tune.cli import model_output
     from mla_tune.learn.check import check as check_figures
     from mla_tune.learn.published import PUBLISHED
     from mla_tune.policy import write_policy
 
     costs = _costs(export, measured.sku)
-    policies = [_policy(costs, export, target, path) for target, path in zip(targets, paths, strict=True)]
-    for policy, path in zip(policies, paths, strict=True):
-        write_policy(path, policy)
+    for path in paths:
+        make_folder(path)
+    policies = []
+    for target, path in zip(targets, paths, strict=True):
+        policies.append(_policy(costs, export, target, path))
+        write_policy(path, policies[-1])
     told = {target.sku for target in targets}
     figures = [figure for figure in PUBLISHED if check or figure.sku in told]
     model_output.modelled(list(zip(policies, paths, strict=True)), check_figures(costs, figures), as_json)

@@ -83,7 +83,8 @@ def table_rows(costs: CostModel, scope: Scope, candidates: Candidates) -> tuple[
     works = [grid.work(site) for site, _ in scope.parts]
     costs_us = np.stack([scope.predicted_us(costs, name, works)[inside] for name in candidates.names])
     measured = _measured(costs, scope, candidates, swept)
-    charged = _with_measured(_Charged(grid.bins[inside], grid.columns[inside], grid.groups[inside], costs_us), measured)
+    predicted_cells = grid.bins[inside], grid.columns[inside], grid.groups[inside]
+    charged = _with_measured(_Charged(*predicted_cells, costs_us.copy()), measured)
     # Predicted or measured, what may not serve costs without bound.
     tokens = np.array(QUERY_COUNTS)[charged.columns]
     for index, name in enumerate(candidates.names):
