@@ -17,7 +17,7 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     "mla_tune",
-    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime")),
+    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime", "threshold")),
     *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_rules", "policy_yaml")),
     *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
 }
@@ -34,10 +34,11 @@ LAYERS: dict[str, set[str]] = {
     "stages": {"errors", "site"},
     "datasheet": {"errors"},
     "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
-    "policy_rules": {"site", "errors"} | POLICY,
+    "threshold": set(),
     "policy_evidence": set(),
+    "policy_rules": {"site", "errors", "threshold"} | POLICY,
     "policy_yaml": {"errors"},
-    "lookup": {"policy", "site", "errors"},
+    "lookup": {"policy", "site", "errors", "threshold"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
     "runtime": {"lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
@@ -45,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
-    "learn": {"store", "lookup"} | POLICY | WORDS,
+    "learn": {"store", "lookup", "threshold"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"runtime", "policy", "errors", "site"},
 }

@@ -23,7 +23,7 @@ from mla_tune.policy import (
     Table,
 )
 from mla_tune.policy_evidence import Modelled, ScaledFrom, StageUncertainty, Uncertainty
-from mla_tune.policy_rules import accepted_heads
+from mla_tune.policy_rules import accepted_heads, problems
 from mla_tune.site import CANDIDATES, FORWARD, MODELS, SiteName
 
 KEYS = [
@@ -180,6 +180,8 @@ def choices(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Choice, ...]:
     starts = [0, *sorted(draw(st.sets(counts, max_size=3 if len(candidates) > 1 else 0)))]
     size = len(starts) - 1
     ends = [0, *sorted(draw(st.sets(counts, min_size=size, max_size=size)))] if draw(st.booleans()) else starts
+    if any(end < start for start, end in zip(starts, ends, strict=True)):
+        ends = starts
     found: list[Choice] = []
     for start, end in zip(starts, ends, strict=True):
         others = [name for name in candidates if not found or name != found[-1].candidate]
@@ -220,6 +222,20 @@ def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]
     )
 
 
+def without_crossing(*, modelled: bool, **fields: Any) -> Table:
+    """A table, with level thresholds where rounding would let slanted ones pass each other."""
+    found = Table(**fields)
+    if not list(problems(modelled_policy(found) if modelled else policy(found))):
+        return found
+    rows = [
+        msgspec.structs.replace(
+            row, choices=tuple(msgspec.structs.replace(choice, num_qo_tokens_to=None) for choice in row.choices)
+        )
+        for row in found.rows
+    ]
+    return msgspec.structs.replace(found, rows=tuple(rows))
+
+
 relative_errors = st.floats(0, 1e9, allow_nan=False)
 
 
@@ -245,7 +261,8 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]
     served = tuple(name for name in candidates if name not in {entry.candidate for entry in barred})
     rules = ["policy", *draw(st.lists(words.filter(lambda word: word != "policy"), unique=True, max_size=2))]
     uncertain = draw(st.lists(st.sampled_from(candidates), unique=True)) if modelled else []
-    return Table(
+    return without_crossing(
+        modelled=modelled,
         site=site.value,
         model=model,
         h_q=h_q,
