@@ -51,12 +51,12 @@ def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
             "slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False
         )
     else:
-        print_modelled(policy)
+        _modelled(policy)
     for line in dict.fromkeys(_barred(policy)):
         console.print(line, highlight=False)
 
 
-def print_modelled(policy: Policy) -> None:
+def _modelled(policy: Policy) -> None:
     """What a modelled policy rests on, and how sure it is."""
     stated = [entry.relative for table in policy.tables for entry in table.uncertainty]
     measured = policy.modelled.scaled_from.sku if policy.modelled else "-"
