@@ -17,7 +17,7 @@ from mla_tune.datasheet import Datasheet, datasheet
 from mla_tune.errors import FitError, UsageError
 from mla_tune.learn.costs import CandidateCosts, CostModel, PathCosts
 from mla_tune.learn.fit import policy_environment, unjudged_table
-from mla_tune.learn.scaling import ScaledStage, Scaling, scale_stage
+from mla_tune.learn.scaling import ScaledStage, Scaling, scale_stage, widened
 from mla_tune.learn.scope import Scope, scopes
 from mla_tune.learn.work import work
 from mla_tune.policy import (
@@ -74,8 +74,7 @@ class ModelledCosts(CostModel):
             correction = path.correction
             if correction is not None:
                 # A path is as much in doubt as its stage that is most: at some shape that one dominates.
-                doubt = max(scaled[stage.name].doubt for stage, _ in members)
-                correction = replace(correction, error=correction.error + doubt)
+                correction = widened(correction, max(scaled[stage.name].doubt for stage, _ in members))
             paths.append(PathCosts(tuple(members), correction))
         self._stages[site, candidate] = scaled
         return CandidateCosts(site, candidate, tuple(paths))

@@ -21,7 +21,7 @@ import numpy as np
 
 from mla_tune.datasheet import Datasheet
 from mla_tune.learn.bases import Chip, Resource, basis
-from mla_tune.learn.curves import Curve, terms_of
+from mla_tune.learn.curves import Correction, Curve, terms_of
 from mla_tune.learn.work import Array, Work
 from mla_tune.site import LayerType, Site
 from mla_tune.stages import Stage
@@ -138,7 +138,12 @@ def scale_stage(scaling: Scaling, site: Site, candidate: str, stage: Stage, meas
     doubts = [scaling.doubt(resource, candidate, utilisation) for resource in resources]
     doubt = float(np.einsum("ij,i->j", _shares(curve, load), np.array(doubts)).max())
     error = measured.correction.error
-    return ScaledStage(replace(curve, correction=replace(curve.correction, error=error + doubt)), error, doubt)
+    return ScaledStage(replace(curve, correction=widened(curve.correction, doubt)), error, doubt)
+
+
+def widened(correction: Correction, doubt: float) -> Correction:
+    """``correction`` with ``doubt`` added to the error of each of its points."""
+    return replace(correction, error=correction.error + doubt, left_out=np.abs(correction.left_out) + doubt)
 
 
 def tensor_utilisation(source: Datasheet, site: Site, attention: Curve, load: Work) -> float:

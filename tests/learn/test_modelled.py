@@ -154,6 +154,9 @@ def test_the_uncertainty_is_never_below_that_of_the_measured_curve(
             for stage in models[sheet.sku].stages(site, candidate).values():
                 assert stage.doubt > 0
                 assert stage.curve.correction.error == pytest.approx(stage.measured_error + stage.doubt)
+            anywhere = work(site, [Shape(1, 100, 5000), Shape(8, 4096, 1 << 20)])
+            scaled_errors = models[sheet.sku].costs(site, candidate).error_at(anywhere)
+            assert (scaled_errors > measured.costs(site, candidate).error_at(anywhere)).all()
 
 
 def test_another_architecture_is_in_more_doubt_than_the_same_one_at_the_same_ratios(measured: CostModel) -> None:
