@@ -17,16 +17,14 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     "mla_tune",
-    *(
-        f"mla_tune.{name}"
-        for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime", "threshold")
-    ),
+    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime", "threshold")),
+    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_rules", "policy_yaml")),
     *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
 }
 
-WORDS = {"errors", "files", "site", "shape", "sku", "stages"}
+WORDS = {"errors", "files", "site", "shape", "sku", "stages", "datasheet"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
-POLICY = {"policy", "policy_rules", "policy_yaml"}
+POLICY = {"policy", "policy_evidence", "policy_rules", "policy_yaml"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -34,8 +32,10 @@ LAYERS: dict[str, set[str]] = {
     "shape": {"errors", "site"},
     "sku": {"errors"},
     "stages": {"errors", "site"},
+    "datasheet": {"errors"},
     "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
     "threshold": set(),
+    "policy_evidence": set(),
     "policy_rules": {"site", "errors", "threshold"} | POLICY,
     "policy_yaml": {"errors"},
     "lookup": {"policy", "site", "errors", "threshold"},

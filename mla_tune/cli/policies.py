@@ -102,7 +102,8 @@ def explain(
     from mla_tune.store.export import export_sha256, read_export
 
     table = _require_table(resolved.table, name)
-    export = measurements or export_path(loaded.gpu.sku)
+    measured_sku = loaded.modelled.scaled_from.sku if loaded.modelled else loaded.gpu.sku
+    export = measurements or export_path(measured_sku)
     if measurements is None and not export.is_file():
         raise StoreError(
             f"a choice is explained by the measurements behind it: no file {export} here; run this in a checkout that has "
@@ -110,14 +111,20 @@ def explain(
         )
     found = read_export(export)
     environment = found.environment
-    if environment.sku != loaded.gpu.sku:
+    if environment.sku != measured_sku:
         raise EnvironmentMismatchError(
-            f"a choice is explained by measurements of its own GPU: {name} is for {loaded.gpu.sku}, "
-            f"{export} was measured on {environment.sku}; pass the export of {loaded.gpu.sku} with --measurements"
+            f"a choice is explained by the measurements behind it: {name} is for {loaded.gpu.sku}, "
+            f"{export} was measured on {environment.sku}; pass the export of {measured_sku} with --measurements"
         )
     if export_sha256(export) != loaded.source.sha256:
         render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    render.explanation(explain_choice(CostModel(environment, found.measurements), table, shape), table, as_json)
+    costs = CostModel(environment, found.measurements)
+    if loaded.modelled:
+        from mla_tune.datasheet import datasheet
+        from mla_tune.learn.modelled import ModelledCosts
+
+        costs = ModelledCosts(costs, datasheet(loaded.gpu.sku))
+    render.explanation(explain_choice(costs, table, shape), table, as_json)
 
 
 def show(

@@ -85,8 +85,8 @@ def table_rows(costs: CostModel, scope: Scope, candidates: Candidates) -> tuple[
     works = [grid.work(site) for site, _ in scope.parts]
     costs_us = np.stack([scope.predicted_us(costs, name, works)[inside] for name in candidates.names])
     measured = _measured(costs, scope, candidates, swept)
-    charged = _Charged(grid.tokens, grid.bins[inside], grid.columns[inside], grid.groups[inside], costs_us)
-    charged = _with_measured(charged, measured)
+    predicted_cells = grid.bins[inside], grid.columns[inside], grid.groups[inside]
+    charged = _with_measured(_Charged(grid.tokens, *predicted_cells, costs_us.copy()), measured)
     # Predicted or measured, what may not serve costs without bound.
     tokens = np.array(charged.tokens)[charged.columns]
     for index, name in enumerate(candidates.names):
@@ -181,7 +181,10 @@ def _measured(
     """Fit shapes at which every candidate ran, with the measured cost of each.
 
     One that cannot be told from the incumbent there costs at least as much: what is ambiguous is no reason to switch.
+    None where the costs are modelled: what was measured is another GPU's.
     """
+    if costs.modelled:
+        return []
     points = []
     for shape in swept:
         row = [scope.measured_us(costs.observations, name, shape) for name in candidates.names]

@@ -90,7 +90,7 @@ def test_a_wrong_argument_is_named_with_what_is_accepted(
 FAILURES = {
     "a gpu that is not in this machine": (["sweep", "--gpu", "b200"], "nvidia-b200 that is in this machine: found "),
     "verifying one": (["verify", "--gpu", "b200"], "accepted here: auto, "),
-    "a gpu without a policy": (["policy", "show", "--gpu", "gb300"], "got none for nvidia-gb300"),
+    "a gpu without a policy": (["policy", "show", "--gpu", "nvidia-l4"], "got none for nvidia-l4"),
     "a site that was not swept": (["lookup", "1", "1", *FLASH], "policies/cpu.yaml must have a table for prefill"),
     "an explanation of one": (["explain", "1", "1", *FLASH], "policies/cpu.yaml must have a table for prefill"),
     "a policy that is not there": (["policy", "show", "--policy", "no.yaml"], "no.yaml: No such file"),
@@ -203,7 +203,7 @@ def test_a_newer_database_asks_for_an_upgrade(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("schema: 2\n", "schema: 2\n", "upgrade mla-tune"),
+        ("schema: 2\n", "schema: 3\n", "upgrade mla-tune"),
         ("schema: 2\n", "schema: one\n", "schema must be one that is read here: got 'one'"),
         ("evidence: measured\n", "evidence: measured\nauthor: me\n", "author"),
         ("regime: eager\n", "", "regime"),
