@@ -1,0 +1,145 @@
+"""Which chunk size to prefill with: attention and indexer time, and workspace, of the same prompts in chunks of each size.
+
+Larger chunks dequantize and schedule less often; their workspace grows with the query tokens. The smallest time wins, and
+where several sizes are within the noise band of it, the one of them that needs the least memory.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mla_tune.errors import UsageError
+from mla_tune.learn.evaluate import rules
+from mla_tune.learn.workspace import forward_bytes
+from mla_tune.policy_rules import POLICY_RULE
+from mla_tune.shape import AnyShape, RaggedShape, Shape
+from mla_tune.traffic.judge import choices
+from mla_tune.traffic.prices import Pricer, Prices
+
+CHUNK_SIZES = tuple(1 << n for n in range(10, 17))
+"""1K to 64K query tokens, the sizes that a sweep times."""
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """Prompts of one length, and how much they count."""
+
+    tokens: int
+    weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.tokens >= 1 and 0 < self.weight < float("inf")):
+            raise UsageError(f"a prompt must have tokens and a weight above 0: got {self.tokens} and {self.weight}")
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """One way to choose, at one chunk size."""
+
+    time_us: float
+    """Attention and indexer of all layers; for a distribution, the weighted mean of a round of prompts."""
+    workspace_bytes: int
+    """Peak over all forwards."""
+    candidates: tuple[str, ...]
+    """Attention candidates that were chosen, sorted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSize:
+    """What one chunk size costs."""
+
+    chunk_tokens: int
+    forwards: int
+    """Forwards of all prompts."""
+    policy: Served
+    incumbent: Served | None
+    """None where the engine's own choice is past its limit at this size."""
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """The size to set."""
+
+    chunk_tokens: int
+    reason: str
+
+
+def side_by_side(prompt_tokens: int, chunk_tokens: int, concurrency: int) -> Counter[AnyShape]:
+    """Forwards of ``concurrency`` equal prompts that share every chunk evenly, from nothing cached to all done.
+
+    Raises :class:`UsageError` where a chunk has fewer tokens than there are prompts.
+    """
+    if not 1 <= concurrency <= chunk_tokens:
+        raise UsageError(
+            f"a chunk must have a token for each prompt: got {concurrency} prompts and chunks of {chunk_tokens}; "
+            "accepted: a concurrency of at least 1 and at most the chunk size"
+        )
+    found: Counter[AnyShape] = Counter()
+    total = prompt_tokens * concurrency
+    for start in range(0, total, chunk_tokens):
+        tokens = min(chunk_tokens, total - start)
+        if tokens < concurrency:  # the last few tokens, one each
+            found[RaggedShape(((1, prompt_tokens),) * tokens)] += 1
+        else:
+            found[Shape(concurrency, tokens, start + tokens)] += 1
+    return found
+
+
+def chunk_size(pricer: Pricer, chunk_tokens: int, forwards: Mapping[AnyShape, float]) -> ChunkSize:
+    """The costs of ``forwards``, each with how often it occurs, which were batched in chunks of ``chunk_tokens``."""
+    shapes, weights = list(forwards), np.array(list(forwards.values()), dtype=np.float64)
+    prices, tables = pricer.prices(shapes), pricer.tables
+    policy = choices(dict(rules(tables.attention))[POLICY_RULE], shapes)
+    indexer = choices(dict(rules(tables.metadata))[POLICY_RULE], shapes)
+    engine = [tables.attention.incumbent] * len(shapes)
+    served = _served(pricer, prices, shapes, weights, policy, indexer)
+    if served is None:
+        raise AssertionError("a policy answers no candidate past its limit")
+    return ChunkSize(
+        chunk_tokens=chunk_tokens,
+        forwards=round(float(weights.sum())),
+        policy=served,
+        incumbent=_served(pricer, prices, shapes, weights, engine, [tables.metadata.incumbent] * len(shapes)),
+    )
+
+
+def _served(
+    pricer: Pricer,
+    prices: Prices,
+    shapes: Sequence[AnyShape],
+    weights: np.typing.NDArray[np.float64],
+    attention: Sequence[str],
+    metadata: Sequence[str],
+) -> Served | None:
+    per_forward_us = prices.metadata.of(metadata)
+    for layer in prices.attention:
+        per_forward_us = per_forward_us + layer.of(attention)
+    if not np.isfinite(per_forward_us).all():
+        return None
+    heads, sm_count = pricer.tables.attention.h_q, pricer.costs.environment.sm_count
+    peak = max(
+        forward_bytes(pricer.model, heads, name, shape, sm_count) for name, shape in zip(attention, shapes, strict=True)
+    )
+    return Served(float((per_forward_us * weights).sum()), peak, tuple(sorted(set(attention))))
+
+
+def advise(sizes: Sequence[ChunkSize], noise_band: float) -> Advice:
+    """The chunk size to set. Raises :class:`UsageError` for none to choose from."""
+    if not sizes:
+        raise UsageError("a chunk size is chosen from at least one: got none; accepted: " + str(CHUNK_SIZES))
+    fastest = min(sizes, key=lambda size: (size.policy.time_us, size.chunk_tokens))
+    close = [size for size in sizes if size.policy.time_us <= fastest.policy.time_us * (1 + noise_band)]
+    best = min(close, key=lambda size: (size.policy.workspace_bytes, size.chunk_tokens))
+    if best is fastest:
+        others = "" if len(close) == 1 else " and the least workspace of those within the noise band"
+        return Advice(best.chunk_tokens, f"the smallest time{others}")
+    slower = best.policy.time_us / fastest.policy.time_us - 1
+    return Advice(
+        best.chunk_tokens,
+        f"{slower:.2%} slower than {fastest.chunk_tokens}, within the noise band of {noise_band:.2%}, with "
+        f"{best.policy.workspace_bytes / fastest.policy.workspace_bytes:.0%} of its workspace",
+    )
