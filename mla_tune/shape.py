@@ -145,7 +145,10 @@ class Workload:
 
 
 def workload(site: Site, shape: AnyShape) -> Workload:
-    """Work at ``shape``, summed over its requests in exact integers. Row and width rules are those of SGLang 0.5.23's sparse prefill workspace."""
+    """Work at ``shape``, summed over its requests in exact integers.
+
+    Row and width rules are those of SGLang 0.5.23's sparse prefill workspace.
+    """
     layer = site.layer
     requests = list(zip(shape.extend_lens(), shape.seq_lens(), strict=True))
     context = max(seq for _, seq in requests)

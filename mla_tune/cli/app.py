@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from mla_tune import __version__
-from mla_tune.cli import databases, machine, policies, probing, sweeping
+from mla_tune.cli import chunking, databases, machine, policies, probing, spotting, sweeping, traffic
 from mla_tune.errors import UsageError
 
 _UsageProblem: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -26,6 +26,9 @@ app.command()(policies.fit)
 app.command()(policies.lookup)
 app.command()(policies.explain)
 app.command()(probing.probe)
+app.command()(traffic.traffic)
+app.command()(spotting.spot_check)
+app.command()(chunking.chunks)
 app.command()(machine.verify)
 app.command()(machine.env)
 

@@ -14,7 +14,8 @@ import numpy as np
 
 from mla_tune.errors import UsageError
 from mla_tune.learn.evaluate import rules
-from mla_tune.learn.workspace import forward_bytes
+from mla_tune.learn.work import Array
+from mla_tune.learn.workspace import forward_bytes, workspace
 from mla_tune.policy_rules import POLICY_RULE
 from mla_tune.shape import AnyShape, RaggedShape, Shape
 from mla_tune.traffic.judge import choices
@@ -22,6 +23,8 @@ from mla_tune.traffic.prices import Pricer, Prices
 
 CHUNK_SIZES = tuple(1 << n for n in range(10, 17))
 """1K to 64K query tokens, the sizes that a sweep times."""
+MAX_FORWARDS = 1 << 17
+"""Most forwards of one round of prompts: a million tokens for each of 128 prompts in the smallest chunks."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,8 +56,8 @@ class ChunkSize:
     """What one chunk size costs."""
 
     chunk_tokens: int
-    forwards: int
-    """Forwards of all prompts."""
+    forwards: float
+    """Forwards of all prompts; of a distribution, the weighted mean."""
     policy: Served
     incumbent: Served | None
     """None where the engine's own choice is past its limit at this size."""
@@ -80,6 +83,11 @@ def side_by_side(prompt_tokens: int, chunk_tokens: int, concurrency: int) -> Cou
         )
     found: Counter[AnyShape] = Counter()
     total = prompt_tokens * concurrency
+    if total > MAX_FORWARDS * chunk_tokens:
+        raise UsageError(
+            f"prompts must be prefilled in at most {MAX_FORWARDS} forwards: got {concurrency} of {prompt_tokens} tokens in "
+            f"chunks of {chunk_tokens}; accepted: fewer or shorter ones"
+        )
     for start in range(0, total, chunk_tokens):
         tokens = min(chunk_tokens, total - start)
         if tokens < concurrency:  # the last few tokens, one each
@@ -89,42 +97,53 @@ def side_by_side(prompt_tokens: int, chunk_tokens: int, concurrency: int) -> Cou
     return found
 
 
+def distribution(prompts: Sequence[Prompts], chunk_tokens: int, concurrency: int) -> dict[AnyShape, float]:
+    """Forwards of :func:`side_by_side` over prompts of several lengths, each counting by its weight over all weights."""
+    total = sum(prompt.weight for prompt in prompts)
+    found: dict[AnyShape, float] = {}
+    for prompt in prompts:
+        for shape, count in side_by_side(prompt.tokens, chunk_tokens, concurrency).items():
+            found[shape] = found.get(shape, 0.0) + count * prompt.weight / total
+    return found
+
+
 def chunk_size(pricer: Pricer, chunk_tokens: int, forwards: Mapping[AnyShape, float]) -> ChunkSize:
     """The costs of ``forwards``, each with how often it occurs, which were batched in chunks of ``chunk_tokens``."""
-    shapes, weights = list(forwards), np.array(list(forwards.values()), dtype=np.float64)
-    prices, tables = pricer.prices(shapes), pricer.tables
-    policy = choices(dict(rules(tables.attention))[POLICY_RULE], shapes)
-    indexer = choices(dict(rules(tables.metadata))[POLICY_RULE], shapes)
-    engine = [tables.attention.incumbent] * len(shapes)
-    served = _served(pricer, prices, shapes, weights, policy, indexer)
-    if served is None:
-        raise AssertionError("a policy answers no candidate past its limit")
-    return ChunkSize(
-        chunk_tokens=chunk_tokens,
-        forwards=round(float(weights.sum())),
-        policy=served,
-        incumbent=_served(pricer, prices, shapes, weights, engine, [tables.metadata.incumbent] * len(shapes)),
-    )
+    shapes, tables = list(forwards), pricer.tables
+    batched = _Batched(pricer, pricer.prices(shapes), np.array(list(forwards.values()), dtype=np.float64))
+    by_policy = (choices(dict(rules(table))[POLICY_RULE], shapes) for table in (tables.attention, tables.metadata))
+    by_engine = ([table.incumbent] * len(shapes) for table in (tables.attention, tables.metadata))
+    policy = batched.served(*by_policy)
+    assert policy is not None, "a policy answers no candidate past its limit"
+    return ChunkSize(chunk_tokens, float(batched.weights.sum()), policy, batched.served(*by_engine))
 
 
-def _served(
-    pricer: Pricer,
-    prices: Prices,
-    shapes: Sequence[AnyShape],
-    weights: np.typing.NDArray[np.float64],
-    attention: Sequence[str],
-    metadata: Sequence[str],
-) -> Served | None:
-    per_forward_us = prices.metadata.of(metadata)
-    for layer in prices.attention:
-        per_forward_us = per_forward_us + layer.of(attention)
-    if not np.isfinite(per_forward_us).all():
-        return None
-    heads, sm_count = pricer.tables.attention.h_q, pricer.costs.environment.sm_count
-    peak = max(
-        forward_bytes(pricer.model, heads, name, shape, sm_count) for name, shape in zip(attention, shapes, strict=True)
-    )
-    return Served(float((per_forward_us * weights).sum()), peak, tuple(sorted(set(attention))))
+@dataclass(frozen=True, slots=True, eq=False)
+class _Batched:
+    """Forwards with their prices and weights."""
+
+    pricer: Pricer
+    prices: Prices
+    weights: Array
+
+    def served(self, attention: Sequence[str], metadata: Sequence[str]) -> Served | None:
+        """What these choices, one for each forward, take; None where one of them is past its limit."""
+        per_forward_us = self.prices.metadata.of(metadata)
+        for layer in self.prices.attention:
+            per_forward_us = per_forward_us + layer.of(attention)
+        if not np.isfinite(per_forward_us).all():
+            return None
+        names = np.array(attention)
+        peaks = [float(self._bytes(name)[names == name].max()) for name in sorted(set(attention))]
+        return Served(float((per_forward_us * self.weights).sum()), int(max(peaks)), tuple(sorted(set(attention))))
+
+    def _bytes(self, candidate: str) -> Array:
+        """Workspace of whole forwards, (num_forwards,)."""
+        sm_count = self.pricer.costs.environment.sm_count
+        sites = (site for site, _ in self.pricer.sites)
+        return forward_bytes(
+            [workspace(site, candidate, load, sm_count) for site, load in zip(sites, self.prices.works, strict=True)]
+        )
 
 
 def advise(sizes: Sequence[ChunkSize], noise_band: float) -> Advice:

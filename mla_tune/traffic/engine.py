@@ -19,7 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mla_tune.errors import UsageError
-from mla_tune.shape import RaggedShape
+from mla_tune.shape import AnyShape, RaggedShape
 from mla_tune.traffic.requests import Request, Source
 
 Clock = Callable[[RaggedShape], float]
@@ -98,9 +98,14 @@ class Replay:
     served: tuple[Served, ...]
     """Every request, in the order of arrival."""
 
-    def forwards(self) -> Counter[RaggedShape]:
+    def forwards(self) -> Counter[AnyShape]:
         """Distinct prefill forwards with how often each occurred, in the order of their first occurrence."""
         return Counter(step.shape() for step in self.steps)
+
+    def full_share(self, chunk_tokens: int) -> float:
+        """Share of the prefill forwards that are full chunks; 0 for none."""
+        full = sum(sum(part.tokens for part in step.parts) == chunk_tokens for step in self.steps)
+        return full / len(self.steps) if self.steps else 0.0
 
     @property
     def prompt_tokens(self) -> int:

@@ -141,5 +141,3 @@ def _fastest(prices: LayerPrices) -> list[str]:
 def _inside(table: Table, shape: AnyShape) -> bool:
     (q_low, q_high), (kv_low, kv_high) = table.measured.num_qo_tokens, table.measured.kv_tokens
     return q_low <= shape.num_qo_tokens <= q_high and kv_low <= shape.kv_tokens <= kv_high
-
-

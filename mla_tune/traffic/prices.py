@@ -17,7 +17,7 @@ from mla_tune.errors import PolicyError
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.observations import shares
 from mla_tune.learn.scope import scope
-from mla_tune.learn.work import Array, work
+from mla_tune.learn.work import Array, Work, work
 from mla_tune.policy import Limit, Table
 from mla_tune.shape import AnyShape, RaggedShape, Shape
 from mla_tune.site import FORWARD, MODELS, ModelConfig, Site, SiteName
@@ -61,6 +61,8 @@ class Prices:
 
     attention: tuple[LayerPrices, ...]
     metadata: LayerPrices
+    works: tuple[Work, ...]
+    """Work at each layer type."""
 
     def attention_of(self, candidate: str) -> Array:
         """Attention of whole forwards when every layer takes ``candidate``, (num_forwards,)."""
@@ -74,10 +76,10 @@ class Pricer:
         """Raises :class:`PolicyError` if a table names a candidate that the measurements lack."""
         self.costs, self.tables = costs, tables
         self.model = tables.model
-        attention = scope(SiteName.PREFILL_ATTENTION, self.model, FORWARD, tables.attention.h_q)
-        self.sites: tuple[tuple[Site, int], ...] = attention.parts
+        self._attention = scope(SiteName.PREFILL_ATTENTION, self.model, FORWARD, tables.attention.h_q)
+        self.sites: tuple[tuple[Site, int], ...] = self._attention.parts
         self._metadata = scope(SiteName.INDEXER_METADATA, self.model, FORWARD, None)
-        for table, parts in ((tables.attention, attention.parts), (tables.metadata, self._metadata.parts)):
+        for table, parts in ((tables.attention, self.sites), (tables.metadata, self._metadata.parts)):
             for site, _ in parts:
                 lacking = set(table.candidates) - set(costs.candidates(site))
                 if lacking:
@@ -89,17 +91,25 @@ class Pricer:
     def prices(self, forwards: Sequence[AnyShape]) -> Prices:
         """Predicted costs of ``forwards``, in their order."""
         tokens = np.array([forward.num_qo_tokens for forward in forwards], dtype=np.float64)
+        works = tuple(work(site, forwards) for site, _ in self.sites)
         names = self.tables.attention.candidates
         layers = []
-        for site, count in self.sites:
-            load, share = work(site, forwards), shares(self.model, site)
+        for (site, count), load, table in zip(self.sites, works, self.tables.layers, strict=True):
+            share = shares(self.model, site)
             us = np.stack([count * self.costs.costs(site, name).amortized_us(load, share) for name in names])
-            layers.append(LayerPrices(site.layer, names, _limited(us, names, tokens, self.tables.attention.limits)))
-        metadata = self.tables.metadata.candidates
-        works = [work(site, forwards) for site, _ in self._metadata.parts]
-        us = np.stack([self._metadata.predicted_us(self.costs, name, works) for name in metadata])
-        return Prices(
-            tuple(layers), LayerPrices(FORWARD, metadata, _limited(us, metadata, tokens, self.tables.metadata.limits))
+            layers.append(LayerPrices(site.layer, names, _limited(us, names, tokens, table.limits)))
+        indexer = self.tables.metadata.candidates
+        loads = [work(site, forwards) for site, _ in self._metadata.parts]
+        us = np.stack([self._metadata.predicted_us(self.costs, name, loads) for name in indexer])
+        metadata = LayerPrices(FORWARD, indexer, _limited(us, indexer, tokens, self.tables.metadata.limits))
+        return Prices(tuple(layers), metadata, works)
+
+    def incumbent_us(self, forward: AnyShape) -> float:
+        """Attention and indexer of one forward under the engine's own choice, limits aside."""
+        names = self.tables.attention.incumbent, self.tables.metadata.incumbent
+        return sum(
+            float(where.predicted_us(self.costs, name, [work(site, [forward]) for site, _ in where.parts])[0])
+            for where, name in zip((self._attention, self._metadata), names, strict=True)
         )
 
 
@@ -126,21 +136,11 @@ class IncumbentClock:
     _known: dict[Shape, float] = field(default_factory=dict)
 
     def __call__(self, forward: RaggedShape) -> float:
-        """Microseconds; where the engine's own choice fails, the fastest candidate's."""
+        """Microseconds, limits aside: past one, what the curves say that it would take."""
         shape = _rounded(forward)
         if shape not in self._known:
-            self._known[shape] = self._time_us(shape)
+            self._known[shape] = self.pricer.incumbent_us(shape)
         return self._known[shape]
-
-    def _time_us(self, shape: Shape) -> float:
-        prices, tables = self.pricer.prices([shape]), self.pricer.tables
-        attention = float(prices.attention_of(tables.attention.incumbent)[0])
-        metadata = float(prices.metadata.of([tables.metadata.incumbent])[0])
-        if math.isinf(attention):
-            attention = min(float(prices.attention_of(name)[0]) for name in tables.attention.candidates)
-        if math.isinf(metadata):
-            metadata = float(prices.metadata.total_us.min())
-        return attention + metadata
 
 
 def _rounded(forward: RaggedShape) -> Shape:
