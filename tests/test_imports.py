@@ -43,7 +43,7 @@ LAYERS: dict[str, set[str]] = {
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
     "learn": {"store", "lookup"} | POLICY | WORDS,
-    "traffic": {"store", "lookup", "learn"} | POLICY | WORDS,
+    "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"runtime", "policy", "errors", "site"},
 }

@@ -17,9 +17,9 @@ from mla_tune.errors import UsageError
 from mla_tune.site import model as find_model
 
 if TYPE_CHECKING:
+    from mla_tune.replay.chunks import Prompts
+    from mla_tune.replay.prices import Pricer
     from mla_tune.shape import AnyShape
-    from mla_tune.traffic.chunks import Prompts
-    from mla_tune.traffic.prices import Pricer
 
 PromptOption = Annotated[
     list[str] | None,
@@ -58,7 +58,7 @@ def chunks(
             "chunk sizes are judged on prompts or a trace, one of the two: pass --prompt N or --trace FILE"
         )
     from mla_tune.cli import traffic_output
-    from mla_tune.traffic.chunks import CHUNK_SIZES, advise, chunk_size
+    from mla_tune.replay.chunks import CHUNK_SIZES, advise, chunk_size
 
     longest = find_model(model).max_context
     at_a_time = (1 if trace is None else 64) if concurrency is None else concurrency
@@ -77,7 +77,7 @@ def chunks(
 
 def _of_prompts(texts: list[str], concurrency: int, longest: int) -> _Batched:
     """Prompts of stated lengths, ``concurrency`` of each at a time."""
-    from mla_tune.traffic.chunks import distribution
+    from mla_tune.replay.chunks import distribution
 
     prompts = [_prompts(text, longest) for text in texts]
     each = f"{concurrency} prompts of each at a time" if concurrency > 1 else "one prompt at a time"
@@ -90,8 +90,8 @@ def _of_prompts(texts: list[str], concurrency: int, longest: int) -> _Batched:
 def _of_trace(path: Path, concurrency: int, speed: float, longest: int) -> _Batched:
     """A trace, replayed with the incumbent's clock."""
     from mla_tune.cli import replaying
-    from mla_tune.traffic.engine import Engine, replay
-    from mla_tune.traffic.prices import IncumbentClock
+    from mla_tune.replay.engine import Engine, replay
+    from mla_tune.replay.prices import IncumbentClock
 
     offered = replaying.of_trace(path, speed, longest)
 
@@ -103,7 +103,7 @@ def _of_trace(path: Path, concurrency: int, speed: float, longest: int) -> _Batc
 
 def _prompts(text: str, longest: int) -> Prompts:
     """``TOKENS`` or ``TOKENS:WEIGHT``."""
-    from mla_tune.traffic.chunks import Prompts
+    from mla_tune.replay.chunks import Prompts
 
     tokens, _, weight = text.partition(":")
     try:

@@ -16,7 +16,7 @@ from mla_tune.site import model as find_model
 
 if TYPE_CHECKING:
     from mla_tune.learn.costs import CostModel
-    from mla_tune.traffic.prices import Pricer
+    from mla_tune.replay.prices import Pricer
 
 
 def named_policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
@@ -73,7 +73,7 @@ def evidence(model: str, h_q: int | None, gpu: str, policy: Path | None, measure
 
     Raises :class:`PolicyError` where the policy lacks a table that a whole forward needs.
     """
-    from mla_tune.traffic.prices import Pricer, Tables
+    from mla_tune.replay.prices import Pricer, Tables
 
     loaded, name = named_policy(policy, gpu)
     dispatcher, config = Dispatcher(loaded, source=name), find_model(model)

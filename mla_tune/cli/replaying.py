@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_tune.cli.evidence import Evidence
-from mla_tune.traffic.agents import AgentMix, Agents
-from mla_tune.traffic.engine import Engine, Replay, replay
-from mla_tune.traffic.judge import Judgement, judge
-from mla_tune.traffic.prices import IncumbentClock
-from mla_tune.traffic.requests import Source
-from mla_tune.traffic.spot import FORMAT, VERSION, ForwardList, draw, write_forwards
-from mla_tune.traffic.trace import read_trace
+from mla_tune.replay.agents import AgentMix, Agents
+from mla_tune.replay.engine import Engine, Replay, replay
+from mla_tune.replay.judge import Judgement, judge
+from mla_tune.replay.prices import IncumbentClock
+from mla_tune.replay.requests import Source
+from mla_tune.replay.spot import FORMAT, VERSION, ForwardList, draw, write_forwards
+from mla_tune.replay.trace import read_trace
 
 
 @dataclass(frozen=True, slots=True)

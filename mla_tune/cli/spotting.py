@@ -19,8 +19,8 @@ from mla_tune.site import Site
 
 if TYPE_CHECKING:
     from mla_tune.learn.observations import Observations
-    from mla_tune.traffic.compare import Comparison
-    from mla_tune.traffic.spot import ForwardList
+    from mla_tune.replay.compare import Comparison
+    from mla_tune.replay.spot import ForwardList
 
 
 def spot_check(
@@ -34,7 +34,7 @@ def spot_check(
     """Time drawn forwards with real kernels on this machine, and print predicted against measured."""
     positive_seconds("--timeout", timeout)
     from mla_tune.cli import traffic_output
-    from mla_tune.traffic.spot import read_forwards
+    from mla_tune.replay.spot import read_forwards
 
     drawn = read_forwards(forwards)
     found = evidence(drawn.model, drawn.h_q, gpu, policy, measurements)
@@ -47,7 +47,7 @@ def measured(found: Evidence, drawn: ForwardList, gpu: str, timeout_s: float, qu
     Every candidate is checked against the reference before it is timed, as in a sweep. Raises :class:`MlaTuneError` where
     nothing ran.
     """
-    from mla_tune.traffic.compare import compare
+    from mla_tune.replay.compare import compare
 
     device = this_device(gpu)
     if device.sku != found.sku:

@@ -77,8 +77,8 @@ def traffic(
         )
     positive_seconds("--timeout", timeout)
     from mla_tune.cli import replaying, spotting, traffic_output
-    from mla_tune.traffic.agents import AgentMix
-    from mla_tune.traffic.engine import Engine
+    from mla_tune.replay.agents import AgentMix
+    from mla_tune.replay.engine import Engine
 
     engine, longest = Engine(chunk, concurrency, rest_us, rest_us_per_token, decode_us), find_model(model).max_context
     if trace is not None:

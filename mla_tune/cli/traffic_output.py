@@ -13,9 +13,9 @@ from mla_tune.cli.render import console
 from mla_tune.cli.replaying import Judged, engine_label
 
 if TYPE_CHECKING:
-    from mla_tune.traffic.chunks import Advice, ChunkSize
-    from mla_tune.traffic.compare import Comparison
-    from mla_tune.traffic.judge import RuleTotal
+    from mla_tune.replay.chunks import Advice, ChunkSize
+    from mla_tune.replay.compare import Comparison
+    from mla_tune.replay.judge import RuleTotal
 
 _MIB = float(1 << 20)
 

@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.traffic.requests import Request
-from mla_tune.traffic.trace import read_trace
+from mla_tune.replay.requests import Request
+from mla_tune.replay.trace import read_trace
 
 EXCERPT = Path(__file__).with_name("conversation.jsonl")
 """Made up in the published format: 24 requests of six conversations."""

@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.scope import scope
+from mla_tune.replay.compare import compare
+from mla_tune.replay.spot import FORMAT, VERSION, ForwardList, draw, read_forwards, write_forwards
 from mla_tune.shape import AnyShape, RaggedShape, Shape
 from mla_tune.site import FORWARD, SiteName
 from mla_tune.store.measurement import Role
-from mla_tune.traffic.compare import compare
-from mla_tune.traffic.spot import FORMAT, VERSION, ForwardList, draw, read_forwards, write_forwards
+from tests.replay.conftest import export, pricer
 from tests.shapes import one_by_one, ragged_shapes
-from tests.traffic.conftest import export, pricer
 
 occurrences = st.dictionaries(ragged_shapes(4, 30, 300), st.integers(1, 9), min_size=1, max_size=20)
 

@@ -17,9 +17,9 @@ from mla_tune.learn.evaluate import rules
 from mla_tune.learn.work import Array
 from mla_tune.learn.workspace import forward_bytes, workspace
 from mla_tune.policy_rules import POLICY_RULE
+from mla_tune.replay.judge import choices
+from mla_tune.replay.prices import Pricer, Prices
 from mla_tune.shape import AnyShape, RaggedShape, Shape
-from mla_tune.traffic.judge import choices
-from mla_tune.traffic.prices import Pricer, Prices
 
 CHUNK_SIZES = tuple(1 << n for n in range(10, 17))
 """1K to 64K query tokens, the sizes that a sweep times."""

@@ -10,10 +10,10 @@ import numpy as np
 from mla_tune.learn.evaluate import rules
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.scope import scope
+from mla_tune.replay.judge import choices
+from mla_tune.replay.prices import Pricer
 from mla_tune.shape import RaggedShape
 from mla_tune.site import FORWARD, SiteName
-from mla_tune.traffic.judge import choices
-from mla_tune.traffic.prices import Pricer
 
 
 @dataclass(frozen=True, slots=True)

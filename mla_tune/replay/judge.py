@@ -12,8 +12,8 @@ from mla_tune.learn.evaluate import Rule, rules
 from mla_tune.learn.work import Array
 from mla_tune.policy import Table
 from mla_tune.policy_rules import POLICY_RULE
+from mla_tune.replay.prices import LayerPrices, Pricer, Prices
 from mla_tune.shape import AnyShape
-from mla_tune.traffic.prices import LayerPrices, Pricer, Prices
 
 LAYERED_RULE = "policy, each layer type by its own table"
 ORACLE = "fastest candidate of each forward"
@@ -66,8 +66,8 @@ class Judgement:
 
 
 def choices(rule: Rule, forwards: Sequence[AnyShape]) -> list[str]:
-    """What ``rule`` answers at each forward: the one place that knows which integers a rule takes."""
-    return [rule(forward.num_qo_tokens, forward.kv_tokens) for forward in forwards]
+    """What ``rule`` answers at each forward: all that it sees of unequal requests is their number and their sums."""
+    return [rule(forward.num_qo_tokens, forward.kv_tokens, forward.num_reqs) for forward in forwards]
 
 
 def judge(pricer: Pricer, forwards: Mapping[AnyShape, int]) -> Judgement:
@@ -139,5 +139,10 @@ def _fastest(prices: LayerPrices) -> list[str]:
 
 
 def _inside(table: Table, shape: AnyShape) -> bool:
-    (q_low, q_high), (kv_low, kv_high) = table.measured.num_qo_tokens, table.measured.kv_tokens
-    return q_low <= shape.num_qo_tokens <= q_high and kv_low <= shape.kv_tokens <= kv_high
+    measured = table.measured
+    sizes = (
+        (measured.num_qo_tokens, shape.num_qo_tokens),
+        (measured.kv_tokens, shape.kv_tokens),
+        (measured.num_reqs, shape.num_reqs),
+    )
+    return all(low <= size <= high for (low, high), size in sizes)

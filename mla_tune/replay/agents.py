@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from mla_tune.errors import UsageError
-from mla_tune.traffic.requests import Request
+from mla_tune.replay.requests import Request
 
 _MAX_TURNS = 1 << 20
 
@@ -57,7 +57,7 @@ class AgentMix:
 
 @dataclass(slots=True)
 class Agents:
-    """The requests of a mix, for one replay. A :class:`mla_tune.traffic.requests.Source`."""
+    """The requests of a mix, for one replay. A :class:`mla_tune.replay.requests.Source`."""
 
     mix: AgentMix
     _rngs: list[random.Random] = field(default_factory=list)

@@ -19,8 +19,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mla_tune.errors import UsageError
+from mla_tune.replay.requests import Request, Source
 from mla_tune.shape import AnyShape, RaggedShape
-from mla_tune.traffic.requests import Request, Source
 
 Clock = Callable[[RaggedShape], float]
 """``clock(forward)`` -> microseconds of its attention and indexer."""

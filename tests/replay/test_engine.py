@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
+from mla_tune.replay.agents import AgentMix, Agents
+from mla_tune.replay.engine import Engine, Replay, replay
+from mla_tune.replay.requests import Request, Source
+from mla_tune.replay.trace import Trace
 from mla_tune.shape import RaggedShape
-from mla_tune.traffic.agents import AgentMix, Agents
-from mla_tune.traffic.engine import Engine, Replay, replay
-from mla_tune.traffic.requests import Request, Source
-from mla_tune.traffic.trace import Trace
-from tests.traffic.conftest import engines, small_traces
+from tests.replay.conftest import engines, small_traces
 
 mixes = st.builds(
     AgentMix,

@@ -9,12 +9,12 @@ from hypothesis import strategies as st
 
 from mla_tune.learn.costs import CostModel
 from mla_tune.policy import Table, load_policy
+from mla_tune.replay.engine import Engine
+from mla_tune.replay.prices import Pricer, Tables
+from mla_tune.replay.requests import Request
+from mla_tune.replay.trace import Trace
 from mla_tune.site import FORWARD, MODELS, SiteName
 from mla_tune.store.export import Export, read_export
-from mla_tune.traffic.engine import Engine
-from mla_tune.traffic.prices import Pricer, Tables
-from mla_tune.traffic.requests import Request
-from mla_tune.traffic.trace import Trace
 
 ROOT = Path(__file__).parents[2]
 EVERY = [(model.name, h_q) for model in MODELS.values() for h_q in model.heads]

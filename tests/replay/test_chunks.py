@@ -9,10 +9,7 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.learn.work import work
 from mla_tune.learn.workspace import forward_bytes, workspace
-from mla_tune.shape import Shape
-from mla_tune.site import MODELS, LayerType, Site, SiteName
-from mla_tune.store.measurement import Outcome
-from mla_tune.traffic.chunks import (
+from mla_tune.replay.chunks import (
     CHUNK_SIZES,
     ChunkSize,
     Prompts,
@@ -22,7 +19,10 @@ from mla_tune.traffic.chunks import (
     distribution,
     side_by_side,
 )
-from tests.traffic.conftest import EVERY, export, pricer
+from mla_tune.shape import Shape
+from mla_tune.site import MODELS, LayerType, Site, SiteName
+from mla_tune.store.measurement import Outcome
+from tests.replay.conftest import EVERY, export, pricer
 
 MIB = 1 << 20
 

@@ -17,12 +17,12 @@ from mla_tune.learn.evaluate import rules
 from mla_tune.learn.scope import scope
 from mla_tune.learn.work import work
 from mla_tune.policy import Limit
+from mla_tune.replay.judge import LAYERED_RULE, ORACLE, judge
+from mla_tune.replay.prices import IncumbentClock, Pricer
 from mla_tune.shape import AnyShape, RaggedShape
 from mla_tune.site import FORWARD, SiteName
-from mla_tune.traffic.judge import LAYERED_RULE, ORACLE, judge
-from mla_tune.traffic.prices import IncumbentClock, Pricer
+from tests.replay.conftest import EVERY, export, pricer
 from tests.shapes import one_by_one, ragged_shapes, shapes
-from tests.traffic.conftest import EVERY, export, pricer
 
 forwards = st.dictionaries(ragged_shapes(8, 3000, 60_000), st.integers(1, 5), min_size=1, max_size=12)
 ROUNDING = 1 + 1e-9
@@ -56,7 +56,7 @@ def test_a_rule_costs_what_its_choices_cost_one_by_one(model: tuple[str, int], o
     for name, rule in rules(tables.attention):
         per_forward_us, differs = [], 0
         for shape, count in occurred.items():
-            picked = rule(shape.num_qo_tokens, shape.kv_tokens)
+            picked = rule(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
             us = float(where.predicted_us(prices.costs, picked, [work(site, [shape]) for site, _ in where.parts])[0])
             per_forward_us += [us] * count
             differs += count * (picked != tables.attention.incumbent)

@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 
 from mla_tune.errors import UsageError
-from mla_tune.traffic.requests import Request
+from mla_tune.replay.requests import Request
 
 BLOCK_TOKENS = 512
 """Tokens that one id stands for."""
@@ -44,7 +44,7 @@ _DECODER = msgspec.json.Decoder(_Line)
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The requests of a trace, in the order of their arrival. A :class:`mla_tune.traffic.requests.Source`."""
+    """The requests of a trace, in the order of their arrival. A :class:`mla_tune.replay.requests.Source`."""
 
     requests: tuple[Request, ...]
     left_out: int = 0
