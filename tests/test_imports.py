@@ -38,6 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
     "runtime": {"lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
+    "traffic": {"errors", "files"},
     "kernels": WORDS,
     "bench": {"sku", "errors", "files"},
     "store": WORDS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from mla_tune.replay.prices import IncumbentClock
 from mla_tune.replay.requests import Source
 from mla_tune.replay.spot import FORMAT, VERSION, ForwardList, draw, write_forwards
 from mla_tune.replay.trace import read_trace
+from mla_tune.site import SiteName
+from mla_tune.traffic import Shape, bin_middle, bin_start, bounded, write_traffic
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,3 +84,15 @@ def drawn(told: Judged, count: int, seed: int, path: Path | None) -> ForwardList
     if path is not None:
         write_forwards(path, found)
     return found
+
+
+def record(told: Judged, path: Path) -> None:
+    """Write the forwards as a server writes what it was asked, see :mod:`mla_tune.traffic`: once for either site."""
+    model = told.evidence.pricer.model.name
+    cells: Counter[Shape] = Counter()
+    for forward, occurred in told.replay.forwards().items():
+        sizes = (forward.num_qo_tokens, forward.kv_tokens, forward.num_reqs)
+        num_qo_tokens, kv_tokens, num_reqs = (bin_middle(bin_start(size)) for size in sizes)
+        for site in SiteName:
+            cells[Shape(str(site), model, num_qo_tokens, kv_tokens, num_reqs)] += occurred
+    write_traffic(path, bounded(dict(cells)))

@@ -35,6 +35,9 @@ _FirstPromptOption = Annotated[int, typer.Option("--first-prompt", help="Mean to
 _TurnTokensOption = Annotated[int, typer.Option("--turn-tokens", help="Mean new prompt tokens of a later turn.")]
 _GrowthOption = Annotated[int, typer.Option("--growth", help="Mean growth of a context per turn, answers included.")]
 _PauseOption = Annotated[float, typer.Option("--pause-ms", help="Mean pause between a session's turns, ms.")]
+_RecordOption = Annotated[
+    Path | None, typer.Option("--record", help="Write the forwards as MLA_TUNE_RECORD does in a server.")
+]
 _SpotOption = Annotated[
     int | None, typer.Option("--spot-check", help="Draw so many of the forwards, for --forwards or --measure.")
 ]
@@ -62,6 +65,7 @@ def traffic(
     rest_us_per_token: RestTokenOption = 0.0,
     decode_us: DecodeOption = 0.0,
     seed: SeedOption = 0,
+    record: _RecordOption = None,
     spot_check: _SpotOption = None,
     forwards: _ForwardsOption = None,
     measure: _MeasureOption = False,
@@ -88,6 +92,8 @@ def traffic(
         offered = replaying.of_mix(mix)
     found = evidence(model, h_q, gpu, policy, measurements)
     told = replaying.judged(found, offered, engine)
+    if record is not None:
+        replaying.record(told, record)
     drawn = None if spot_check is None else replaying.drawn(told, spot_check, seed, forwards)
     compared = spotting.measured(found, drawn, gpu, timeout, quiet=as_json) if drawn and measure else None
     traffic_output.report(told, compared, as_json)

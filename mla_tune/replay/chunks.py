@@ -23,8 +23,9 @@ from mla_tune.shape import AnyShape, RaggedShape, Shape
 
 CHUNK_SIZES = tuple(1 << n for n in range(10, 17))
 """1K to 64K query tokens, the sizes that a sweep times."""
-MAX_FORWARDS = 1 << 17
-"""Most forwards of one round of prompts: a million tokens for each of 128 prompts in the smallest chunks."""
+MAX_PARTS = 1 << 22
+"""Most parts of prompts in one round, a prompt's share of a forward being one: what is summed up in seconds. A million
+tokens for each of 64 prompts in chunks of 1K."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,9 +84,9 @@ def side_by_side(prompt_tokens: int, chunk_tokens: int, concurrency: int) -> Cou
         )
     found: Counter[AnyShape] = Counter()
     total = prompt_tokens * concurrency
-    if total > MAX_FORWARDS * chunk_tokens:
+    if -(-total // chunk_tokens) * concurrency > MAX_PARTS:
         raise UsageError(
-            f"prompts must be prefilled in at most {MAX_FORWARDS} forwards: got {concurrency} of {prompt_tokens} tokens in "
+            f"prompts must be prefilled in at most {MAX_PARTS} parts: got {concurrency} of {prompt_tokens} tokens in "
             f"chunks of {chunk_tokens}; accepted: fewer or shorter ones"
         )
     for start in range(0, total, chunk_tokens):

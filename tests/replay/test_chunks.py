@@ -160,5 +160,5 @@ def test_prompts_without_tokens_or_weight_are_refused(values: tuple[int, float])
 
 
 def test_prompts_that_would_take_for_ever_are_refused() -> None:
-    with pytest.raises(UsageError, match="at most 131072 forwards"):
+    with pytest.raises(UsageError, match="at most 4194304 parts"):
         side_by_side(1 << 20, 1024, 1024)
