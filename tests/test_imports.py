@@ -17,7 +17,10 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     "mla_tune",
-    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime")),
+    *(
+        f"mla_tune.{name}"
+        for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime", "threshold")
+    ),
     *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
 }
 
@@ -32,9 +35,10 @@ LAYERS: dict[str, set[str]] = {
     "sku": {"errors"},
     "stages": {"errors", "site"},
     "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
-    "policy_rules": {"site", "errors"} | POLICY,
+    "threshold": set(),
+    "policy_rules": {"site", "errors", "threshold"} | POLICY,
     "policy_yaml": {"errors"},
-    "lookup": {"policy", "site", "errors"},
+    "lookup": {"policy", "site", "errors", "threshold"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
     "runtime": {"lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
@@ -43,7 +47,7 @@ LAYERS: dict[str, set[str]] = {
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
-    "learn": {"store", "lookup"} | POLICY | WORDS,
+    "learn": {"store", "lookup", "threshold"} | POLICY | WORDS,
     "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"runtime", "policy", "errors", "site"},

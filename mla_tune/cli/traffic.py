@@ -73,12 +73,7 @@ def traffic(
     as_json: JsonOption = False,
 ) -> None:
     """Replay requests through a server's batching, and judge the policy and every baseline on the forwards."""
-    if (trace is None) == (agents is None):
-        raise UsageError("traffic is a trace or an agentic mix, one of the two: pass --trace FILE or --agents N")
-    if (spot_check is not None) != (forwards is not None or measure):
-        raise UsageError(
-            "forwards are drawn for a purpose: pass --spot-check N with --forwards FILE, --measure or both"
-        )
+    _check_purpose(trace, agents, spot_check, drawn_for=forwards is not None or measure)
     positive_seconds("--timeout", timeout)
     from mla_tune.cli import replaying, spotting, traffic_output
     from mla_tune.replay.agents import AgentMix
@@ -97,3 +92,12 @@ def traffic(
     drawn = None if spot_check is None else replaying.drawn(told, spot_check, seed, forwards)
     compared = spotting.measured(found, drawn, gpu, timeout, quiet=as_json) if drawn and measure else None
     traffic_output.report(told, compared, as_json)
+
+
+def _check_purpose(trace: Path | None, agents: int | None, spot_check: int | None, drawn_for: bool) -> None:
+    if (trace is None) == (agents is None):
+        raise UsageError("traffic is a trace or an agentic mix, one of the two: pass --trace FILE or --agents N")
+    if (spot_check is not None) != drawn_for:
+        raise UsageError(
+            "forwards are drawn for a purpose: pass --spot-check N with --forwards FILE, --measure or both"
+        )
