@@ -12,7 +12,7 @@ import typer
 from mla_tune.cli.evidence import evidence
 from mla_tune.cli.options import JsonOption
 from mla_tune.cli.policies import GpuOption, HeadsOption, MeasurementsOption, ModelOption, PolicyOption
-from mla_tune.cli.traffic import SpeedOption, TraceOption
+from mla_tune.cli.traffic import RestOption, SpeedOption, TraceOption
 from mla_tune.errors import UsageError
 from mla_tune.site import model as find_model
 
@@ -43,6 +43,7 @@ def chunks(
         int | None, typer.Option("--concurrency", help="Requests at a time (default 1 prompt, 64 of a trace).")
     ] = None,
     speed: SpeedOption = float("inf"),
+    rest_us: RestOption = 0.0,
     gpu: GpuOption = "auto",
     policy: PolicyOption = None,
     measurements: MeasurementsOption = None,
@@ -59,17 +60,20 @@ def chunks(
         )
     from mla_tune.cli import traffic_output
     from mla_tune.replay.chunks import CHUNK_SIZES, advise, chunk_size
+    from mla_tune.replay.engine import MAX_REST_US
 
     longest = find_model(model).max_context
+    if not 0 <= rest_us <= MAX_REST_US:
+        raise UsageError(f"--rest-us must be microseconds, at least 0: got {rest_us}; accepted: 0 to {MAX_REST_US:g}")
     at_a_time = (1 if trace is None else 64) if concurrency is None else concurrency
     if trace is None:
         offered = _of_prompts(prompt or [], at_a_time, longest)
     else:
-        offered = _of_trace(trace, at_a_time, speed, longest)
+        offered = _of_trace(trace, at_a_time, speed, rest_us, longest)
     found = evidence(model, h_q, gpu, policy, measurements)
     # Smaller chunks have no token for each of the prompts.
     tried = [size for size in CHUNK_SIZES if size >= at_a_time] or [CHUNK_SIZES[-1]]
-    sizes = [chunk_size(found.pricer, size, offered.forwards(found.pricer, size)) for size in tried]
+    sizes = [chunk_size(found.pricer, size, offered.forwards(found.pricer, size), rest_us) for size in tried]
     advice = advise(sizes, found.pricer.tables.attention.noise_band)
     said = f"{model}, h_q {found.pricer.tables.attention.h_q}, {found.sku}: {offered.label}"
     traffic_output.chunk_sizes(sizes, advice, said, as_json)
@@ -87,7 +91,7 @@ def _of_prompts(texts: list[str], concurrency: int, longest: int) -> _Batched:
     )
 
 
-def _of_trace(path: Path, concurrency: int, speed: float, longest: int) -> _Batched:
+def _of_trace(path: Path, concurrency: int, speed: float, rest_us: float, longest: int) -> _Batched:
     """A trace, replayed with the incumbent's clock."""
     from mla_tune.cli import replaying
     from mla_tune.replay.engine import Engine, replay
@@ -96,7 +100,7 @@ def _of_trace(path: Path, concurrency: int, speed: float, longest: int) -> _Batc
     offered = replaying.of_trace(path, speed, longest)
 
     def forwards(pricer: Pricer, size: int) -> Mapping[AnyShape, float]:
-        return replay(offered.source, Engine(size, concurrency), IncumbentClock(pricer)).forwards()
+        return replay(offered.source, Engine(size, concurrency, rest_us), IncumbentClock(pricer)).forwards()
 
     return _Batched(f"{offered.label}, concurrency {concurrency}", forwards)
 

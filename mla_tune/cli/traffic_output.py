@@ -163,7 +163,11 @@ def chunk_sizes(sizes: Sequence[ChunkSize], advice: Advice, said: str, as_json: 
             f"{large.workspace_bytes / small.workspace_bytes:.2f} x the workspace",
             highlight=False,
         )
-    console.print(f"set {advice.chunk_tokens}: {advice.reason}", highlight=False)
+    rest_us = sizes[0].rest_us / sizes[0].forwards
+    console.print(
+        f"set {advice.chunk_tokens}: {advice.reason}; with {rest_us:g} us a forward for the rest of the model (--rest-us)",
+        highlight=False,
+    )
 
 
 def _time_and_bytes(time_us: float, workspace_bytes: int) -> tuple[str, str]:

@@ -1,7 +1,8 @@
 """Which chunk size to prefill with: attention and indexer time, and workspace, of the same prompts in chunks of each size.
 
 Larger chunks dequantize and schedule less often; their workspace grows with the query tokens. The smallest time wins, and
-where several sizes are within the noise band of it, the one of them that needs the least memory.
+where several sizes are within the noise band of it, the one of them that needs the least memory. What else a forward costs,
+whatever its size (launches, weights read once more), speaks for larger chunks: it enters as a stated time per forward.
 """
 
 from __future__ import annotations
@@ -62,6 +63,13 @@ class ChunkSize:
     policy: Served
     incumbent: Served | None
     """None where the engine's own choice is past its limit at this size."""
+    rest_us: float = 0.0
+    """What all forwards cost besides, whatever their size."""
+
+    @property
+    def total_us(self) -> float:
+        """What the advice goes by: the time under the policy and the rest."""
+        return self.policy.time_us + self.rest_us
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,15 +116,21 @@ def distribution(prompts: Sequence[Prompts], chunk_tokens: int, concurrency: int
     return found
 
 
-def chunk_size(pricer: Pricer, chunk_tokens: int, forwards: Mapping[AnyShape, float]) -> ChunkSize:
-    """The costs of ``forwards``, each with how often it occurs, which were batched in chunks of ``chunk_tokens``."""
+def chunk_size(
+    pricer: Pricer, chunk_tokens: int, forwards: Mapping[AnyShape, float], rest_us: float = 0.0
+) -> ChunkSize:
+    """The costs of ``forwards``, each with how often it occurs, which were batched in chunks of ``chunk_tokens``.
+
+    ``rest_us`` is what the rest of the model costs in every forward beyond a share for each token.
+    """
     shapes, tables = list(forwards), pricer.tables
     batched = _Batched(pricer, pricer.prices(shapes), np.array(list(forwards.values()), dtype=np.float64))
     by_policy = (choices(dict(rules(table))[POLICY_RULE], shapes) for table in (tables.attention, tables.metadata))
     by_engine = ([table.incumbent] * len(shapes) for table in (tables.attention, tables.metadata))
     policy = batched.served(*by_policy)
     assert policy is not None, "a policy answers no candidate past its limit"
-    return ChunkSize(chunk_tokens, float(batched.weights.sum()), policy, batched.served(*by_engine))
+    count = float(batched.weights.sum())
+    return ChunkSize(chunk_tokens, count, policy, batched.served(*by_engine), rest_us * count)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -151,13 +165,13 @@ def advise(sizes: Sequence[ChunkSize], noise_band: float) -> Advice:
     """The chunk size to set. Raises :class:`UsageError` for none to choose from."""
     if not sizes:
         raise UsageError("a chunk size is chosen from at least one: got none; accepted: " + str(CHUNK_SIZES))
-    fastest = min(sizes, key=lambda size: (size.policy.time_us, size.chunk_tokens))
-    close = [size for size in sizes if size.policy.time_us <= fastest.policy.time_us * (1 + noise_band)]
+    fastest = min(sizes, key=lambda size: (size.total_us, size.chunk_tokens))
+    close = [size for size in sizes if size.total_us <= fastest.total_us * (1 + noise_band)]
     best = min(close, key=lambda size: (size.policy.workspace_bytes, size.chunk_tokens))
     if best is fastest:
         others = "" if len(close) == 1 else " and the least workspace of those within the noise band"
         return Advice(best.chunk_tokens, f"the smallest time{others}")
-    slower = best.policy.time_us / fastest.policy.time_us - 1
+    slower = best.total_us / fastest.total_us - 1
     return Advice(
         best.chunk_tokens,
         f"{slower:.2%} slower than {fastest.chunk_tokens}, within the noise band of {noise_band:.2%}, with "

@@ -22,6 +22,9 @@ from mla_tune.errors import UsageError
 from mla_tune.replay.requests import Request, Source
 from mla_tune.shape import AnyShape, RaggedShape
 
+MAX_REST_US = 1e9
+"""Longest time of anything that a server does at once: a quarter of an hour is none that serves."""
+
 Clock = Callable[[RaggedShape], float]
 """``clock(forward)`` -> microseconds of its attention and indexer."""
 
@@ -49,8 +52,10 @@ class Engine:
             )
         for name in ("rest_us", "rest_us_per_token", "decode_us"):
             value: float = getattr(self, name)
-            if not 0 <= value <= 1e9:
-                raise UsageError(f"{name} must be microseconds, at least 0: got {value}; accepted: 0 to 1e9")
+            if not 0 <= value <= MAX_REST_US:
+                raise UsageError(
+                    f"{name} must be microseconds, at least 0: got {value}; accepted: 0 to {MAX_REST_US:g}"
+                )
 
 
 @dataclass(frozen=True, slots=True)

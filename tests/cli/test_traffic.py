@@ -203,6 +203,8 @@ REFUSALS = {
     "a trace as list": (["spot-check", str(TRACE)], 2, "not a list of forwards"),
     "chunks of nothing": (["chunks", *FLASH], 2, "pass --prompt N or --trace FILE"),
     "chunks of both": (["chunks", *FLASH, "--prompt", "5", "--trace", str(TRACE)], 2, "one of the two"),
+    "chunks with negative rest": (["chunks", *FLASH, "--prompt", "5", "--rest-us=-1"], 2, "--rest-us must be"),
+    "chunks with a rest that is no number": (["chunks", *FLASH, "--prompt", "5", "--rest-us", "nan"], 2, "got nan"),
     "a prompt in words": (["chunks", *FLASH, "--prompt", "long"], 2, "got 'long'; accepted: 131072, 8192:3"),
     "an empty prompt": (["chunks", *FLASH, "--prompt", "0"], 2, "tokens and a weight above 0"),
     "a prompt beyond the model": (["chunks", *FLASH, "--prompt", "2000000"], 2, "1048576 tokens: got 2000000"),

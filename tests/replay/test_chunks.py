@@ -82,6 +82,19 @@ def test_the_reason_names_what_was_given_up_and_what_for() -> None:
         advise([], 0.1)
 
 
+def test_the_rest_of_a_forward_speaks_for_fewer_of_them() -> None:
+    rounds = {chunk: side_by_side(131072, chunk, 1) for chunk in CHUNK_SIZES}
+    advised = []
+    for rest_us in (0.0, 3000.0, 1e6):
+        found = [chunk_size(pricer(), chunk, forwards, rest_us) for chunk, forwards in rounds.items()]
+        assert [entry.total_us - entry.policy.time_us for entry in found] == pytest.approx(
+            [rest_us * 131072 / chunk for chunk in CHUNK_SIZES]
+        )
+        advised.append(advise(found, 0.01).chunk_tokens)
+    assert advised == sorted(set(advised))
+    assert advised[-1] == CHUNK_SIZES[-1]
+
+
 @pytest.mark.parametrize(("model", "h_q"), EVERY)
 def test_a_long_prompt_is_never_slower_under_the_policy_and_smaller_chunks_need_less_memory(
     model: str, h_q: int
