@@ -6,8 +6,9 @@ long as fewer than ``concurrency`` are in the server. Otherwise all finished pro
 is no prefill forward; it takes time and keeps its requests' places. With ``decode_us`` 0 answers are made elsewhere
 (prefill apart from decode): a request leaves its place with its prompt done.
 
-The prefix cache is unbounded: a prompt finds its longest run of leading blocks that any earlier forward has computed. At
-least the last token of a prompt is computed in any case. How long a forward takes is the caller's ``clock``'s to say.
+The prefix cache is unbounded: a prompt finds its longest run of leading blocks that any earlier forward has computed, or
+what its own session has. Answers are in it for the latter only, since a trace has no ids for them. At least the last token
+of a prompt is computed in any case. How long a forward takes is the caller's ``clock``'s to say.
 """
 
 from __future__ import annotations
