@@ -42,11 +42,13 @@ LAYERS: dict[str, set[str]] = {
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
     "runtime": {"lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
+    "traffic": {"errors", "files"},
     "kernels": WORDS,
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
     "learn": {"store", "lookup", "threshold"} | POLICY | WORDS,
+    "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"runtime", "policy", "errors", "site"},
 }

@@ -102,11 +102,10 @@ def _attention(site: Site, candidate: str, chip: Chip) -> Basis:
         return [_octaves(work.num_qo_tokens * waves_alike), _octaves(work.attended), 0.5 * _octaves(work.rows)]
 
     if candidate == "sparse_fwd":
-        resources = (Resource.CLOCK, Resource.SM, Resource.SM, Resource.SM, Resource.MEMORY)
-        return Basis(sparse_fwd, coordinates, resources)
+        return Basis(sparse_fwd, coordinates, (Resource.CLOCK, *[Resource.SM] * 3, Resource.MEMORY))
     # The merge of the splits is a launch of its own, and reads what the splits wrote.
-    resources = (Resource.CLOCK, *[Resource.SM] * 2, Resource.CLOCK, *[Resource.SM] * 2, Resource.MEMORY)
-    return Basis(with_kvcache, coordinates, resources)
+    merge = (Resource.CLOCK, Resource.SM)
+    return Basis(with_kvcache, coordinates, (Resource.CLOCK, *[Resource.SM] * 2, *merge, Resource.SM, Resource.MEMORY))
 
 
 def _schedule(queries: Array, tiles: Array) -> tuple[Array, Array]:
