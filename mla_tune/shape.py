@@ -7,6 +7,7 @@ that a stage is fitted over the very numbers that it was measured at. Standard l
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from mla_tune.errors import UsageError
@@ -208,3 +209,12 @@ def _sum_min_floor(tokens: int, ratio: int, cap: int) -> int:
     full = ramp // ratio
     total = ratio * full * (full - 1) // 2 + full * (ramp - full * ratio + 1)
     return total + cap * (tokens - ramp)
+
+
+def fresh_request(requests: Sequence[tuple[int, int]]) -> int | None:
+    """Index of the first of ``requests``, (extend, seq) pairs, that has nothing cached; None if all have.
+
+    Its first query attends to itself alone, whatever the layer: a kernel that has to pass over other requests' query
+    tokens takes them for that one at the least cost.
+    """
+    return next((index for index, (extend, seq) in enumerate(requests) if extend == seq), None)

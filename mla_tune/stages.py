@@ -63,3 +63,13 @@ _SPARSE_FWD: dict[LayerType, tuple[Stage, ...]] = {
     LayerType.C128A: (_WINDOW_IDS, _ROW_IDS, _COMBINE_ONCE, _DEQUANTIZE_COMPRESSED, _DEQUANTIZE_WINDOW, _ATTENTION),
     LayerType.DSA: (_ROW_IDS, _DEQUANTIZE_COMPRESSED, _ATTENTION),
 }
+
+
+def split_stages(site: Site) -> tuple[Stage, ...]:
+    """Stages of a batch that both attention candidates share, in running order; ``gather`` is not always there."""
+    parts = [
+        Stage(f"{name}.{stage.name}", stage.amortization)
+        for name in ("sparse_fwd", "with_kvcache")
+        for stage in stages(site, name)
+    ]
+    return (Stage("gather", Amortization.PER_LAYER), *parts, Stage("merge", Amortization.PER_LAYER))

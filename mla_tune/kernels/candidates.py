@@ -6,13 +6,13 @@ or one that is broken on purpose. They are measured like any other; a policy nam
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
-from mla_tune.kernels import flash_mla, indexer, sparse_fwd, with_kvcache
+from mla_tune.kernels import flash_mla, indexer, sparse_fwd, split, with_kvcache
 from mla_tune.kernels.formats import kv_format
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
@@ -82,6 +82,11 @@ def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -
     if candidate == "sparse_fwd":
         return sparse_fwd.prepare(inputs, kernels)
     return with_kvcache.prepare(inputs, kernels)
+
+
+def prepare_split(inputs: AttentionInputs, cached: Sequence[int], device: Device) -> Prepared:
+    """Bind a batch whose requests ``cached`` read the cache, the others a workspace; see :mod:`mla_tune.kernels.split`."""
+    return split.prepare(inputs, cached, None if device.kind == "cpu" else _flash_mla(device.major))
 
 
 def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, device: Device) -> Prepared:

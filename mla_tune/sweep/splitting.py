@@ -1,0 +1,48 @@
+"""Batches in two parts beside both single paths: the sweep's inputs, reference, timers and fairness, in this process.
+
+Nothing is stored, and no worker stands between: a batch that takes the device down ends the measurement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from mla_tune.errors import MlaTuneError
+from mla_tune.kernels import candidates
+from mla_tune.kernels.inputs import AttentionInputs
+from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.split import NAME
+from mla_tune.shape import RaggedShape
+from mla_tune.site import Site
+from mla_tune.store.measurement import Measurement
+from mla_tune.sweep.grid import Point
+from mla_tune.sweep.measure import DeviceLostError, PointMeasurer
+from mla_tune.sweep.messages import Task
+
+
+class SplitMeasurer:
+    """Measures a batch by each single path and in two parts."""
+
+    def __init__(self, kind: str, seed: int, sampling_s: float | None = None) -> None:
+        """``kind`` is ``cpu`` or ``cuda``, ``seed`` that of the inputs; ``sampling_s`` bounds a regime's samples."""
+        self._measurer = PointMeasurer(kind, seed)
+        self._sampling_s = sampling_s
+        self._cached: tuple[int, ...] = ()
+        candidates.add(NAME, self._prepare)
+
+    def measure(self, site: Site, batch: RaggedShape, cached: Sequence[int]) -> list[Measurement]:
+        """Rows of every part of the two paths, and of ``split`` with the requests ``cached`` read from the cache.
+
+        All are compared with the reference before and after they are timed; what is wrong or fails has a row that says so.
+        They are of the first regime alone: GPU time, or the CPU's. Raises :class:`MlaTuneError` if the device is lost.
+        """
+        self._cached = tuple(cached)
+        task = Task(Point(site, batch.evened(), ragged=batch), (*site.candidates, NAME), sampling_s=self._sampling_s)
+        regime = self._measurer.regimes[0]
+        try:
+            return [row for row in self._measurer.measure(task, lambda name: None) if row.regime is regime]
+        except DeviceLostError as lost:
+            raise MlaTuneError(f"the device was lost at {site.key}, {batch.evened()}: {lost}; start again") from lost
+
+    def _prepare(self, inputs: AttentionInputs, device: candidates.Device) -> Prepared:
+        return candidates.prepare_split(inputs, self._cached, device)
