@@ -12,6 +12,7 @@ from mla_tune.cli import (
     databases,
     machine,
     modelling,
+    planning,
     policies,
     probing,
     spotting,
@@ -42,6 +43,7 @@ app.command()(validating.validate)
 app.command()(traffic.traffic)
 app.command()(spotting.spot_check)
 app.command()(chunking.chunks)
+app.command()(planning.plan)
 app.command()(machine.verify)
 app.command()(machine.env)
 

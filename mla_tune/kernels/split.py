@@ -1,9 +1,9 @@
 """One batch in two parts: some requests by the KV-cache kernel, the others by a workspace, one output.
 
 Neither FlashMLA function takes an output to write to, so rows have to be moved. Where the workspace's requests have one
-with nothing cached, and the layer a window, the sparse kernel runs over every query token of the batch, those of the other
-part standing in for that request's first token, which attends to itself alone: one tile each, and only the other part's
-rows are moved. Elsewhere both outputs are moved. The query rows of a part that do not lie together are gathered.
+with nothing cached, the sparse kernel runs over every query token of the batch, those of the other part standing in for
+that request's first token, which attends to itself alone: one tile each, and only the other part's rows are moved.
+Elsewhere both outputs are moved. The query rows of a part that do not lie together are gathered.
 
 As everywhere here, the selection is taken to be there for each path: rows for the workspace, slots for the cache. An
 engine's top-k transform has to write either by request.
@@ -91,7 +91,7 @@ class _Split:
         of_token = is_cached.to(inputs.q.device)[inputs.token_to_req.long()]
         self._inputs, self.output = inputs, Output()
         self._cached_rows, self._other_rows = _Rows.of(of_token), _Rows.of(~of_token)
-        host = fresh_request([_request(inputs, r) for r in others]) if inputs.site.layer.has_window else None
+        host = fresh_request([_request(inputs, r) for r in others])
         self._in_place = host is not None
         workspace = _subset(inputs, others, self._other_rows)
         if host is not None:
@@ -117,7 +117,7 @@ class _Split:
 
     def _gather(self) -> None:
         for rows, buffer in self._gathers:
-            torch.index_select(self._inputs.q, 0, rows.index, out=buffer)
+            torch.index_select(_words(self._inputs.q), 0, rows.index, out=_words(buffer))
 
     def _merge(self) -> None:
         own, cached = self.workspace.result(), self._from_cache.result()
@@ -125,9 +125,14 @@ class _Split:
             out = own
         else:
             out = own.new_empty(self._inputs.q.shape[0], *own.shape[1:])
-            self._other_rows.put(out, own)
-        self._cached_rows.put(out, cached)
+            self._other_rows.put(_words(out), _words(own))
+        self._cached_rows.put(_words(out), _words(cached))
         self.output.tensor = out
+
+
+def _words(rows: torch.Tensor) -> torch.Tensor:
+    """(n, heads, dim) bf16 as (n, words) int64: torch works out an address for every element that it moves."""
+    return rows.flatten(1).view(torch.int64)
 
 
 def _request(inputs: AttentionInputs, index: int) -> tuple[int, int]:
@@ -170,10 +175,21 @@ def _over_all_rows(batch: AttentionInputs, part: AttentionInputs, rows: _Rows, h
         part,
         work=replace(part.work, num_qo_tokens=len(positions)),
         q=batch.q,
-        topk_indices=batch.topk_indices,  # at position 0 no layer with a window has selected anything
+        topk_indices=_over_all_selections(batch, rows),
         positions=positions,
         token_to_req=token_to_req,
     )
+
+
+def _over_all_selections(batch: AttentionInputs, rows: _Rows) -> torch.Tensor | None:
+    """The batch's selections; for V3.2, which has no window, that of a first token where a row is not of ``rows``."""
+    topk = batch.topk_indices
+    if topk is None or batch.site.layer.has_window:
+        return topk  # at position 0 a layer with a window has selected nothing
+    found = torch.full_like(topk, -1)
+    found[:, 0] = 0
+    rows.put(found, rows.taken(topk))
+    return found
 
 
 def _pages_of(cache: PagedCache | None, requests: torch.Tensor) -> PagedCache | None:

@@ -138,10 +138,9 @@ class Planner:
         workspace, cache = [], []
         moved_us = np.zeros_like(cached)
         for (site, layers), a in zip(self._scope.parts, alone, strict=True):
-            in_place = hosts & site.layer.has_window
-            workspace.append(_with_idle(a.first(order), np.where(in_place, cached, 0.0)))
+            workspace.append(_with_idle(site, a.first(order), np.where(hosts, cached, 0.0)))
             cache.append(a.last(order))
-            moved_us += layers * self._moved_us(site, np.where(in_place, cached, tokens), workspace[-1])
+            moved_us += layers * self._moved_us(site, np.where(hosts, cached, tokens), workspace[-1])
         total_us = self._limited(WORKSPACE, workspace) + self._limited(CACHE, cache) + moved_us
         best = int(total_us.argmin())
         return best + 1, float(total_us[best])
@@ -234,14 +233,15 @@ class _Alone:
         return Work(**{name: getattr(rest, name)[::-1] for name in Work.__slots__})
 
 
-def _with_idle(load: Work, idle: Array) -> Work:
-    """``load`` with ``idle`` query tokens more, each of which attends to one entry: its own, in the window."""
+def _with_idle(site: Site, load: Work, idle: Array) -> Work:
+    """``load`` with ``idle`` query tokens more, each of which attends to one entry: its own."""
     tokens = load.num_qo_tokens + idle
+    in_window, selected = (idle, 0.0 * idle) if site.layer.has_window else (0.0 * idle, idle)
     return replace(
         load,
         num_qo_tokens=tokens,
-        selected=load.selected * load.num_qo_tokens / tokens,
-        window=(load.window * load.num_qo_tokens + idle) / tokens,
+        selected=(load.selected * load.num_qo_tokens + selected) / tokens,
+        window=(load.window * load.num_qo_tokens + in_window) / tokens,
     )
 
 

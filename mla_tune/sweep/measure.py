@@ -56,8 +56,13 @@ class DeviceLostError(RuntimeError):
 class PointMeasurer:
     """Measures points on one device, keeping the input pools between them."""
 
-    def __init__(self, kind: str, seed: int | None = None, watch: Watch | None = None) -> None:
-        """``seed`` of the random inputs, drawn where there is none; ``watch`` sees what disturbs samples."""
+    def __init__(
+        self, kind: str, seed: int | None = None, watch: Watch | None = None, gpu_time_only: bool = False
+    ) -> None:
+        """``seed`` of the random inputs, drawn where there is none; ``watch`` sees what disturbs samples.
+
+        ``gpu_time_only`` leaves host-inclusive samples out on a GPU.
+        """
         self.device = candidates.Device.current(kind)
         self._builder = InputBuilder(self.device.torch_device, secrets.randbits(62) if seed is None else seed)
         self._timers: list[tuple[Regime, Timer, Effort]] = []
@@ -72,7 +77,8 @@ class PointMeasurer:
             eager = WallTimer(torch.cuda.synchronize, before=graph.flush, watch=watch)
             self._timers.append((Regime.GRAPH, graph, Effort()))
             # Host time scatters by a few percent whatever is done: more samples would only spend the budget.
-            self._timers.append((Regime.EAGER, eager, Effort(max_samples=MIN_SAMPLES)))
+            if not gpu_time_only:
+                self._timers.append((Regime.EAGER, eager, Effort(max_samples=MIN_SAMPLES)))
 
     @property
     def regimes(self) -> tuple[Regime, ...]:

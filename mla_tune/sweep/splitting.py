@@ -23,10 +23,9 @@ from mla_tune.sweep.messages import Task
 class SplitMeasurer:
     """Measures a batch by each single path and in two parts."""
 
-    def __init__(self, kind: str, seed: int, sampling_s: float | None = None) -> None:
-        """``kind`` is ``cpu`` or ``cuda``, ``seed`` that of the inputs; ``sampling_s`` bounds a regime's samples."""
-        self._measurer = PointMeasurer(kind, seed)
-        self._sampling_s = sampling_s
+    def __init__(self, kind: str, seed: int) -> None:
+        """``kind`` is ``cpu`` or ``cuda``, ``seed`` that of the inputs."""
+        self._measurer = PointMeasurer(kind, seed, gpu_time_only=True)
         self._cached: tuple[int, ...] = ()
         candidates.add(NAME, self._prepare)
 
@@ -34,13 +33,12 @@ class SplitMeasurer:
         """Rows of every part of the two paths, and of ``split`` with the requests ``cached`` read from the cache.
 
         All are compared with the reference before and after they are timed; what is wrong or fails has a row that says so.
-        They are of the first regime alone: GPU time, or the CPU's. Raises :class:`MlaTuneError` if the device is lost.
+        They are of one regime: GPU time, or the CPU's. Raises :class:`MlaTuneError` if the device is lost.
         """
         self._cached = tuple(cached)
-        task = Task(Point(site, batch.evened(), ragged=batch), (*site.candidates, NAME), sampling_s=self._sampling_s)
-        regime = self._measurer.regimes[0]
+        task = Task(Point(site, batch.evened(), ragged=batch), (*site.candidates, NAME))
         try:
-            return [row for row in self._measurer.measure(task, lambda name: None) if row.regime is regime]
+            return list(self._measurer.measure(task, lambda name: None))
         except DeviceLostError as lost:
             raise MlaTuneError(f"the device was lost at {site.key}, {batch.evened()}: {lost}; start again") from lost
 

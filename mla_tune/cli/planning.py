@@ -1,0 +1,97 @@
+"""The command ``plan``: mixed batches in one part or two, as predicted and, on the policy's own GPU, as measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mla_tune.cli.evidence import Evidence, evidence
+from mla_tune.cli.options import JsonOption, PolicyOption
+from mla_tune.cli.places import this_device
+from mla_tune.cli.policies import GpuOption, MeasurementsOption
+from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, UsageError
+from mla_tune.shape import RaggedShape
+from mla_tune.site import FORWARD
+
+if TYPE_CHECKING:
+    from mla_tune.policy import Table
+    from mla_tune.replay.mixed import Outlook, Timed
+
+
+def plan(
+    model: Annotated[str, typer.Option("--model", help="The model that is served.")],
+    h_q: Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")] = None,
+    layer: Annotated[str, typer.Option("--layer", help="A layer type, or forward: one plan for all layers.")] = FORWARD,
+    batches: Annotated[int, typer.Option("--batches", help="Batches to draw; every fifth is a control.")] = 50,
+    seed: Annotated[int, typer.Option("--seed", help="Of the batches, and of their inputs.")] = 0,
+    fresh: Annotated[str, typer.Option("--fresh", help="Tokens of the fresh prompt, LOW:HIGH.")] = "2048:8192",
+    extends: Annotated[str, typer.Option("--extends", help="Requests with a cached context, LOW:HIGH.")] = "8:63",
+    new: Annotated[str, typer.Option("--new", help="New tokens of each of them, LOW:HIGH.")] = "4:128",
+    context: Annotated[str, typer.Option("--context", help="Cached tokens of each, LOW:HIGH.")] = "65536:524288",
+    measure: Annotated[bool, typer.Option("--measure", help="Time both single paths and the split here.")] = False,
+    gpu: GpuOption = "auto",
+    policy: PolicyOption = None,
+    measurements: MeasurementsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Draw batches of one fresh prompt and many short extends; tell what serving each request by its own path gains."""
+    from mla_tune.cli import planning_output
+    from mla_tune.learn.split import Planner
+    from mla_tune.replay.mixed import Mix, draw_batches, outlooks
+
+    mix = Mix(_ends("--fresh", fresh), _ends("--extends", extends), _ends("--new", new), _ends("--context", context))
+    found = evidence(model, h_q, gpu, policy, measurements)
+    table = _table(found, layer)
+    drawn = draw_batches(mix, batches, seed, found.pricer.model.max_context)
+    predicted = outlooks(Planner(found.pricer.costs, table), drawn)
+    taken = list(_measured(found, table, predicted, gpu, seed, as_json)) if measure else None
+    if taken is not None and all(t is None or t.best_us is None for t in taken):
+        raise MlaTuneError(f"a split is measured beside a path that runs here: none did at {len(drawn)} batches")
+    planning_output.report(planning_output.Told(table, found.sku, mix, seed, predicted, taken), as_json)
+
+
+def _ends(option: str, text: str) -> tuple[int, int]:
+    low, colon, high = text.partition(":")
+    if not (colon and low.isdecimal() and high.isdecimal() and len(text) <= 40):
+        raise UsageError(f"{option} must be two numbers: got {text[:60]!r}; accepted: for example 8:64")
+    return int(low), int(high)
+
+
+def _table(found: Evidence, layer: str) -> Table:
+    tables = found.pricer.tables
+    known = {table.layer: table for table in (*tables.layers, tables.attention)}
+    if layer not in known:
+        accepted = ", ".join(known)
+        raise UsageError(f"--layer must be one of {found.pricer.model.name}: got {layer!r}; accepted: {accepted}")
+    return known[layer]
+
+
+def _measured(
+    found: Evidence, table: Table, predicted: Sequence[Outlook], gpu: str, seed: int, quiet: bool
+) -> Iterator[Timed | None]:
+    """Each batch as timed on this machine, in the order of ``predicted``; None where there is no split to time."""
+    device = this_device(gpu)
+    if device.sku != found.sku:
+        raise EnvironmentMismatchError(
+            f"a split is measured on the GPU that it is predicted for: {found.policy} is for {found.sku}, this machine is "
+            f"{device.sku}; pass --gpu and its policy, or run this on that GPU"
+        )
+    from mla_tune.cli.render import note
+    from mla_tune.learn.evaluate import table_scope
+    from mla_tune.replay.mixed import timed
+    from mla_tune.sweep.splitting import SplitMeasurer
+
+    where = table_scope(table)
+    measurer = SplitMeasurer(device.kind, seed)
+    for number, outlook in enumerate(predicted, 1):
+        if outlook.split is None:
+            yield None
+            continue
+        shape = RaggedShape(tuple((r.num_qo_tokens, r.kv_tokens) for r in outlook.batch.requests))
+        cached = outlook.split.parts[1].requests
+        rows = [row for site, _ in where.parts for row in measurer.measure(site, shape, cached)]
+        if not quiet:
+            note(f"batch {number} of {len(predicted)}")
+        yield timed(where, rows)
