@@ -13,17 +13,22 @@ from mla_tune.cli.places import this_device
 from mla_tune.cli.policies import GpuOption, MeasurementsOption
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, UsageError
 from mla_tune.shape import RaggedShape
-from mla_tune.site import FORWARD
 
 if TYPE_CHECKING:
     from mla_tune.policy import Table
     from mla_tune.replay.mixed import Outlook, Timed
 
 
+EACH = "each"
+
+
 def plan(
     model: Annotated[str, typer.Option("--model", help="The model that is served.")],
     h_q: Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")] = None,
-    layer: Annotated[str, typer.Option("--layer", help="A layer type, or forward: one plan for all layers.")] = FORWARD,
+    layer: Annotated[
+        str,
+        typer.Option("--layer", help="each: every layer type by a plan of its own; forward: one for all; or a type."),
+    ] = EACH,
     batches: Annotated[int, typer.Option("--batches", help="Batches to draw; every fifth is a control.")] = 50,
     seed: Annotated[int, typer.Option("--seed", help="Of the batches, and of their inputs.")] = 0,
     fresh: Annotated[str, typer.Option("--fresh", help="Tokens of the fresh prompt, LOW:HIGH.")] = "2048:8192",
@@ -43,13 +48,14 @@ def plan(
 
     mix = Mix(_ends("--fresh", fresh), _ends("--extends", extends), _ends("--new", new), _ends("--context", context))
     found = evidence(model, h_q, gpu, policy, measurements)
-    table = _table(found, layer)
+    tables = _tables(found, layer)
     drawn = draw_batches(mix, batches, seed, found.pricer.model.max_context)
-    predicted = outlooks(Planner(found.pricer.costs, table), drawn)
-    taken = list(_measured(found, table, predicted, gpu, seed, as_json)) if measure else None
-    if taken is not None and all(t is None or t.best_us is None for t in taken):
+    planners = [(Planner(found.pricer.costs, table), layers) for table, layers in tables]
+    predicted = outlooks(planners, drawn)
+    taken = list(_measured(found, tables, predicted, gpu, seed, as_json)) if measure else None
+    if taken is not None and all(t.best_us is None for timed in taken for t in timed or ()):
         raise MlaTuneError(f"a split is measured beside a path that runs here: none did at {len(drawn)} batches")
-    planning_output.report(planning_output.Told(table, found.sku, mix, seed, predicted, taken), as_json)
+    planning_output.report(planning_output.Told(tables[0][0], layer, found.sku, mix, seed, predicted, taken), as_json)
 
 
 def _ends(option: str, text: str) -> tuple[int, int]:
@@ -59,18 +65,26 @@ def _ends(option: str, text: str) -> tuple[int, int]:
     return int(low), int(high)
 
 
-def _table(found: Evidence, layer: str) -> Table:
-    tables = found.pricer.tables
+def _tables(found: Evidence, layer: str) -> list[tuple[Table, int]]:
+    """Tables to plan by, each with how many layers its times count for."""
+    tables, config = found.pricer.tables, found.pricer.model
+    if layer == EACH:
+        return [(table, count) for table, (_, count) in zip(tables.layers, config.layers, strict=True)]
     known = {table.layer: table for table in (*tables.layers, tables.attention)}
     if layer not in known:
-        accepted = ", ".join(known)
-        raise UsageError(f"--layer must be one of {found.pricer.model.name}: got {layer!r}; accepted: {accepted}")
-    return known[layer]
+        accepted = ", ".join((EACH, *known))
+        raise UsageError(f"--layer must be one of {config.name}: got {layer[:40]!r}; accepted: {accepted}")
+    return [(known[layer], 1)]
 
 
 def _measured(
-    found: Evidence, table: Table, predicted: Sequence[Outlook], gpu: str, seed: int, quiet: bool
-) -> Iterator[Timed | None]:
+    found: Evidence,
+    tables: Sequence[tuple[Table, int]],
+    predicted: Sequence[Outlook],
+    gpu: str,
+    seed: int,
+    quiet: bool,
+) -> Iterator[tuple[Timed, ...] | None]:
     """Each batch as timed on this machine, in the order of ``predicted``; None where there is no split to time."""
     device = this_device(gpu)
     if device.sku != found.sku:
@@ -83,15 +97,20 @@ def _measured(
     from mla_tune.replay.mixed import timed
     from mla_tune.sweep.splitting import SplitMeasurer
 
-    where = table_scope(table)
+    scopes = [table_scope(table) for table, _ in tables]
     measurer = SplitMeasurer(device.kind, seed)
     for number, outlook in enumerate(predicted, 1):
-        if outlook.split is None:
+        splits = [entry.split for entry in outlook.layers]
+        if None in splits:
             yield None
             continue
         shape = RaggedShape(tuple((r.num_qo_tokens, r.kv_tokens) for r in outlook.batch.requests))
-        cached = outlook.split.parts[1].requests
-        rows = [row for site, _ in where.parts for row in measurer.measure(site, shape, cached)]
+        taken = []
+        for where, split in zip(scopes, splits, strict=True):
+            cached = split.parts[1].requests if split else ()
+            taken.append(
+                timed(where, [row for site, _ in where.parts for row in measurer.measure(site, shape, cached)])
+            )
         if not quiet:
             note(f"batch {number} of {len(predicted)}")
-        yield timed(where, rows)
+        yield tuple(taken)

@@ -24,11 +24,13 @@ class Told:
     """All that the command found."""
 
     table: Table
+    """Of the model and heads."""
+    layer: str
     sku: str
     mix: Mix
     seed: int
     predicted: Sequence[Outlook]
-    measured: Sequence[Timed | None] | None
+    measured: Sequence[tuple[Timed, ...] | None] | None
     """None where nothing was measured, or for a batch that has no split."""
 
 
@@ -46,7 +48,7 @@ def report(told: Told, as_json: bool) -> None:
 def _model_line(told: Told) -> str:
     table, mix = told.table, told.mix
     return (
-        f"{table.model}, h_q {table.h_q}, {table.layer}, {told.sku}, seed {told.seed}: one fresh prompt of "
+        f"{table.model}, h_q {table.h_q}, layers {told.layer}, {told.sku}, seed {told.seed}: one fresh prompt of "
         f"{_range(mix.fresh_tokens)} tokens among {_range(mix.extends)} extends of {_range(mix.new_tokens)} new tokens on "
         f"{_range(mix.context_tokens)} cached ones, each uniform in its logarithm; every fifth batch is a control"
     )
@@ -61,31 +63,33 @@ def _batches(told: Told) -> RichTable:
     measured = ["measured", "split, promised or not", "right"] if told.measured is not None else []
     rows = RichTable(*columns, *measured)
     for index, outlook in enumerate(told.predicted):
-        plan, batch = outlook.plan, outlook.batch
+        batch = outlook.batch
         sizes = (
             len(batch.requests),
             sum(r.num_qo_tokens for r in batch.requests),
             sum(r.kv_tokens for r in batch.requests),
         )
-        cached = str(len(plan.parts[1].requests)) if outlook.promised else "-"
-        line = [batch.kind, *map(str, sizes), plan.best_single, f"{plan.single_us:.0f}", cached, f"{plan.gain:.3f}"]
+        best = ", ".join(dict.fromkeys(entry.plan.best_single for entry in outlook.layers))
+        cached = ", ".join(f"{e.layer} {len(e.plan.parts[1].requests)}" for e in outlook.layers if e.promised)
+        line = [batch.kind, *map(str, sizes), best, f"{outlook.single_us:.0f}", cached or "-", f"{outlook.gain:.3f}"]
         if told.measured is not None:
             line += _measured_cells(outlook, told.measured[index])
         rows.add_row(*line)
     return rows
 
 
-def _measured_cells(outlook: Outlook, timed: Timed | None) -> list[str]:
+def _measured_cells(outlook: Outlook, timed: tuple[Timed, ...] | None) -> list[str]:
     if timed is None:
         return ["-", "-", "-"]
-    gains = (timed.gain(outlook.plan.parts), timed.split_gain)
-    return [*("-" if gain is None else f"{gain:.3f}" for gain in gains), "; ".join(timed.faults) or "yes"]
+    gains = (outlook.measured_gain(timed), outlook.measured_split_gain(timed))
+    faults = [fault for t in timed for fault in t.faults]
+    return [*("-" if gain is None else f"{gain:.3f}" for gain in gains), "; ".join(faults) or "yes"]
 
 
 def _summary(told: Told) -> list[str]:
     from mla_tune.replay.mixed import Gains
 
-    promised = [outlook.plan.gain for outlook in told.predicted if outlook.promised]
+    promised = [outlook.gain for outlook in told.predicted if outlook.promised]
     reached = sum(gain >= GOAL for gain in promised)
     lines = [
         f"promised: {len(promised)} of {len(told.predicted)} batches are split, {reached} with a predicted gain of at "
@@ -102,7 +106,7 @@ def _summary(told: Told) -> list[str]:
     everywhere = _measured_gains(told, 0.0)
     below = sum(gain < NEVER_BELOW for gain in everywhere)
     lines.append(f"plans below {NEVER_BELOW} of the fastest single path as measured: {below} of {len(everywhere)}")
-    wrong = sum(bool(timed and timed.faults) for timed in told.measured)
+    wrong = sum(any(t.faults for t in timed or ()) for timed in told.measured)
     return [*lines, f"batches at which a path failed or differed from the reference: {wrong}"]
 
 
@@ -111,8 +115,8 @@ def _measured_gains(told: Told, least: float) -> list[float]:
     return [
         gain
         for outlook, timed in zip(told.predicted, told.measured or (), strict=True)
-        if timed and (not least or (outlook.promised and outlook.plan.gain >= least))
-        if (gain := timed.gain(outlook.plan.parts)) is not None
+        if timed and (not least or (outlook.promised and outlook.gain >= least))
+        if (gain := outlook.measured_gain(timed)) is not None
     ]
 
 
@@ -134,12 +138,11 @@ def _json(told: Told) -> dict[str, object]:
         return {
             "kind": outlook.batch.kind,
             "requests": [[r.num_qo_tokens, r.kv_tokens] for r in outlook.batch.requests],
-            "plan": asdict(outlook.plan),
-            "predicted_gain": outlook.plan.gain,
-            "split_us": outlook.split.predicted_us if outlook.split else None,
-            "measured": None if timed is None else asdict(timed),
-            "measured_gain": None if timed is None else timed.gain(outlook.plan.parts),
-            "measured_split_gain": None if timed is None else timed.split_gain,
+            "layers": [asdict(entry) for entry in outlook.layers],
+            "predicted_gain": outlook.gain,
+            "measured": None if timed is None else [asdict(t) for t in timed],
+            "measured_gain": None if timed is None else outlook.measured_gain(timed),
+            "measured_split_gain": None if timed is None else outlook.measured_split_gain(timed),
         }
 
     def gains(values: list[float]) -> dict[str, object] | None:
@@ -149,12 +152,12 @@ def _json(told: Told) -> dict[str, object]:
     return {
         "model": told.table.model,
         "h_q": told.table.h_q,
-        "layer": told.table.layer,
+        "layer": told.layer,
         "gpu": told.sku,
         "seed": told.seed,
         "mix": asdict(told.mix),
         "batches": [told_of(index, outlook) for index, outlook in enumerate(told.predicted)],
-        "promised": gains([outlook.plan.gain for outlook in told.predicted if outlook.promised]),
+        "promised": gains([outlook.gain for outlook in told.predicted if outlook.promised]),
         "measured": gains(_measured_gains(told, 1.0)) if told.measured is not None else None,
         "measured_where_goal_promised": gains(_measured_gains(told, GOAL)) if told.measured is not None else None,
     }

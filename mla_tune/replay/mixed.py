@@ -13,7 +13,7 @@ import numpy as np
 from mla_tune.errors import UsageError
 from mla_tune.learn.observations import shares
 from mla_tune.learn.scope import Scope
-from mla_tune.learn.split import Part, Plan, Planner, Request
+from mla_tune.learn.split import Plan, Planner, Request
 from mla_tune.site import Site
 from mla_tune.stages import Amortization, Stage, split_stages, stages
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome
@@ -104,10 +104,12 @@ def _drawn(rng: random.Random, mix: Mix, kind: Kind, max_context: int) -> Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class Outlook:
-    """One batch and what is predicted of it."""
+class LayerOutlook:
+    """What is predicted of one batch in the layers that one table plans."""
 
-    batch: Batch
+    layer: str
+    layers: int
+    """How often its times count: the layers of the type, or 1 for a whole forward or one layer alone."""
     plan: Plan
     split: Plan | None
     """The best split, taken or not; None where there is none."""
@@ -118,9 +120,53 @@ class Outlook:
         return len(self.plan.parts) > 1
 
 
-def outlooks(planner: Planner, batches: Iterable[Batch]) -> tuple[Outlook, ...]:
-    """Predictions for ``batches``, in their order."""
-    return tuple(Outlook(b, planner.plan(b.requests), planner.best_split(b.requests)) for b in batches)
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """One batch and what is predicted of it, by one table or by that of each layer type."""
+
+    batch: Batch
+    layers: tuple[LayerOutlook, ...]
+
+    @property
+    def promised(self) -> bool:
+        """Whether any of its plans is a split."""
+        return any(entry.promised for entry in self.layers)
+
+    @property
+    def single_us(self) -> float:
+        """By the fastest single path of each table: what one can do without splitting."""
+        return sum(entry.layers * entry.plan.single_us for entry in self.layers)
+
+    @property
+    def gain(self) -> float:
+        """Predicted time without splitting over that of the plans; 1 where none is a split."""
+        return self.single_us / sum(entry.layers * entry.plan.predicted_us for entry in self.layers)
+
+    def measured_gain(self, timed: Sequence[Timed]) -> float | None:
+        """The same of measured times, one for each table; below 1 where a single path was chosen that is not fastest."""
+        return self._measured(timed, [t.plan_us(e.plan) for e, t in zip(self.layers, timed, strict=True)])
+
+    def measured_split_gain(self, timed: Sequence[Timed]) -> float | None:
+        """The same with a split in every layer, promised or not."""
+        return self._measured(timed, [t.split_us for t in timed])
+
+    def _measured(self, timed: Sequence[Timed], taken_us: Sequence[float | None]) -> float | None:
+        best = total = 0.0
+        for entry, t, us in zip(self.layers, timed, taken_us, strict=True):
+            if t.best_us is None or us is None:
+                return None
+            best, total = best + entry.layers * t.best_us, total + entry.layers * us
+        return best / total
+
+
+def outlooks(planners: Sequence[tuple[Planner, int]], batches: Iterable[Batch]) -> tuple[Outlook, ...]:
+    """Predictions for ``batches``, in their order, by planners with the layers that each counts for."""
+
+    def seen(planner: Planner, layers: int, batch: Batch) -> LayerOutlook:
+        plan, split = planner.plan(batch.requests), planner.best_split(batch.requests)
+        return LayerOutlook(planner.layer, layers, plan, split)
+
+    return tuple(Outlook(batch, tuple(seen(p, count, batch) for p, count in planners)) for batch in batches)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,17 +183,9 @@ class Timed:
         """The fastest single path."""
         return min((us for _, us in self.single_us if us is not None), default=None)
 
-    @property
-    def split_gain(self) -> float | None:
-        """Time of the fastest single path over that of the split, whether it was promised or not."""
-        return self.best_us / self.split_us if self.best_us and self.split_us else None
-
-    def gain(self, parts: Sequence[Part]) -> float | None:
-        """The same for a plan; at most 1 for a single path."""
-        if len(parts) > 1:
-            return self.split_gain
-        us = dict(self.single_us)[parts[0].candidate]
-        return self.best_us / us if self.best_us and us else None
+    def plan_us(self, plan: Plan) -> float | None:
+        """What ``plan`` took."""
+        return self.split_us if len(plan.parts) > 1 else dict(self.single_us)[plan.best_single]
 
 
 def timed(where: Scope, rows: Sequence[Measurement]) -> Timed:

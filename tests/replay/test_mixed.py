@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.learn.observations import Observations, shares
 from mla_tune.learn.scope import scope
-from mla_tune.learn.split import Part, Planner
-from mla_tune.replay.mixed import SPLIT, Gains, Kind, Mix, draw_batches, outlooks, timed
+from mla_tune.learn.split import Part, Plan, Planner, Request
+from mla_tune.replay.mixed import SPLIT, Batch, Gains, Kind, LayerOutlook, Mix, Outlook, draw_batches, outlooks, timed
 from mla_tune.shape import Shape
 from mla_tune.site import FORWARD, MODELS, Site, SiteName
 from mla_tune.stages import Amortization, split_stages
@@ -82,15 +82,17 @@ def test_a_range_that_cannot_be_drawn_from_is_refused(name: str, bad: tuple[int,
 def test_controls_of_equal_requests_and_of_fresh_prompts_promise_nothing_and_mixed_batches_do() -> None:
     found = pricer()
     batches = draw_batches(Mix(), 60, 2, FLASH.max_context)
-    predicted = outlooks(Planner(found.costs, found.tables.attention), batches)
+    predicted = outlooks([(Planner(found.costs, found.tables.attention), 1)], batches)
     assert [outlook.batch for outlook in predicted] == list(batches)
     promised = [outlook.batch.kind for outlook in predicted if outlook.promised]
     assert promised.count(Kind.MIXED) > 20
     assert Kind.EQUAL not in promised
     assert Kind.FRESH not in promised
     for outlook in predicted:
-        assert outlook.split is not None
-        assert outlook.promised == (outlook.plan == outlook.split)
+        (entry,) = outlook.layers
+        assert entry.split is not None
+        assert outlook.promised == (entry.plan == entry.split)
+        assert outlook.gain == pytest.approx(entry.plan.gain)
 
 
 SHAPE = Shape(1, 64, 131072)
@@ -147,13 +149,19 @@ def test_whole_times_are_the_layers_and_what_they_share() -> None:
         expected += layers * (10 + sum(2 * shares(FLASH, site).of(kind) for kind in once))
     assert found.split_us == pytest.approx(expected)
     assert found.best_us == min(us for _, us in found.single_us if us is not None)
-    assert found.split_gain == pytest.approx((found.best_us or math.nan) / expected)
+    split = Plan((Part("sparse_fwd", (0,)), Part("with_kvcache", (1,))), 1.0, "sparse_fwd", 2.0)
     for name, us in found.single_us:
-        gain = found.gain((Part(name, (0,)),))
-        assert gain is not None
-        assert us is not None
-        assert gain == pytest.approx((found.best_us or math.nan) / us)
-        assert gain <= 1
+        single = Plan((Part(name, (0, 1)),), 2.0, name, 2.0)
+        assert found.plan_us(single) == us
+        # Three layers that are not split and two that are.
+        entries = (LayerOutlook("forward", 3, single, split), LayerOutlook("forward", 2, split, split))
+        outlook = Outlook(Batch(Kind.MIXED, (Request(9, 9), Request(1, 9))), entries)
+        best_us = found.best_us or math.nan
+        assert outlook.gain == pytest.approx((3 * 2 + 2 * 2) / (3 * 2 + 2 * 1))
+        assert outlook.measured_gain((found, found)) == pytest.approx(
+            5 * best_us / (3 * (us or math.nan) + 2 * expected)
+        )
+        assert outlook.measured_split_gain((found, found)) == pytest.approx(best_us / expected)
 
 
 @pytest.mark.parametrize("candidate", ["sparse_fwd", "with_kvcache", SPLIT])
@@ -166,7 +174,7 @@ def test_a_path_that_failed_in_one_layer_type_has_no_whole_time_and_says_why(can
     found = timed(WHERE, [*rows, failed])
     assert dict([*found.single_us, (SPLIT, found.split_us)])[candidate] is None
     assert found.faults == (f"{candidate} at {site.key}: wrong_result: row 3 differs",)
-    assert (found.split_gain is None) == (candidate == SPLIT)
+    assert (found.split_us is None) == (candidate == SPLIT)
     assert found.best_us is not None
 
 
