@@ -50,7 +50,8 @@ def _model_line(told: Told) -> str:
     return (
         f"{table.model}, h_q {table.h_q}, layers {told.layer}, {told.sku}, seed {told.seed}: one fresh prompt of "
         f"{_range(mix.fresh_tokens)} tokens among {_range(mix.extends)} extends of {_range(mix.new_tokens)} new tokens on "
-        f"{_range(mix.context_tokens)} cached ones, each uniform in its logarithm; every fifth batch is a control"
+        f"{_range(mix.context_tokens)} cached ones, each uniform in its logarithm and cut at the model's context; every "
+        "fifth batch is a control"
     )
 
 

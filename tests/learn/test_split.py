@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
 from mla_tune.learn.scope import scope
-from mla_tune.learn.split import CACHE, WORKSPACE, Plan, Planner, Request, _Alone
+from mla_tune.learn.split import CACHE, WORKSPACE, Plan, Planner, Request, _Alone, _with_idle
 from mla_tune.learn.work import Work, work
 from mla_tune.policy import Limit, Table
 from mla_tune.shape import RaggedShape
@@ -123,6 +123,29 @@ def test_the_work_of_a_part_is_that_of_a_forward_of_its_own(batch: list[Request]
     for got, want in ((alone.first(order), first), (alone.last(order), last)):
         for column in Work.__slots__:
             np.testing.assert_allclose(getattr(got, column), getattr(want, column), rtol=1e-12, err_msg=column)
+
+
+@pytest.mark.parametrize("site", [s for s in SITES if s.h_q == 64], ids=lambda site: site.key)
+def test_what_is_priced_is_the_work_that_runs(site: Site) -> None:
+    torch = pytest.importorskip("torch")
+    from mla_tune.kernels import split
+    from mla_tune.kernels.inputs import InputBuilder
+
+    batch = [Request(9, 9), Request(2, 700), Request(1, 2900), Request(3, 140)]
+    pairs = tuple((r.num_qo_tokens, r.kv_tokens) for r in batch)
+    inputs = InputBuilder(torch.device("cpu")).attention(site, RaggedShape(pairs))
+    alone = _Alone.of(site, batch)
+    for cut in range(1, len(batch)):
+        prepared = split.prepare(inputs, range(cut, len(batch)), None)
+        prepared.run()
+        workspace, _, _, indices, lengths = prepared.buffers[:5]
+        idle = float(sum(r.num_qo_tokens for r in batch[cut:]))
+        first = alone.first(range(len(batch)))
+        priced = _with_idle(site, first, np.full(len(batch) - 1, idle))
+        assert priced.num_qo_tokens[cut - 1] == len(lengths) == 15
+        assert priced.attended[cut - 1] * 15 == pytest.approx(int(lengths.sum()))
+        assert priced.rows[cut - 1] == workspace.shape[0]
+        assert priced.index_width[cut - 1] == indices.shape[1]
 
 
 def test_a_long_fresh_prompt_among_short_extends_of_long_contexts_is_split_by_request() -> None:
