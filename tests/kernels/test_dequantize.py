@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.formats import DSA, V4, KVFormat, page_parts, quantize_k_cache
-from mla_tune.kernels.launch import DequantizeConfig
+from mla_tune.launch import DequantizeConfig
 from mla_tune.kernels.reference import dequantize_reference
 from tests.conftest import Target
 from tests.kernels.test_formats import FORMATS, random_values

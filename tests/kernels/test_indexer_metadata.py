@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
 from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
-from mla_tune.kernels.launch import MetadataConfig
+from mla_tune.launch import MetadataConfig
 from mla_tune.kernels.reference import metadata_reference
 from tests.conftest import Target
 
