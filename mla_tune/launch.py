@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from mla_tune.errors import UsageError
 
@@ -279,7 +279,8 @@ def make_launch(kernel: str, size_from: int, values: Mapping[str, int]) -> Kerne
     for name, value in values.items():
         if known[name] == "bool" and value not in (0, 1):
             raise UsageError(f"{name} must be a flag: got {value}; accepted: 0, 1")
-    return KernelLaunch(kernel, size_from, kind(**{n: bool(v) if known[n] == "bool" else v for n, v in values.items()}))
+    typed: dict[str, Any] = {name: bool(value) if known[name] == "bool" else value for name, value in values.items()}
+    return KernelLaunch(kernel, size_from, kind(**typed))
 
 
 def _typed(config: Config, kind: type[_C]) -> _C:

@@ -21,18 +21,19 @@ SERVING_MODULES = {
     *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
 }
 
-WORDS = {"errors", "files", "site", "shape", "sku", "stages"}
+WORDS = {"errors", "files", "launch", "site", "shape", "sku", "stages"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
 POLICY = {"policy", "policy_rules", "policy_yaml"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "launch": {"errors"},
     "site": {"errors"},
     "shape": {"errors", "site"},
     "sku": {"errors"},
     "stages": {"errors", "site"},
-    "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
-    "policy_rules": {"site", "errors"} | POLICY,
+    "policy": {"site", "sku", "shape", "errors", "files", "launch"} | POLICY,
+    "policy_rules": {"site", "errors", "launch"} | POLICY,
     "policy_yaml": {"errors"},
     "lookup": {"policy", "site", "errors"},
     "gpu": {"sku", "errors"},

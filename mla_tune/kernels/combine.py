@@ -142,7 +142,7 @@ def _combine_torch(
         if topk_indices is not None:
             index = topk_indices[rows, :topk]
             row = index + base_[rows]
-            if row_map is not None:
+            if row_map is not None and len(row_map):  # without rows nothing is selected
                 taken = (index >= 0) & (columns[:topk] < selected_[rows])
                 row = row_map[torch.where(taken, row, 0).long()]
             entry = torch.where(index >= 0, row, -1)

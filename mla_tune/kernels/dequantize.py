@@ -30,8 +30,8 @@ def dequantize_k_cache_paged(
     ``cache`` is uint8 ``(num_pages, fmt.page_bytes(page_size))``, ``slot_ids`` int32 or int64 ``(rows,)``, ``out`` bf16
     ``(rows, fmt.head_dim)`` and contiguous, for example a slice of a workspace. Slots are not checked against the
     cache. No rows means no launch. With ``count``, int32 ``(1,)`` on the same device, only the first ``count[0]`` rows are
-    written: the host need not know how many there are. On a GPU it needs e4m3 conversion (compute capability 8.9 or later). Raises
-    :class:`UsageError` on other shapes or types.
+    written: the host need not know how many there are. On a GPU it needs e4m3 conversion (compute capability 8.9 or
+    later). Raises :class:`UsageError` on other shapes or types.
 
     A V4 row moves 584 + 1024 bytes and a DSA row 656 + 1152, all of them once, and 4 to 8 of its slot: the bound is the
     memory's copy bandwidth. 16384 V4 rows are 26 MB, 6.3 us at an H200's 4.2 TB/s, to which two dependent loads (the slot,

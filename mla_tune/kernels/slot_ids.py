@@ -75,7 +75,9 @@ def _request_slots(
         return
     from mla_tune.kernels.device import slot_ids as device
 
-    device.launch(page_table, lens, cu_rows, out, page_size, from_end, config or DEFAULT_LAUNCHES.slot_ids(out.shape[0]))
+    device.launch(
+        page_table, lens, cu_rows, out, page_size, from_end, config or DEFAULT_LAUNCHES.slot_ids(out.shape[0])
+    )
 
 
 def _request_slots_torch(

@@ -55,7 +55,8 @@ def _attention(site: Site, candidate: str, sm_count: int) -> Basis:
         # One block per query and 64 heads: a staircase in waves, each as long as the tiles of one query, as far as the
         # blocks do not overtake each other. Gathers that miss the L2 add their bytes.
         tiles = np.ceil(work.attended / _ENTRIES_PER_TILE)
-        missed = work.num_qo_tokens * work.attended * _miss_rate(work.rows * 1024)
+        rows = work.distinct_rows + work.window_rows if candidate == "sparse_fwd_selected" else work.rows
+        missed = work.num_qo_tokens * work.attended * _miss_rate(rows * 1024)
         return [_ones(work), queries(work), waves(work), waves(work) * tiles, missed]
 
     def with_kvcache(work: Work) -> list[Array]:
@@ -70,7 +71,7 @@ def _attention(site: Site, candidate: str, sm_count: int) -> Basis:
         # Where the rows lie matters less than how many a query reads.
         return [_octaves(work.num_qo_tokens), _octaves(work.attended), 0.5 * _octaves(work.rows)]
 
-    return Basis(sparse_fwd if candidate == "sparse_fwd" else with_kvcache, coordinates)
+    return Basis(with_kvcache if candidate == "with_kvcache" else sparse_fwd, coordinates)
 
 
 def _miss_rate(pool_bytes: Array) -> Array:
@@ -100,6 +101,22 @@ _BY_NAME = {
     "dequantize_window": Basis(
         lambda w: [_ones(w), w.window_rows],
         lambda w: [_octaves(w.window_rows)],
+    ),
+    "prepare": Basis(
+        lambda w: [_ones(w), w.rows, w.num_qo_tokens * w.index_width],
+        lambda w: [_octaves(w.rows), _octaves(w.num_qo_tokens)],
+    ),
+    "mark": Basis(
+        lambda w: [_ones(w), w.num_qo_tokens * w.selection_width],
+        lambda w: [_octaves(w.num_qo_tokens)],
+    ),
+    "compact": Basis(
+        lambda w: [_ones(w), w.compressed_rows, w.distinct_rows],
+        lambda w: [_octaves(w.compressed_rows), _octaves(w.distinct_rows)],
+    ),
+    "dequantize_selected": Basis(
+        lambda w: [_ones(w), w.distinct_rows],
+        lambda w: [_octaves(w.distinct_rows)],
     ),
     "row_ids": Basis(
         lambda w: [_ones(w), w.compressed_rows],

@@ -47,7 +47,7 @@ def _dequantize(
     if PERSISTENT:
         num_blocks = tl.cdiv(num_rows, ROWS)
         for index in range(block, num_blocks, tl.num_programs(0)):
-            row = index.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+            row = (index + tl.zeros((ROWS,), tl.int64)) * ROWS + tl.arange(0, ROWS)
             in_range = row < num_rows
             slot = tl.load(slot_ids_ptr + row, mask=in_range, other=-1).to(tl.int64)
             dequantize_rows(

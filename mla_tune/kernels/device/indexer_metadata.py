@@ -5,7 +5,8 @@ Every program computes one entry and reads all rows for it: 4 bytes a row, from 
 from the L2 for the others. A grid-wide scan would read them once, at the price of a grid-wide wait, which costs about as
 much as reading 32768 rows (128 KB at 64 bytes a clock are 1.2 us). What bounds the time is latency: rounds of loads that
 wait for each other, and, with a cold L2, the kernel's own instructions. So up to :data:`SMALL_ROWS` rows go to a
-kernel of one round and one warp with a tenth of the code, and the other one reads as many rows in a round as fit its registers.
+kernel of one round and one warp with a fifth of the code, and the other one reads as many rows in a round as its
+registers hold.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import triton.language as tl
 from mla_tune.launch import MetadataConfig
 
 SMALL_ROWS = 256
-"""Most rows of the small kernel, which is compiled for half of them too: 256 contexts of less than 2**31 tokens have at most 2**31 splits, which fit 32 bits."""
+"""Most rows of the small kernel, which is compiled for half of them too. Contexts of less than 2**31 tokens, 256 of them,
+have at most 2**31 splits, which fit 32 bits."""
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sms"])
