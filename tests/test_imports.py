@@ -103,7 +103,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         "import mla_tune.runtime",
         "from mla_tune.runtime import Dispatcher; Dispatcher.for_this_gpu(fallback='incumbent').resolve("
-        "'prefill_attention', model='deepseek-v4-pro', layer='forward').choose(8192, 1 << 20)",
+        "'prefill_attention', model='deepseek-v4-pro', layer='forward').choose(8192, 1 << 20, 4)",
     ],
     ids=["import", "serve"],
 )
