@@ -245,9 +245,12 @@ class Launches:
         return _typed(self.config("select", num_qo_tokens), SelectConfig)
 
     def digest(self, kernels: Iterable[str]) -> str:
-        """What tells measurements of differently tuned kernels apart: 12 hex digits; empty where none is tuned."""
+        """What tells measurements of differently tuned kernels apart: 12 hex digits; empty where all have the default."""
         names = set(kernels)
-        mine = sorted((e.kernel, e.size_from, parameters(e.config)) for e in self.tuned if e.kernel in names)
+        entries = [
+            e for e in self.tuned if e.kernel in names and e.config != DEFAULT_LAUNCHES.config(e.kernel, e.size_from)
+        ]
+        mine = sorted((e.kernel, e.size_from, sorted(parameters(e.config).items())) for e in entries)
         return hashlib.sha256(json.dumps(mine).encode()).hexdigest()[:12] if mine else ""
 
 

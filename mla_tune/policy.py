@@ -18,6 +18,7 @@ import msgspec
 
 from mla_tune import __version__
 from mla_tune.errors import PolicyError
+from mla_tune.policy_kernels import KernelConfig
 from mla_tune.policy_rules import problems
 from mla_tune.policy_yaml import REBUILD, line_of, read_yaml, shown, write_yaml
 
@@ -174,7 +175,7 @@ class Source(_Record, frozen=True):
     command: str
 
 
-class Policy(_Record, frozen=True):
+class Policy(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """One policy file."""
 
     schema: int
@@ -185,11 +186,15 @@ class Policy(_Record, frozen=True):
     """The timing regime that the thresholds minimize: ``graph`` on a GPU, ``eager`` on the CPU."""
     environment: PolicyEnvironment
     source: Source
+    overlap: int = 0
+    """Percent of its selection that a query was assumed to share with the one before it, where there is a top-k."""
+    kernel_config: tuple[KernelConfig, ...] = ()
+    """Launch parameters of our own kernels that were tuned on this GPU; the others keep their defaults."""
     tables: tuple[Table, ...]
 
 
 _ONE_LINE = frozenset({"gpu", "measured", "choices"})
-_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown"})
+_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown", "kernel_config"})
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:

@@ -47,6 +47,33 @@ def stages(site: Site, candidate: str) -> tuple[Stage, ...]:
     return _BY_CANDIDATE[candidate][site.layer]
 
 
+def kernels(site: Site, candidate: str) -> tuple[str, ...]:
+    """Names (see :data:`mla_tune.launch.KERNELS`) of the project's own kernels that ``candidate`` runs at ``site``."""
+    if site.name is SiteName.INDEXER_METADATA:
+        return ("metadata",) if candidate == "jit" else ()
+    if not candidate.startswith("sparse_fwd"):
+        return ()
+    fmt = "dsa" if site.layer is LayerType.DSA else "v4"
+    combine = "combine_topk" if site.topk is not None else "combine_all"
+    names = {
+        stage.name: (combine,) if stage.name == "combine" else _KERNELS_OF.get(stage.name, ())
+        for stage in stages(site, candidate)
+    }
+    used = {name.format(fmt=fmt) for found in names.values() for name in found}
+    return tuple(sorted(used))
+
+
+_KERNELS_OF: dict[str, tuple[str, ...]] = {
+    "window_ids": ("slot_ids",),
+    "row_ids": ("slot_ids",),
+    "dequantize_compressed": ("dequantize_{fmt}",),
+    "dequantize_window": ("dequantize_{fmt}",),
+    "dequantize_selected": ("dequantize_{fmt}",),
+    "mark": ("select",),
+    "compact": ("select",),
+    "prepare": ("prepare",),
+}
+
 _WINDOW_IDS = Stage("window_ids", Amortization.PER_FORWARD)
 _ROW_IDS = Stage("row_ids", Amortization.PER_LAYER_TYPE)
 _DEQUANTIZE_COMPRESSED = Stage("dequantize_compressed", Amortization.PER_LAYER)

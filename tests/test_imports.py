@@ -17,13 +17,16 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     "mla_tune",
-    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime")),
+    *(
+        f"mla_tune.{name}"
+        for name in ("errors", "files", "lookup", "policy", "policy_kernels", "policy_rules", "policy_yaml", "runtime")
+    ),
     *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
 }
 
 WORDS = {"errors", "files", "launch", "site", "shape", "sku", "stages"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
-POLICY = {"policy", "policy_rules", "policy_yaml"}
+POLICY = {"policy", "policy_kernels", "policy_rules", "policy_yaml"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -32,13 +35,26 @@ LAYERS: dict[str, set[str]] = {
     "shape": {"errors", "site"},
     "sku": {"errors"},
     "stages": {"errors", "site"},
-    "policy": {"site", "sku", "shape", "errors", "files", "launch"} | POLICY,
-    "policy_rules": {"site", "errors", "launch"} | POLICY,
+    "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
+    "policy_rules": {"site", "errors"} | POLICY,
+    "policy_kernels": {"errors", "launch"},
     "policy_yaml": {"errors"},
     "lookup": {"policy", "site", "errors"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
-    "runtime": {"lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
+    "runtime": {
+        "lookup",
+        "policy",
+        "policy_kernels",
+        "launch",
+        "packaged",
+        "gpu",
+        "site",
+        "sku",
+        "shape",
+        "errors",
+        "files",
+    },
     "kernels": WORDS,
     "bench": {"sku", "errors", "files"},
     "store": WORDS,

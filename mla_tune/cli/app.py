@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import typer
 
 from mla_tune import __version__
-from mla_tune.cli import databases, machine, policies, probing, sweeping
+from mla_tune.cli import databases, machine, policies, probing, sweeping, tuning
 from mla_tune.errors import UsageError
 
 _UsageProblem: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -26,6 +26,7 @@ app.command()(policies.fit)
 app.command()(policies.lookup)
 app.command()(policies.explain)
 app.command()(probing.probe)
+app.command()(tuning.tune)
 app.command()(machine.verify)
 app.command()(machine.env)
 
