@@ -18,6 +18,7 @@ from itertools import groupby, pairwise
 
 from mla_tune.errors import PolicyError
 from mla_tune.policy import Choice, Row, Table
+from mla_tune.threshold import Threshold
 
 Choose = Callable[[int, int, int], str]
 """``choose(num_qo_tokens, kv_tokens, num_reqs)`` -> candidate name; total over all integers."""
@@ -54,13 +55,10 @@ class Span:
     row: Row
     kv_tokens_end: int
 
-    def threshold(self, choice: Choice) -> tuple[float, float]:
-        """``(intercept, slope)``: ``choice`` is taken from ``intercept + slope * kv_tokens`` query tokens on."""
-        if choice.num_qo_tokens_to is None or choice.num_qo_tokens_to == choice.num_qo_tokens_from:
-            return choice.num_qo_tokens_from, 0.0
-        run = max(self.kv_tokens_end - self.row.kv_tokens_from, 1)
-        slope = (choice.num_qo_tokens_to - choice.num_qo_tokens_from) / run
-        return choice.num_qo_tokens_from - slope * self.row.kv_tokens_from, slope
+    def threshold(self, choice: Choice) -> Threshold:
+        """From where ``choice`` is taken."""
+        end = choice.num_qo_tokens_from if choice.num_qo_tokens_to is None else choice.num_qo_tokens_to
+        return Threshold.through((self.row.kv_tokens_from, self.kv_tokens_end), (choice.num_qo_tokens_from, end))
 
 
 def spans(table: Table) -> list[list[Span]]:
@@ -92,16 +90,13 @@ def decide(table: Table, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> E
 def _by_row(span: Span, num_qo_tokens: int, kv_tokens: int) -> Explanation:
     row = span.row
     for choice in reversed(row.choices):
-        intercept, slope = span.threshold(choice)
-        threshold = intercept + slope * kv_tokens if slope else intercept
+        threshold = span.threshold(choice).at(kv_tokens)
         if num_qo_tokens >= threshold:
             break
     bracket = None
     if choice.bracket is not None:
         bracket = math.floor(threshold * choice.bracket[0]), math.ceil(threshold * choice.bracket[1])
-    return Explanation(
-        choice.candidate, Reason.TABLE, row.num_reqs_from, row.kv_tokens_from, math.ceil(threshold), bracket
-    )
+    return Explanation(choice.candidate, Reason.TABLE, row.num_reqs_from, row.kv_tokens_from, threshold, bracket)
 
 
 def _span(table: Table, kv_tokens: int, num_reqs: int) -> Span:
@@ -132,8 +127,7 @@ def compile_table(table: Table) -> Choose:
     """:func:`decide` as one expression of comparisons. Raises :class:`PolicyError` where no candidate may run.
 
     The expression is compiled, as ``namedtuple`` compiles its constructor: a call into :mod:`bisect` alone costs more
-    than all comparisons of a table together. It holds nothing but numbers and candidate names. A slanted threshold is
-    one multiplication and one addition of floats, which every machine rounds alike.
+    than all comparisons of a table together. It holds nothing but integers and candidate names.
     """
     outside = _by_counts(table, lambda tokens: repr(_answer(table, table.incumbent, tokens)))
     groups = [(group[0].row.num_reqs_from, _group_tree(table, group, outside)) for group in spans(table)]
@@ -163,17 +157,13 @@ def _by_counts(table: Table, expression: Callable[[int], str]) -> str:
     """A tree over the query token counts at which the measured range or a limit changes what may be answered."""
     q_low, q_high = table.measured.num_qo_tokens
     starts = {0, q_low, q_high + 1, *(limit.num_qo_tokens + 1 for limit in table.limits)}
-    return _tree("num_qo_tokens", [(start, expression(start)) for start in sorted(starts)])
+    return _tree([(f"num_qo_tokens < {start}", expression(start)) for start in sorted(starts)])
 
 
 def _choices_tree(table: Table, span: Span, tokens: int) -> str:
     """The choices of one row, where the same limits apply as at ``tokens``; the thresholds ascend."""
-    segments: list[tuple[str, str]] = []
-    for choice in span.row.choices:
-        intercept, slope = span.threshold(choice)
-        threshold = f"{intercept!r} + {slope!r} * kv_tokens" if slope else repr(intercept)
-        segments.append((threshold, repr(_answer(table, choice.candidate, tokens))))
-    return _tree("num_qo_tokens", segments)
+    choices = span.row.choices
+    return _tree([(span.threshold(c).below(), repr(_answer(table, c.candidate, tokens))) for c in choices])
 
 
 def _bounded(variable: str, segments: list[tuple[int, str]], measured: tuple[int, int], outside: str) -> str:
@@ -181,22 +171,23 @@ def _bounded(variable: str, segments: list[tuple[int, str]], measured: tuple[int
     low, high = measured
     first = [expression for start, expression in segments if start <= low][-1]
     inside = [(low, first), *((start, expression) for start, expression in segments if low < start <= high)]
-    return _tree(variable, [(low - 1, outside), *inside, (high + 1, outside)])
+    bounds = [(low - 1, outside), *inside, (high + 1, outside)]
+    return _tree([(f"{variable} < {start}", expression) for start, expression in bounds])
 
 
-def _tree(variable: str, segments: Sequence[tuple[int | str, str]]) -> str:
-    """A balanced conditional expression over ``segments``: (start, expression) pairs, ascending.
+def _tree(segments: Sequence[tuple[str, str]]) -> str:
+    """A balanced conditional expression over ascending segments: (what is true below its start, expression) pairs.
 
     Neighbours with the same expression are joined; the first segment also takes everything below its start.
     """
     kept = [*segments[:1]]
-    for start, expression in segments[1:]:
+    for below, expression in segments[1:]:
         if expression != kept[-1][1]:
-            kept.append((start, expression))
+            kept.append((below, expression))
     if len(kept) == 1:
         return kept[0][1]
     middle = len(kept) // 2
-    return f"({_tree(variable, kept[:middle])} if {variable} < {kept[middle][0]} else {_tree(variable, kept[middle:])})"
+    return f"({_tree(kept[:middle])} if {kept[middle][0]} else {_tree(kept[middle:])})"
 
 
 def constant(candidate: str) -> Choose:

@@ -34,13 +34,14 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 class Choice(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """From its threshold in query tokens upward (until the next choice of the row) take ``candidate``.
 
-    The threshold runs linearly in context tokens from ``num_qo_tokens_from`` at the row's start to ``num_qo_tokens_to``
-    at its end: what ``sparse_fwd`` must dequantize grows with the context, and the crossover with it.
+    The threshold rises linearly in context tokens from ``num_qo_tokens_from`` at the row's start to ``num_qo_tokens_to``
+    at its end (see :class:`mla_tune.threshold.Threshold` for the exact integers): what ``sparse_fwd`` must dequantize grows
+    with the context, and the crossover with it.
     """
 
     num_qo_tokens_from: int
     num_qo_tokens_to: int | None = None
-    """None for a threshold that is the same all along the row."""
+    """Above ``num_qo_tokens_from``; None for a threshold that is the same all along the row."""
     candidate: str
     bracket: tuple[float, float] | None = None
     """Factors on the threshold: below the first every shape of the row has the previous candidate faster beyond the noise

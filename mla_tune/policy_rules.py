@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mla_tune.policy_kernels import kernel_config_fault
 from mla_tune.policy_yaml import MAX_INT64, shown
 from mla_tune.site import CANDIDATES, FORWARD, MODELS, OVERLAPS, ModelConfig, SiteName
+from mla_tune.threshold import Threshold
 
 if TYPE_CHECKING:
     from mla_tune.policy import Choice, HeldOut, Ineligible, Limit, Policy, Range, Row, Table
@@ -80,7 +81,9 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
     for index, entry in enumerate(table.ineligible):
         yield from _ineligible(f"{path}.ineligible[{index}]", entry, table)
     barred = {entry.candidate for entry in table.ineligible}
-    yield from _rows(f"{path}.rows", table.rows, [name for name in table.candidates if name not in barred])
+    served = [name for name in table.candidates if name not in barred]
+    wrong_rows = list(_rows(f"{path}.rows", table.rows, served))
+    yield from wrong_rows or _crossing(f"{path}.rows", table)
     yield from _held_out(f"{path}.held_out", table.held_out, measured=measured)
 
 
@@ -145,11 +148,33 @@ def _rows(path: str, rows: tuple[Row, ...], candidates: Collection[str]) -> Iter
                 )
 
 
+def _crossing(path: str, table: Table) -> Iterator[Problem]:
+    """Thresholds of a row that pass each other before the row ends."""
+    for index, row in enumerate(table.rows):
+        following = table.rows[index + 1] if index + 1 < len(table.rows) else None
+        same_group = following is not None and following.num_reqs_from == row.num_reqs_from
+        end = following.kv_tokens_from if following and same_group else table.measured.kv_tokens[1] + 1
+        lines = [
+            Threshold.through(
+                (row.kv_tokens_from, end), (c.num_qo_tokens_from, c.num_qo_tokens_to or c.num_qo_tokens_from)
+            )
+            for c in row.choices
+        ]
+        for place, (before, after) in enumerate(pairwise(line.exactly_at(end) for line in lines), 1):
+            if after < before:
+                rule = "must stay above the threshold before it to the row's end, rounded as it is served"
+                yield Problem(f"{path}[{index}].choices[{place}].num_qo_tokens_to", f"{rule}: got {float(after):g}")
+
+
 def _choices(path: str, row: Row, candidates: Collection[str]) -> Iterator[Problem]:
     choices = row.choices
     if not choices:
         yield Problem(path, "must hold at least one choice: got none")
     yield from _ascending(path, "num_qo_tokens_from", [(i, c.num_qo_tokens_from) for i, c in enumerate(choices)])
+    for index, choice in enumerate(choices):
+        if choice.num_qo_tokens_to is not None and choice.num_qo_tokens_to <= choice.num_qo_tokens_from:
+            rule = f"must be above num_qo_tokens_from={choice.num_qo_tokens_from}, or absent"
+            yield Problem(f"{path}[{index}].num_qo_tokens_to", f"{rule}: got {choice.num_qo_tokens_to}")
     ends = [c.num_qo_tokens_from if c.num_qo_tokens_to is None else c.num_qo_tokens_to for c in choices]
     yield from _ascending(path, "num_qo_tokens_to", list(enumerate(ends)))
     for index, choice in enumerate(choices):

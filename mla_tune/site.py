@@ -9,7 +9,7 @@ a serving process imports this module.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mla_tune.errors import UsageError
@@ -117,6 +117,10 @@ class Site:
         if site.key != key:
             raise ValueError(f"not a site key: {key!r}")
         return site
+
+    def overlapping(self, overlap: int) -> Site:
+        """The same site with inputs whose neighbours share so much; unchanged where there is no top-k."""
+        return self if self.topk is None else replace(self, overlap=overlap)
 
     @property
     def incumbent(self) -> str:

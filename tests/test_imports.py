@@ -19,7 +19,10 @@ SERVING_MODULES = {
     "mla_tune",
     *(
         f"mla_tune.{name}"
-        for name in ("errors", "files", "lookup", "policy", "policy_kernels", "policy_rules", "policy_yaml", "runtime")
+        for name in (
+            *("errors", "files", "lookup", "policy", "policy_kernels", "policy_rules", "policy_yaml", "runtime"),
+            "threshold",
+        )
     ),
     *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
 }
@@ -36,10 +39,11 @@ LAYERS: dict[str, set[str]] = {
     "sku": {"errors"},
     "stages": {"errors", "site"},
     "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
-    "policy_rules": {"site", "errors"} | POLICY,
+    "threshold": set(),
+    "policy_rules": {"site", "errors", "threshold"} | POLICY,
     "policy_kernels": {"errors", "launch"},
     "policy_yaml": {"errors"},
-    "lookup": {"policy", "site", "errors"},
+    "lookup": {"policy", "site", "errors", "threshold"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
     "runtime": {
@@ -59,7 +63,7 @@ LAYERS: dict[str, set[str]] = {
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
-    "learn": {"store", "lookup"} | POLICY | WORDS,
+    "learn": {"store", "lookup", "threshold"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"runtime", "policy", "errors", "site"},
 }

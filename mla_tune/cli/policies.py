@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from mla_tune.cli.options import OverlapOption, checked_overlap
 from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError, UsageError
 from mla_tune.packaged import packaged_policy
@@ -43,6 +44,7 @@ def fit(
     first_call_bound: Annotated[
         float, typer.Option("--first-call-bound", help="Longest first call on a new shape, s, of a served candidate.")
     ] = 1.0,
+    overlap: OverlapOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
@@ -55,7 +57,7 @@ def fit(
 
     source = measurements or export_path(policy_sku(gpu))
     target = out or policy_path(read_export(source).environment.sku)
-    fitted = pipeline.fit(source, target, first_call_bound)
+    fitted = pipeline.fit(source, target, first_call_bound, checked_overlap(overlap))
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
@@ -102,6 +104,7 @@ def explain(
     from mla_tune.cli import render
     from mla_tune.learn.costs import CostModel
     from mla_tune.learn.explain import explain as explain_choice
+    from mla_tune.learn.usable import usable
     from mla_tune.store.export import export_sha256, read_export
 
     table = _require_table(resolved.table, name)
@@ -120,7 +123,8 @@ def explain(
         )
     if export_sha256(export) != loaded.source.sha256:
         render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    render.explanation(explain_choice(CostModel(environment, found.measurements), table, shape), table, as_json)
+    rows = usable(found.measurements, found.tuned, loaded.overlap)
+    render.explanation(explain_choice(CostModel(environment, rows), table, shape), table, as_json)
 
 
 def show(

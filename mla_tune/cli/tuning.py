@@ -86,7 +86,5 @@ def _entry(report: ClassReport) -> dict[str, object]:
         "size_from": report.size_from,
         "reason": report.reason,
         "left": report.left,
-        "tuned": None
-        if tuned is None
-        else {**asdict(tuned), "launch": parameters(tuned.launch.config)},
+        "tuned": None if tuned is None else {**asdict(tuned), "launch": parameters(tuned.launch.config)},
     }

@@ -73,7 +73,7 @@ def _hand_written(table: Table) -> list[tuple[str, Rule]]:
 
 def held_out_points(observations: Observations, table: Table) -> list[HeldOutPoint]:
     """Every held-out point of a table at which all its candidates ran, in the order of the shapes."""
-    where = _scope(table)
+    where = _scope(table, observations.overlap)
     judged = rules(table)
     points = []
     for shape in where.swept(observations, Role.HELD_OUT):
@@ -115,8 +115,8 @@ def _is_single_layer_attention(table: Table) -> bool:
     return table.site == SiteName.PREFILL_ATTENTION and table.layer != FORWARD
 
 
-def _scope(table: Table) -> Scope:
-    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q)
+def _scope(table: Table, overlap: int) -> Scope:
+    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, overlap)
 
 
 def _summary(names: Iterable[str], slowdowns: Sequence[tuple[float, ...]]) -> HeldOut:

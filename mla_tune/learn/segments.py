@@ -32,7 +32,7 @@ class Segment:
     first: int
     """Query tokens of the threshold at the start of the band."""
     last: int
-    """At its end; linear in context tokens between the two."""
+    """At its end; linear in context tokens between the two, never falling."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +113,6 @@ class Cells:
         lasts = self._near(segment.last, reach, floor.last, ceiling.last if ceiling else None)
         if not (firsts.size and lasts.size):
             return segments
-        if end_bin - first_bin == 1:  # one bin: level
-            lasts = firsts
         sums, _ = self._sums
         columns = self._columns(first_bin, end_bin, firsts[:, None], lasts[None, :])
         before = sums[first_bin:end_bin, segments[index - 1].candidate]
@@ -122,8 +120,11 @@ class Cells:
         # What moving the threshold changes: columns below it go to the candidate before, those above to this one.
         rows = np.arange(end_bin - first_bin)[:, None, None]
         costs = (before[rows, columns] - after[rows, columns]).sum(axis=0)
-        if end_bin - first_bin == 1:
-            costs = np.where(np.eye(len(firsts), dtype=bool), costs, costs.max() + 1)
+        level = end_bin - first_bin == 1
+        allowed = np.equal.outer(firsts, lasts) if level else np.less_equal.outer(firsts, lasts)
+        if not allowed.any():
+            return segments
+        costs = np.where(allowed, costs, costs.max() + 1)
         best = np.unravel_index(int(costs.argmin()), costs.shape)
         moved = Segment(segment.candidate, int(firsts[best[0]]), int(lasts[best[1]]))
         here = self._columns(first_bin, end_bin, np.array([[segment.first]]), np.array([[segment.last]]))
@@ -156,15 +157,17 @@ class Cells:
             total += of[rows, np.maximum(end, start)] - of[rows, start]
         return total
 
-    def cell_band(self, index: int) -> Band:
-        """One bin by itself, with the best segments for it."""
-        segments = best_segments(self.costs[index], int(self.worth * _UNITS * self.counts[index]))
-        found = tuple(
-            Segment(candidate, tokens, tokens)
-            for column, candidate in segments
-            for tokens in [int(threshold(self.tokens, np.array([column]))[0]) if column else 0]
-        )
-        return self.judged(index, index + 1, found)
+    def cell_bands(self) -> list[Band]:
+        """Every bin by itself, with the best segments for it."""
+        costs = (self.worth * _UNITS * self.counts).astype(np.int64)
+        return [
+            self.judged(index, index + 1, tuple(self._level(column, candidate) for column, candidate in segments))
+            for index, segments in enumerate(best_segments(self.costs, costs))
+        ]
+
+    def _level(self, column: int, candidate: int) -> Segment:
+        tokens = int(threshold(self.tokens, np.array([column]))[0]) if column else 0
+        return Segment(candidate, tokens, tokens)
 
 
 def threshold(tokens: IntArray, columns: IntArray) -> IntArray:
@@ -172,23 +175,29 @@ def threshold(tokens: IntArray, columns: IntArray) -> IntArray:
     return np.asarray(np.ceil(np.sqrt(tokens[columns - 1] * tokens[columns])), dtype=np.int64)
 
 
-def best_segments(costs: IntArray, threshold_cost: int) -> tuple[tuple[int, int], ...]:
-    """Segments over all columns of least total cost, each one after the first costing ``threshold_cost`` more.
+def best_segments(costs: IntArray, threshold_costs: IntArray) -> list[tuple[tuple[int, int], ...]]:
+    """For each bin the segments over all columns of least total cost, each one after the first costing something more.
 
-    ``costs`` is (num_candidates, num_columns). Gives (first column, candidate) of each. On equal totals fewer segments
-    win, then the lower index.
+    ``costs`` is (num_bins, num_candidates, num_columns), ``threshold_costs`` (num_bins,). Gives (first column, candidate)
+    of each segment. On equal totals fewer segments win, then the lower index.
     """
-    num_candidates, num_columns = costs.shape
-    total = costs[:, 0].copy()
-    came_from = np.tile(np.arange(num_candidates), (num_columns, 1))
+    num_bins, num_candidates, num_columns = costs.shape
+    bins = np.arange(num_bins)
+    total = costs[:, :, 0].copy()
+    came_from = np.tile(np.arange(num_candidates), (num_columns, num_bins, 1))
     for column in range(1, num_columns):
-        cheapest = int(total.argmin())
-        switched = total[cheapest] + threshold_cost < total
-        came_from[column, switched] = cheapest
-        total = np.where(switched, total[cheapest] + threshold_cost, total) + costs[:, column]
-    candidate = int(total.argmin())
+        cheapest = total.argmin(axis=1)
+        switching = (total[bins, cheapest] + threshold_costs)[:, None]
+        switched = switching < total
+        came_from[column] = np.where(switched, cheapest[:, None], came_from[column])
+        total = np.where(switched, switching, total) + costs[:, :, column]
+    return [_followed_back(came_from[:, index], int(total[index].argmin())) for index in range(num_bins)]
+
+
+def _followed_back(came_from: IntArray, candidate: int) -> tuple[tuple[int, int], ...]:
+    """The segments that end with ``candidate``; ``came_from`` is (num_columns, num_candidates)."""
     segments: list[tuple[int, int]] = []
-    for column in range(num_columns - 1, -1, -1):
+    for column in range(len(came_from) - 1, -1, -1):
         before = int(came_from[column, candidate])
         if column == 0 or before != candidate:
             segments.append((column, candidate))
@@ -202,7 +211,7 @@ def few_bands(cells: Cells) -> tuple[Band, ...]:
     One band per bin at first; then, always the cheapest first, neighbours are merged and thresholds dropped as long as
     doing so changes the mean slowdown by less than :attr:`Cells.worth`.
     """
-    bands = [cells.cell_band(index) for index in range(len(cells.costs))]
+    bands = cells.cell_bands()
     before: list[Band] = []
     while bands != before:  # rows that lost a threshold may now merge with others
         before = list(bands)
@@ -278,7 +287,8 @@ def _joined(cells: Cells, one: Band, other: Band) -> Band:
 def _joints(one: Band, other: Band) -> Iterator[tuple[Segment, ...]]:
     mine, theirs = ([s.candidate for s in band.segments] for band in (one, other))
     if mine == theirs:
-        yield tuple(Segment(a.candidate, a.first, b.last) for a, b in zip(one.segments, other.segments, strict=True))
+        pairs = zip(one.segments, other.segments, strict=True)
+        yield tuple(Segment(a.candidate, min(a.first, b.last), b.last) for a, b in pairs)
         return
     for band in (one, other):
         yield tuple(Segment(s.candidate, s.first, s.last) for s in band.segments)

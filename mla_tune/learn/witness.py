@@ -19,6 +19,7 @@ from mla_tune.learn.segments import Segment
 from mla_tune.learn.work import Array, work
 from mla_tune.policy import Choice, Row
 from mla_tune.shape import Shape
+from mla_tune.threshold import Threshold
 
 _RESAMPLES = 400
 """Bootstrap replicates: the ends of a 95 % interval move by a tenth of its width at most from one seed to another."""
@@ -71,6 +72,7 @@ class Witnesses:
 
     def row(self, segments: tuple[Segment, ...], reqs: Ends, kv_tokens: Ends, noise_band: float) -> Row:
         """The row with these segments; ``reqs`` and ``kv_tokens`` are where it starts and ends."""
+        segments = _served(segments, kv_tokens)
         near = _Near(segments, reqs, kv_tokens)
         choices = [Choice(num_qo_tokens_from=0, candidate=self.names[segments[0].candidate])]
         choices += [self._choice(near, before, after, noise_band) for before, after in pairwise(segments)]
@@ -165,6 +167,15 @@ class _Near:
         if index + 1 < len(self.segments):
             mask &= self.factors(shapes, self.segments[index + 1]) < 1
         return mask
+
+
+def _served(segments: tuple[Segment, ...], kv_tokens: Ends) -> tuple[Segment, ...]:
+    """``segments`` with level thresholds, should rounding to integers make slanted ones pass each other in the row."""
+    end = kv_tokens[1] or kv_tokens[0] + 1
+    lines = [Threshold.through((kv_tokens[0], end), (s.first, s.last)).exactly_at(end) for s in segments]
+    if lines == sorted(lines):
+        return segments
+    return tuple(Segment(s.candidate, s.first, s.first) for s in segments)
 
 
 def _within(values: Sequence[int], ends: Ends) -> npt.NDArray[np.bool_]:

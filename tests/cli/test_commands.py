@@ -137,7 +137,7 @@ def test_a_shown_policy_has_its_provenance_and_every_rule(folder: Path, capsys: 
 def test_an_export_goes_through_a_new_database_unchanged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_export(EXPORT).measurements
     imported = output(capsys, "db", "import", EXPORT, "--db", "new/copy.db")
-    assert imported == f"{len(rows)} of {len(rows)} measurements and tries were new: new/copy.db\n"
+    assert imported == f"{len(rows)} of {len(rows)} measurements, tries and launches were new: new/copy.db\n"
     assert output(capsys, "db", "import", EXPORT, "--db", "new/copy.db").startswith(f"0 of {len(rows)} ")
     assert output(capsys, "db", "export", "--gpu", "cpu", "--db", "new/copy.db", "--out", "x/y.jsonl") == "x/y.jsonl\n"
     assert Path("x/y.jsonl").read_bytes() == EXPORT.read_bytes()
@@ -206,7 +206,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_path_that_is_no_text_can_be_used_and_shown(folder: Path) -> None:
     result = run(folder, "db", "import", EXPORT, "--db", os.fsdecode(b"\xff.db"), PYTHONIOENCODING="utf-8")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.endswith("measurements and tries were new: \\udcff.db\n")
+    assert result.stdout.endswith("measurements, tries and launches were new: \\udcff.db\n")
 
 
 def test_output_in_ascii_is_readable_too(folder: Path) -> None:

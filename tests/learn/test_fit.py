@@ -73,7 +73,7 @@ def test_where_a_choice_loses_more_than_a_few_percent_a_bracket_says_so(num_reqs
         shape = Shape(num_reqs, count, kv_tokens)
         costs_us = {name: _true_us(name, shape) for name in table.candidates}
         chosen = decide(table, count, kv_tokens, num_reqs).candidate
-        if costs_us[chosen] > 1.06 * min(costs_us.values()):
+        if costs_us[chosen] > 1.08 * min(costs_us.values()):
             lost += 1
             inside += any(low <= count <= high for low, high in _brackets(table, shape))
     assert inside == lost
@@ -87,8 +87,7 @@ def _brackets(table: Table, shape: Shape) -> list[tuple[float, float]]:
     found = []
     for choice in span.row.choices:
         if choice.bracket is not None:
-            intercept, slope = span.threshold(choice)
-            at = intercept + slope * shape.kv_tokens
+            at = span.threshold(choice).at(shape.kv_tokens)
             found.append((choice.bracket[0] * at, choice.bracket[1] * at))
     return found
 

@@ -8,13 +8,20 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.learn.segments import Band, Cells, Segment, best_segments, few_bands, few_groups
+from mla_tune.learn import segments as search
+from mla_tune.learn.segments import Band, Cells, Segment, few_bands, few_groups
 from mla_tune.learn.training import bin_middle, bin_start
 
 WORTH = 1e-3
 UNIT = 1_000_000
 """A mean slowdown of :data:`WORTH` of one shape, in units."""
 TOKENS = np.array([1, 2, 4, 8, 16, 32, 64], dtype=np.int64)
+
+
+def best_segments(costs: np.ndarray, threshold_cost: int) -> tuple[tuple[int, int], ...]:
+    """Of one bin, searched together with others that must not matter."""
+    bins = np.stack([costs[:, ::-1], costs, costs + 1])
+    return search.best_segments(bins, np.array([3, threshold_cost, 0]))[1]
 
 
 def _cost(costs: np.ndarray, choice: tuple[int, ...], threshold_cost: int) -> int:

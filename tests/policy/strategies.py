@@ -22,7 +22,7 @@ from mla_tune.policy import (
     Source,
     Table,
 )
-from mla_tune.policy_rules import accepted_heads
+from mla_tune.policy_rules import accepted_heads, problems
 from mla_tune.site import CANDIDATES, FORWARD, MODELS, SiteName
 
 KEYS = [
@@ -159,6 +159,8 @@ def choices(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Choice, ...]:
     starts = [0, *sorted(draw(st.sets(counts, max_size=3 if len(candidates) > 1 else 0)))]
     size = len(starts) - 1
     ends = [0, *sorted(draw(st.sets(counts, min_size=size, max_size=size)))] if draw(st.booleans()) else starts
+    if any(end < start for start, end in zip(starts, ends, strict=True)):
+        ends = starts
     found: list[Choice] = []
     for start, end in zip(starts, ends, strict=True):
         others = [name for name in candidates if not found or name != found[-1].candidate]
@@ -199,6 +201,20 @@ def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]
     )
 
 
+def without_crossing(**fields: Any) -> Table:
+    """A table, with level thresholds where rounding would let slanted ones pass each other."""
+    found = Table(**fields)
+    if not list(problems(policy(found))):
+        return found
+    rows = [
+        msgspec.structs.replace(
+            row, choices=tuple(msgspec.structs.replace(choice, num_qo_tokens_to=None) for choice in row.choices)
+        )
+        for row in found.rows
+    ]
+    return msgspec.structs.replace(found, rows=tuple(rows))
+
+
 @st.composite
 def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]) -> Table:
     site, model, h_q, layer = key
@@ -208,7 +224,7 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]
     barred = draw(ineligible([name for name in candidates if name != incumbent]))
     served = tuple(name for name in candidates if name not in {entry.candidate for entry in barred})
     rules = ["policy", *draw(st.lists(words.filter(lambda word: word != "policy"), unique=True, max_size=2))]
-    return Table(
+    return without_crossing(
         site=site.value,
         model=model,
         h_q=h_q,

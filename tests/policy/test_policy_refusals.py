@@ -168,7 +168,7 @@ CHOICES = f"{ROW}.choices"
         ("[0.95, 1.05]", "[1.05, 0.95]", f"{CHOICES}[1].bracket", "0 <= low <= 1 <= high: got [1.05, 0.95]"),
         ("[0.98, 1.1]", "[1.01, 1.1]", "tables[0].rows[1].choices[1].interval", "got [1.01, 1.1]"),
         ("[0.02, 0.03]", "[-1.5, 0.03]", "tables[0].rows[1].choices[1].win", "above -1: got [-1.5, 0.03]"),
-        ("to: 12000", "to: 0", "tables[0].rows[1].choices[1].num_qo_tokens_to", "before it (0): got 0"),
+        ("to: 12000", "to: 0", "tables[0].rows[1].choices[1].num_qo_tokens_to", "num_qo_tokens_from=6000"),
         (
             "candidate: with_kvcache}",
             "candidate: with_kvcache, bracket: [1.0, 1.0]}",

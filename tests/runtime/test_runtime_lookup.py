@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import tracemalloc
 from fractions import Fraction
@@ -17,8 +18,6 @@ from mla_tune.policy import Choice, Limit, Range, Row, Table
 from mla_tune.runtime import Dispatcher, Resolved
 from tests.policy.strategies import policy, table, tables
 
-ROUNDING = Fraction(1, 10**12)
-"""Where a slanted threshold is rounded to a float, relative to its larger end."""
 EVERY_INT = st.integers(0, 1 << 62) | st.integers(-5, 50_000)
 
 
@@ -32,28 +31,24 @@ def runs(of: Table, candidate: str, num_qo_tokens: int) -> bool:
     return not any(limit.candidate == candidate and num_qo_tokens > limit.num_qo_tokens for limit in of.limits)
 
 
-def read_by_hand(of: Table, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> set[str]:
-    """The contract, line by line: the oracle of these tests. Two answers where a slanted threshold is hit to the digit."""
+def read_by_hand(of: Table, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
+    """The contract, line by line: the oracle of these tests."""
     measured = of.measured
-    answers = {of.incumbent}
+    answer = of.incumbent
     ranges = (measured.num_qo_tokens, num_qo_tokens), (measured.kv_tokens, kv_tokens), (measured.num_reqs, num_reqs)
     if all(low <= value <= high for (low, high), value in ranges):
         reqs_from = max(row.num_reqs_from for row in of.rows if row.num_reqs_from <= num_reqs)
         group = [row for row in of.rows if row.num_reqs_from == reqs_from]
         row = max((row for row in group if row.kv_tokens_from <= kv_tokens), key=lambda row: row.kv_tokens_from)
         later = [other.kv_tokens_from for other in group if other.kv_tokens_from > row.kv_tokens_from]
-        share = Fraction(kv_tokens - row.kv_tokens_from, min([*later, measured.kv_tokens[1] + 1]) - row.kv_tokens_from)
+        run = min(later, default=measured.kv_tokens[1] + 1) - row.kv_tokens_from
         for choice in row.choices:
             end = choice.num_qo_tokens_from if choice.num_qo_tokens_to is None else choice.num_qo_tokens_to
-            threshold = choice.num_qo_tokens_from + (end - choice.num_qo_tokens_from) * share
-            if abs(num_qo_tokens - threshold) <= ROUNDING * max(choice.num_qo_tokens_from, end) and share:
-                answers.add(choice.candidate)
-            elif num_qo_tokens >= threshold:
-                answers = {choice.candidate}
-    return {_within_limits(of, answer, num_qo_tokens) for answer in answers}
-
-
-def _within_limits(of: Table, answer: str, num_qo_tokens: int) -> str:
+            rise = end - choice.num_qo_tokens_from
+            per = max(1, math.floor(Fraction(run, rise) + Fraction(1, 2))) if rise and run > 0 else 0
+            risen = Fraction(kv_tokens - row.kv_tokens_from, per) if per else 0
+            if num_qo_tokens >= choice.num_qo_tokens_from + risen:
+                answer = choice.candidate
     if runs(of, answer, num_qo_tokens):
         return answer
     return next(name for name in (of.incumbent, *of.candidates) if runs(of, name, num_qo_tokens))
@@ -82,7 +77,7 @@ def test_choose_agrees_with_reading_the_table_by_hand(of: Table, points: list[tu
     site = resolved(of)
     for point in points + corners(of):
         answer = site.choose(*point)
-        assert answer in read_by_hand(of, *point)
+        assert answer == read_by_hand(of, *point)
         assert answer in of.candidates
         assert runs(of, answer, point[0])
 
