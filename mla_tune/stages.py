@@ -44,7 +44,7 @@ def stages(site: Site, candidate: str) -> tuple[Stage, ...]:
         return (Stage("metadata", Amortization.PER_LAYER_TYPE),)
     if candidate == "with_kvcache":
         return (Stage("schedule", Amortization.PER_LAYER_TYPE), Stage("attention", Amortization.PER_LAYER))
-    return _BY_CANDIDATE[candidate][site.layer]
+    return _BY_CANDIDATE.get(candidate, _SPARSE_FWD)[site.layer]
 
 
 def kernels(site: Site, candidate: str) -> tuple[str, ...]:
