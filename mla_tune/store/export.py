@@ -43,6 +43,7 @@ from mla_tune.store.tuned import Tuned, tuned_fault
 
 FORMAT = "mla-tune-measurements"
 VERSION = 3
+_WITHOUT_LAUNCHES = 2
 MAX_BYTES = 64 * 2**20
 """Largest export that is read: ten times what a sweep of every site of a GPU writes, small enough for any machine."""
 
@@ -111,12 +112,14 @@ def export_lines(
         raise StoreError(f"launch parameters must be sound to be exported: {reason}")
     points = [list(point) for _, point in groupby(rows, key=lambda m: (m.site, m.shape))]
     described = msgspec.convert(asdict(environment), EnvironmentRecord)
+    # What an earlier version can hold is written as that version: committed exports stay the bytes that they are.
+    news = bool(launches) or any(m.launches or m.site.overlap for m in rows)
     header = Header(
         format=FORMAT,
-        version=VERSION,
+        version=VERSION if news else _WITHOUT_LAUNCHES,
         points=len(points),
         tries=len(attempts),
-        launches=len(launches),
+        launches=len(launches) if news else msgspec.UNSET,
         environment=described,
     )
     yield encode_line(header)
@@ -147,7 +150,7 @@ def read_export(path: str | os.PathLike[str]) -> Export:
     """Everything in an export. Raises :class:`StoreError` that names file and line."""
     lines = _read(path).removesuffix(b"\n").split(b"\n")
     header = _decode_header(path, lines[0])
-    counts = (header.points, header.tries, header.launches)
+    counts = (header.points, header.tries, header.launches or 0)
     found = _Lines(path, lines)
     points = found.take(counts[0], "point", decode_point, lambda point: (point[0].site.key, point[0].shape))
     tries = found.take(counts[1], "try", decode_try, lambda attempt: attempt.key)

@@ -52,7 +52,7 @@ class Header(_Record, frozen=True):
     environment: EnvironmentRecord
     tries: _Count = 0
     """Lines of tries after those; version 1 had none."""
-    launches: _Count = 0
+    launches: _Count | msgspec.UnsetType = msgspec.UNSET
     """Lines of tuned launch parameters after those; versions 1 and 2 had none."""
 
 

@@ -106,8 +106,9 @@ class Tuner:
 
         ``database`` must exist and hold the studies of earlier runs, if any. Raises :class:`StoreError`.
         """
-        start, reports = time.monotonic(), []
+        reports = []
         with study_storage(database) as storage:
+            start = time.monotonic()
             for index, (kernel, found) in enumerate(chosen):
                 search = open_search(storage, self.environment.id, kernel.name, found.size_from, seed)
                 now = time.monotonic()

@@ -16,6 +16,7 @@ from mla_tune import __version__
 from mla_tune.cli import run as run_here
 from mla_tune.policy import load_policy
 from mla_tune.runtime import Dispatcher
+from mla_tune.site import CANDIDATES
 from mla_tune.store.database import Database
 from mla_tune.store.export import read_export
 from tests.cli.conftest import SWEEP, Swept, contents
@@ -178,13 +179,22 @@ def test_a_budget_that_ends_early_says_what_is_left_and_another_run_goes_on(tmp_
     assert (tmp_path / POLICY).is_file()
 
 
+def test_a_machine_without_a_gpu_has_nothing_to_tune_and_says_so_in_one_line(tmp_path: Path) -> None:
+    result = run(tmp_path, "tune", "--gpu", "cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("nothing to tune: ")
+    assert result.stdout.count("\n") == 1
+    assert run(tmp_path, "tune", "--gpu", "cpu", "--json").stdout == "[]\n"
+    assert contents(tmp_path) == {}
+
+
 def test_verify_compares_every_candidate_of_a_site(tmp_path: Path) -> None:
     arguments = ("verify", "--gpu", "cpu", "--model", "deepseek-v3.2")
     result = run(tmp_path, *arguments, "--json")
     assert (result.returncode, result.stderr) == (0, "")
     checks = json.loads(result.stdout)
     assert {check["outcome"] for check in checks} == {"ok"}
-    assert {check["candidate"] for check in checks} == {"sparse_fwd", "with_kvcache", "deep_gemm", "jit"}
+    assert {check["candidate"] for check in checks} == {name for names in CANDIDATES.values() for name in names}
     assert contents(tmp_path) == {}
 
 

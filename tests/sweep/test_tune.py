@@ -72,8 +72,8 @@ def test_every_kernel_has_a_case_whose_default_is_right_and_is_timed(
 def test_a_budget_of_seconds_tunes_stores_and_goes_on_the_next_time(tmp_path: Path) -> None:
     path = set_up(tmp_path / "a.db")
     with Tuner("cpu", added=INTERPRETED, size_of=size_of) as tuner:
-        (first,) = run(tuner, path, 3.0)
-        (second,) = run(tuner, path, 2.0)
+        (first,) = run(tuner, path, 6.0)
+        (second,) = run(tuner, path, 6.0)
         environment = tuner.environment.id
     assert first.tuned is not None
     assert second.tuned is not None
