@@ -19,6 +19,7 @@ import msgspec
 from mla_tune import __version__
 from mla_tune.errors import PolicyError
 from mla_tune.policy_evidence import Modelled, Uncertainty, header_lines
+from mla_tune.policy_kernels import KernelConfig
 from mla_tune.policy_rules import problems
 from mla_tune.policy_yaml import REBUILD, line_of, read_yaml, shown, write_yaml
 
@@ -179,7 +180,7 @@ class Source(_Record, frozen=True):
     command: str
 
 
-class Policy(_Record, frozen=True, omit_defaults=True):
+class Policy(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """One policy file."""
 
     schema: int
@@ -190,13 +191,17 @@ class Policy(_Record, frozen=True, omit_defaults=True):
     """The timing regime that the thresholds minimize: ``graph`` on a GPU, ``eager`` on the CPU."""
     environment: PolicyEnvironment
     source: Source
+    overlap: int = 0
+    """Percent of its selection that a query was assumed to share with the one before it, where there is a top-k."""
+    kernel_config: tuple[KernelConfig, ...] = ()
+    """Launch parameters of our own kernels that were tuned on this GPU; the others keep their defaults."""
     tables: tuple[Table, ...]
     modelled: Modelled | None = None
     """Of a modelled policy, which it must state; otherwise None."""
 
 
 _ONE_LINE = frozenset({"gpu", "scaled_from", "measured", "choices"})
-_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown", "uncertainty", "stages"})
+_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown", "uncertainty", "stages", "kernel_config"})
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:

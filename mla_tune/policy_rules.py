@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
+from mla_tune.policy_kernels import kernel_config_fault
 from mla_tune.policy_yaml import MAX_INT64, shown
-from mla_tune.site import CANDIDATES, FORWARD, MODELS, ModelConfig, SiteName
+from mla_tune.site import CANDIDATES, FORWARD, MODELS, OVERLAPS, ModelConfig, SiteName
 from mla_tune.threshold import Threshold
 
 if TYPE_CHECKING:
@@ -45,6 +46,14 @@ def problems(policy: Policy) -> Iterator[Problem]:
             yield Problem(f"environment.libraries[{index}].name", "must be a distribution name: got ''")
     yield from _unique("environment.libraries", [library.name for library in policy.environment.libraries])
     yield from _number("source.measurements", policy.source.measurements, low=1)
+    if policy.overlap not in OVERLAPS:
+        accepted = ", ".join(map(str, OVERLAPS))
+        yield Problem("overlap", f"must be one that inputs are built with: got {policy.overlap}; accepted: {accepted}")
+    for index, entry in enumerate(policy.kernel_config):
+        reason = kernel_config_fault(entry)
+        if reason is not None:
+            yield Problem(f"kernel_config[{index}]", f"must be launch parameters of a kernel: {reason}")
+    yield from _unique("kernel_config", [(entry.kernel, entry.size_from) for entry in policy.kernel_config])
     yield from _modelled(policy)
     if not policy.tables:
         yield Problem("tables", "must hold at least one table: got none")

@@ -24,11 +24,13 @@ from typing import TYPE_CHECKING, Literal
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
 from mla_tune.lookup import Choose, Explanation, Reason, compile_table, constant, decide
 from mla_tune.policy import Policy, Table, digest, parse_policy, read_policy_file
+from mla_tune.policy_kernels import launches_of
 from mla_tune.site import FORWARD, LayerType, ModelConfig, SiteName
 from mla_tune.site import model as find_model
 
 if TYPE_CHECKING:
     from mla_tune.gpu import GpuIdentity
+    from mla_tune.launch import Launches
 
 __all__ = ["Dispatcher", "Explanation", "Fallback", "Reason", "Resolved"]
 
@@ -98,6 +100,14 @@ class Dispatcher:
     def fallbacks(self) -> tuple[str, ...]:
         """One line for each reason why an incumbent is answered instead of the policy, in the order of the misses."""
         return tuple(self._fallbacks)
+
+    @property
+    def launches(self) -> Launches:
+        """Launch parameters for whoever runs this project's kernels: the policy's, and their defaults otherwise.
+
+        For example ``dequantize_k_cache_paged(..., config=dispatcher.launches.dequantize("v4", rows))``.
+        """
+        return launches_of(() if self.policy is None else self.policy.kernel_config)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, fallback: Fallback = None) -> Dispatcher:

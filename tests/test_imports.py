@@ -18,16 +18,17 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 SERVING_MODULES = {
     "mla_tune",
     *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime", "threshold")),
-    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_rules", "policy_yaml")),
+    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_kernels", "policy_rules", "policy_yaml")),
     *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
 }
 
-WORDS = {"errors", "files", "site", "shape", "sku", "stages", "datasheet"}
+WORDS = {"errors", "files", "launch", "site", "shape", "sku", "stages", "datasheet"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
-POLICY = {"policy", "policy_evidence", "policy_rules", "policy_yaml"}
+POLICY = {"policy", "policy_evidence", "policy_kernels", "policy_rules", "policy_yaml"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "launch": {"errors"},
     "site": {"errors"},
     "shape": {"errors", "site"},
     "sku": {"errors"},
@@ -37,11 +38,12 @@ LAYERS: dict[str, set[str]] = {
     "threshold": set(),
     "policy_evidence": set(),
     "policy_rules": {"site", "errors", "threshold"} | POLICY,
+    "policy_kernels": {"errors", "launch"},
     "policy_yaml": {"errors"},
     "lookup": {"policy", "site", "errors", "threshold"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
-    "runtime": {"lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
+    "runtime": {"lookup", "policy", "policy_kernels", "launch", "packaged", "gpu", "site", "sku", "errors", "files"},
     "traffic": {"errors", "files"},
     "kernels": WORDS,
     "bench": {"sku", "errors", "files"},

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
 from mla_tune.site import (
+    CANDIDATES,
     DEEPSEEK_V3_2,
     DEEPSEEK_V4_FLASH,
     DEEPSEEK_V4_PRO,
@@ -16,6 +17,7 @@ from mla_tune.site import (
     ModelConfig,
     Site,
     SiteName,
+    engine_path,
     model,
 )
 from mla_tune.stages import Amortization, stages
@@ -107,3 +109,18 @@ def test_stages_of_a_whole_forward_come_first(site: Site) -> None:
         ranks = [order.index(stage.amortization) for stage in stages(site, candidate)]
         assert ranks
         assert ranks == sorted(ranks)
+
+
+def test_an_engine_with_two_paths_knows_which_one_a_variant_is() -> None:
+    assert {engine_path(name) for name in CANDIDATES[SiteName.PREFILL_ATTENTION]} == {"sparse_fwd", "with_kvcache"}
+    assert engine_path("jit") == "jit"
+
+
+def test_a_site_says_the_overlap_of_its_inputs_only_where_there_is_one() -> None:
+    site = Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 512)
+    assert site.key == "prefill_attention/c4a/h64/k512"
+    assert site.overlapping(80).key == "prefill_attention/c4a/h64/k512/o80"
+    assert Site.parse(site.overlapping(80).key) == site.overlapping(80)
+    assert site.overlapping(80).overlapping(0) == site
+    windowed = Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64)
+    assert windowed.overlapping(80) == windowed

@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mla_tune.cli.evidence import measured_costs, named_policy
-from mla_tune.cli.options import PolicyOption
+from mla_tune.cli.options import OverlapOption, PolicyOption, checked_overlap
 from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.policy import Table
@@ -41,6 +41,7 @@ def fit(
     first_call_bound: Annotated[
         float, typer.Option("--first-call-bound", help="Longest first call on a new shape, s, of a served candidate.")
     ] = 1.0,
+    overlap: OverlapOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
@@ -53,7 +54,7 @@ def fit(
 
     source = measurements or export_path(policy_sku(gpu))
     target = out or policy_path(read_export(source).environment.sku)
-    fitted = pipeline.fit(source, target, first_call_bound)
+    fitted = pipeline.fit(source, target, first_call_bound, checked_overlap(overlap))
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)

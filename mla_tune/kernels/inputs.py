@@ -1,9 +1,10 @@
 """Inputs of one point, built on the device that will run it.
 
 Caches hold quantized random normals, page tables are a random permutation of the pool (as after hours of serving), and
-each query's selection is spread evenly over its context: one row drawn from each of top-k equal strata, independently
-per query, so neighbouring queries share rows only by chance. That is the least cache-friendly selection and the stated
-overlap model of every figure measured with it.
+each query's selection is spread evenly over its context: one row drawn from each of top-k equal strata. The site says how
+much of it neighbours share (its ``overlap``): 0 draws independently per query, so that they share rows only by chance, the
+least cache-friendly selection; 80 lets every entry be that of the query before it with probability 0.8, unless the row has
+left its stratum, which grows with the context.
 
 Large pools are one quantized tile repeated: a kernel's time depends on where rows lie, not on which values they hold.
 """
@@ -50,6 +51,7 @@ class AttentionInputs:
     cu_window: torch.Tensor  # (R + 1,) int64
     positions: torch.Tensor  # (num_qo_tokens,) int32, in the request
     token_to_req: torch.Tensor  # (num_qo_tokens,) int32
+    workspace: torch.Tensor  # (work.rows, head_dim) bf16, where candidates dequantize to: as in an engine they share it
 
     @property
     def head_dim(self) -> int:
@@ -113,10 +115,12 @@ def required_bytes(site: Site, shape: AnyShape) -> int:
     caches = (work.rows + shape.num_reqs * 2 * SWA_PAGE_SIZE) * (fmt.bytes_per_token + 8)
     if site.layer is LayerType.C128A:
         caches *= 2  # a page of two rows is padded from 1168 to 1728 bytes
-    queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + 2 * 512) * 2
-    indices = shape.num_qo_tokens * (work.selection_width + work.index_width) * 4
+    outputs, matrices = len(site.candidates), len(site.candidates) - 1  # all but with_kvcache have an index matrix
+    queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + outputs * 512) * 2
+    indices = shape.num_qo_tokens * (work.selection_width + matrices * (work.index_width + 1)) * 4
     index_scratch = shape.num_qo_tokens * work.selection_width * 16
-    workspace = work.rows * fmt.head_dim * 2
+    # Beside the workspace: a slot a row for sparse_fwd, two, a mark and a place for sparse_fwd_selected.
+    workspace = work.rows * (fmt.head_dim * 2 + 4 + 13) + 4
     return caches + queries + indices + index_scratch + workspace + (1 << 30)
 
 
@@ -155,7 +159,7 @@ class InputBuilder:
             attn_sink=self._normal(h_q) if layer.has_window else None,
             window=window,
             compressed=compressed,
-            topk_indices=self._topk(site, positions),
+            topk_indices=self._topk(site, positions, token_to_req),
             seq_lens=self._ints(seqs),
             window_start=self._ints([seq - rows for seq, rows in zip(seqs, windows, strict=True)]),
             row_counts=self._ints(counts),
@@ -163,6 +167,7 @@ class InputBuilder:
             cu_window=self._prefix(windows if layer.has_window else [0] * len(seqs)),
             positions=positions,
             token_to_req=token_to_req,
+            workspace=torch.empty(workload(site, shape).rows, fmt.head_dim, dtype=torch.bfloat16, device=self._device),
         )
 
     def context_lens(self, site: Site, shape: AnyShape) -> torch.Tensor:
@@ -226,8 +231,12 @@ class InputBuilder:
             self._pools[key] = pool
         return pool[:num_pages]
 
-    def _topk(self, site: Site, positions: torch.Tensor) -> torch.Tensor | None:
-        """Stratified selection: column j is drawn from stratum j of ``available`` rows; all of them where few."""
+    def _topk(self, site: Site, positions: torch.Tensor, token_to_req: torch.Tensor) -> torch.Tensor | None:
+        """Stratified selection: column j is drawn from stratum j of ``available`` rows; all of them where few.
+
+        Where neighbours overlap, a query takes over the row of the query before it, entry by entry, with that probability,
+        unless its own stratum no longer holds that row.
+        """
         if site.topk is None:
             return None
         available = ((positions + 1) // site.layer.compress_ratio)[:, None].float()  # exact below 2**24
@@ -237,4 +246,19 @@ class InputBuilder:
         low = (column * stride).floor()
         width = ((column + 1) * stride).floor() - low
         chosen = low + (jitter * width).floor().minimum(width - 1).clamp_min(0)
+        if site.overlap:
+            taken = chosen.gather(0, self._origin(token_to_req, site.topk, site.overlap / 100))
+            chosen = torch.where((taken >= low) & (taken < low + width), taken, chosen)
         return torch.where(chosen < available, chosen, -1.0).int()
+
+    def _origin(self, token_to_req: torch.Tensor, topk: int, part: float) -> torch.Tensor:
+        """The query that drew each entry, (num_qo_tokens, topk) int64.
+
+        It is the query itself, or with probability ``part`` that of the query before it, if its request has one.
+        """
+        size = (len(token_to_req), topk)
+        fresh = torch.rand(size, generator=self._generator, device=self._device) >= part
+        starts = torch.ones_like(token_to_req, dtype=torch.bool)
+        starts[1:] = token_to_req[1:] != token_to_req[:-1]
+        token = torch.arange(len(token_to_req), device=self._device)[:, None]
+        return torch.where(fresh | starts[:, None], token, 0).cummax(dim=0).values

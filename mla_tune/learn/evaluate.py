@@ -73,7 +73,7 @@ def _hand_written(table: Table) -> list[tuple[str, Rule]]:
 
 def held_out_points(observations: Observations, table: Table) -> list[HeldOutPoint]:
     """Every held-out point of a table at which all its candidates ran, in the order of the shapes."""
-    where = table_scope(table)
+    where = table_scope(table, observations.overlap)
     judged = rules(table)
     points = []
     for shape in where.swept(observations, Role.HELD_OUT):
@@ -116,9 +116,9 @@ def is_single_layer_attention(table: Table) -> bool:
     return table.site == SiteName.PREFILL_ATTENTION and table.layer != FORWARD
 
 
-def table_scope(table: Table) -> Scope:
-    """What ``table`` chooses for."""
-    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q)
+def table_scope(table: Table, overlap: int = 0) -> Scope:
+    """What ``table`` chooses for; ``overlap`` is that of its policy's inputs."""
+    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, overlap)
 
 
 def _summary(names: Iterable[str], slowdowns: Sequence[tuple[float, ...]]) -> HeldOut:

@@ -33,9 +33,11 @@ from mla_tune.policy import (
     Source,
     Table,
 )
+from mla_tune.policy_kernels import kernel_configs
 from mla_tune.sku import Environment
 from mla_tune.store.measurement import Measurement, Role
 from mla_tune.store.probe import Try
+from mla_tune.store.tuned import Tuned
 
 FIRST_CALL_BOUND_S = 1.0
 """Longest first call on a new shape that a served candidate may cost: a request that waits for it misses any deadline."""
@@ -50,15 +52,19 @@ def fit_policy(
     *,
     source: Source,
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
+    tuned: Iterable[Tuned] = (),
 ) -> Policy:
     """The policy that ``measurements`` of one environment, and a probe's ``tries`` there, support.
+
+    ``tuned`` are the launch parameters that the measurements were taken with; the policy carries them.
 
     A site, or a model, that was not swept has no table; nor has one whose incumbent never ran, since there is nothing
     to switch from; nor a mix of layer types that share no points; nor a site without a held-out point to judge it by
     (:func:`left_out` names these). Raises :class:`FitError` if no table is left.
     """
     costs = CostModel(environment, measurements, tries)
-    tables = [table for scope in scopes() if (table := fit_table(costs, scope, first_call_bound_s)) is not None]
+    overlap = costs.observations.overlap
+    tables = [table for scope in scopes(overlap) if (table := fit_table(costs, scope, first_call_bound_s)) is not None]
     if not tables:
         raise FitError(
             f"a policy needs a site whose incumbent ran, with held-out points to judge it by: got none for "
@@ -71,6 +77,8 @@ def fit_policy(
         regime=str(costs.observations.regime),
         environment=policy_environment(environment),
         source=source,
+        overlap=overlap,
+        kernel_config=kernel_configs(entry.launch for entry in tuned),
         tables=tuple(tables),
     )
 
@@ -147,7 +155,7 @@ def left_out(measurements: Iterable[Measurement], policy: Policy) -> list[str]:
         ", ".join(
             str(part) for part in (scope.name, scope.model.name, scope.h_q and f"h_q {scope.h_q}", scope.layer) if part
         )
-        for scope in scopes()
+        for scope in scopes(observations.overlap)
         if scope.model.incumbent(scope.name) in scope.candidates(observations)
         and (scope.name, scope.model.name, scope.h_q, scope.layer) not in there
     ]

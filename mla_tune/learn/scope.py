@@ -69,21 +69,24 @@ class Scope:
         return sorted(set.intersection(*(set(observations.shapes(site, role)) for site, _ in self.parts)))
 
 
-def scopes() -> Iterator[Scope]:
-    """Every table that a policy can have, in the order of its file: site, model, heads, layer types, whole forward."""
+def scopes(overlap: int = 0) -> Iterator[Scope]:
+    """Every table that a policy can have, in the order of its file: site, model, heads, layer types, whole forward.
+
+    ``overlap`` is that of the selections that it is for; see :attr:`mla_tune.site.Site.overlap`.
+    """
     for name in SiteName:
         for model in MODELS.values():
             for h_q in model.heads if name is SiteName.PREFILL_ATTENTION else (None,):
-                yield from _layer_scopes(name, model, h_q)
+                yield from _layer_scopes(name, model, h_q, overlap)
 
 
-def scope(name: SiteName, model: ModelConfig, layer: str, h_q: int | None) -> Scope:
-    """The scope of one table; its key is taken to be valid."""
-    return next(found for found in _layer_scopes(name, model, h_q) if found.layer == layer)
+def scope(name: SiteName, model: ModelConfig, layer: str, h_q: int | None, overlap: int = 0) -> Scope:
+    """The scope of one table; its key is taken to be valid. ``overlap`` as in :func:`scopes`."""
+    return next(found for found in _layer_scopes(name, model, h_q, overlap) if found.layer == layer)
 
 
-def _layer_scopes(name: SiteName, model: ModelConfig, h_q: int | None) -> Iterator[Scope]:
-    sites = [model.site(name, layer, h_q) for layer in model.site_layers(name)]
+def _layer_scopes(name: SiteName, model: ModelConfig, h_q: int | None, overlap: int) -> Iterator[Scope]:
+    sites = [model.site(name, layer, h_q).overlapping(overlap) for layer in model.site_layers(name)]
     for site in sites:
         yield Scope(name, model, site.layer, h_q, ((site, 1),))
     # A forward computes metadata once for all layers of a type, and attention in each of them.

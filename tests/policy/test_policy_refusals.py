@@ -119,7 +119,12 @@ CHOICES = f"{ROW}.choices"
         ("h_q: 64", "h_q: 32", "tables[0].h_q", "got 32; accepted: 64"),
         ("h_q: 64", "h_q: null", "tables[0].h_q", "got None; accepted: 64"),
         ("[sparse_fwd, with_kvcache]", "[]", "tables[0].candidates", "at least one"),
-        ("[sparse_fwd, with_kvcache]", "[sparse_fwd, jit]", "tables[0].candidates[1]", "accepted: sparse_fwd, with_kv"),
+        (
+            "[sparse_fwd, with_kvcache]",
+            "[sparse_fwd, jit]",
+            "tables[0].candidates[1]",
+            "accepted: sparse_fwd, sparse_",
+        ),
         ("[sparse_fwd, with_kvcache]", "[sparse_fwd, sparse_fwd]", "tables[0].candidates[1]", "must not repeat"),
         ("[sparse_fwd, with_kvcache]", "[with_kvcache]", "tables[0].incumbent", "got 'sparse_fwd'; accepted: with_kv"),
         ("noise_band: 0.03", "noise_band: 1.0", "tables[0].noise_band", "in [0, 1): got 1.0"),
