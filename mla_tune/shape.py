@@ -218,7 +218,9 @@ def _distinct(site: Site, extend: int, seq: int) -> float:
     if rows <= site.topk:
         return float(rows)
     width = rows / site.topk
-    draws = 1 + (extend - 1) * (1 - site.overlap / 100)
+    # Strata move with the context, by half a row for every new row on average: what leaves its own is drawn anew.
+    left = min(1.0, 0.5 / (site.layer.compress_ratio * width))
+    draws = 1 + (extend - 1) * (1 - site.overlap / 100 * (1 - left))
     return float(rows * (1 - (1 - 1 / width) ** draws))
 
 

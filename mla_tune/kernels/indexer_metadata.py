@@ -86,7 +86,9 @@ def _checked_out(context_lens: torch.Tensor, block_kv: int, num_sms: int, out: t
 
 
 def _metadata_torch(context_lens: torch.Tensor, num_sms: int) -> torch.Tensor:
-    ends = ((context_lens + (SPLIT_TOKENS - 1)) // SPLIT_TOKENS).cumsum(0, dtype=torch.int64)
+    ends = ((context_lens.long() + (SPLIT_TOKENS - 1)) // SPLIT_TOKENS).cumsum(
+        0
+    )  # the longest contexts pass 2**31 here
     bounds = torch.nn.functional.pad(ends, (1, 0))  # bounds[i]: splits of the rows before row i
     total = bounds[-1]
     sm = torch.arange(num_sms + 1, device=context_lens.device)

@@ -118,7 +118,7 @@ def required_bytes(site: Site, shape: AnyShape) -> int:
     outputs, matrices = len(site.candidates), len(site.candidates) - 1  # all but with_kvcache have an index matrix
     queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + outputs * 512) * 2
     indices = shape.num_qo_tokens * (work.selection_width + matrices * (work.index_width + 1)) * 4
-    index_scratch = shape.num_qo_tokens * work.selection_width * 16
+    index_scratch = shape.num_qo_tokens * work.selection_width * (64 if site.overlap else 16)
     # Beside the workspace: a slot a row for sparse_fwd, two, a mark and a place for sparse_fwd_selected.
     workspace = work.rows * (fmt.head_dim * 2 + 4 + 13) + 4
     return caches + queries + indices + index_scratch + workspace + (1 << 30)
@@ -247,18 +247,24 @@ class InputBuilder:
         width = ((column + 1) * stride).floor() - low
         chosen = low + (jitter * width).floor().minimum(width - 1).clamp_min(0)
         if site.overlap:
-            taken = chosen.gather(0, self._origin(token_to_req, site.topk, site.overlap / 100))
-            chosen = torch.where((taken >= low) & (taken < low + width), taken, chosen)
+            chosen = self._shared(chosen, low, low + width, token_to_req, site.overlap / 100)
         return torch.where(chosen < available, chosen, -1.0).int()
 
-    def _origin(self, token_to_req: torch.Tensor, topk: int, part: float) -> torch.Tensor:
-        """The query that drew each entry, (num_qo_tokens, topk) int64.
+    def _shared(
+        self, chosen: torch.Tensor, low: torch.Tensor, end: torch.Tensor, token_to_req: torch.Tensor, part: float
+    ) -> torch.Tensor:
+        """``chosen`` (num_qo_tokens, topk), each entry with probability ``part`` that of the query before it.
 
-        It is the query itself, or with probability ``part`` that of the query before it, if its request has one.
+        Not where the request has none before it, or where that row lies outside the query's own ``low .. end``.
         """
-        size = (len(token_to_req), topk)
-        fresh = torch.rand(size, generator=self._generator, device=self._device) >= part
-        starts = torch.ones_like(token_to_req, dtype=torch.bool)
-        starts[1:] = token_to_req[1:] != token_to_req[:-1]
-        token = torch.arange(len(token_to_req), device=self._device)[:, None]
-        return torch.where(fresh | starts[:, None], token, 0).cummax(dim=0).values
+        fresh = torch.rand(chosen.shape, generator=self._generator, device=self._device) >= part
+        fresh[1:] |= (token_to_req[1:] != token_to_req[:-1])[:, None]
+        fresh[0] = True
+        token = torch.arange(len(chosen), device=self._device)[:, None]
+        while True:
+            taken = chosen.gather(0, torch.where(fresh, token, 0).cummax(dim=0).values)
+            left = (taken < low) | (taken >= end)
+            if not bool(left.any()):
+                return taken
+            left[1:] &= ~left[:-1].clone()  # the first query that has lost the row draws anew; those behind it follow
+            fresh |= left
