@@ -98,7 +98,7 @@ class Range(_Record, frozen=True):
     kv_tokens: tuple[int, int]
 
 
-class Table(_Record, frozen=True):
+class Table(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """The dispatch table of one site, model, head count and layer type."""
 
     site: str
@@ -107,6 +107,8 @@ class Table(_Record, frozen=True):
     """Query heads per rank as the kernel sees them; null where heads play no role."""
     layer: str
     """A layer type, or ``forward``: one choice for the whole mix of layers."""
+    engine: str = "sglang"
+    """The engine that chooses, see :class:`mla_tune.engine.Engine`; written only where it is another one."""
     incumbent: str
     candidates: tuple[str, ...]
     """Every candidate that was measured, sorted; choices and limits name only these."""

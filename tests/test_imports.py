@@ -17,34 +17,38 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     "mla_tune",
-    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime")),
+    *(
+        f"mla_tune.{name}"
+        for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime", "engine")
+    ),
     *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
 }
 
-WORDS = {"errors", "files", "site", "shape", "sku", "stages"}
+WORDS = {"engine", "errors", "files", "site", "shape", "sku", "stages"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
 POLICY = {"policy", "policy_rules", "policy_yaml"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "site": {"errors"},
+    "engine": {"site"},
     "shape": {"errors", "site"},
     "sku": {"errors"},
     "stages": {"errors", "site"},
-    "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
-    "policy_rules": {"site", "errors"} | POLICY,
+    "policy": {"engine", "site", "sku", "shape", "errors", "files"} | POLICY,
+    "policy_rules": {"engine", "site", "errors"} | POLICY,
     "policy_yaml": {"errors"},
-    "lookup": {"policy", "site", "errors"},
+    "lookup": {"engine", "policy", "site", "errors"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
-    "runtime": {"lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
+    "runtime": {"engine", "lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
     "kernels": WORDS,
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
     "learn": {"store", "lookup"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
-    "integrations": {"runtime", "policy", "errors", "site"},
+    "integrations": {"engine", "runtime", "policy", "errors", "site"},
 }
 """What each part may import of the others; ``cli`` and ``__main__`` may import everything, inside their commands."""
 ANYTHING = {"cli", "__main__"}

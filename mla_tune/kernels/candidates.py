@@ -71,7 +71,7 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
     if missing is not None:
         return missing
     head_dim = kv_format(site.layer).head_dim
-    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate == "with_kvcache")
+    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate != "sparse_fwd")
 
 
 def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:
@@ -81,7 +81,7 @@ def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -
     kernels = None if device.kind == "cpu" else _flash_mla(device.major)
     if candidate == "sparse_fwd":
         return sparse_fwd.prepare(inputs, kernels)
-    return with_kvcache.prepare(inputs, kernels)
+    return with_kvcache.prepare(inputs, kernels, candidate)
 
 
 def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, device: Device) -> Prepared:

@@ -108,16 +108,21 @@ class AttentionInputs:
 
 
 def required_bytes(site: Site, shape: Shape) -> int:
-    """Device memory that one point takes at most: caches, queries, indices, the workspace, two outputs and slack."""
+    """Device memory that one point takes at most: caches, queries, indices, the workspace, outputs, partial sums and slack.
+
+    FlashMLA's KV-cache kernel keeps float32 partial outputs of every batch entry and of every part that its scheduler cuts:
+    one per query token, or two where all of them are one entry's sequence (``with_kvcache_mixed``).
+    """
     work, fmt = workload(site, shape), kv_format(site.layer)
     caches = (work.rows + shape.num_reqs * 2 * SWA_PAGE_SIZE) * (fmt.bytes_per_token + 8)
     if site.layer is LayerType.C128A:
         caches *= 2  # a page of two rows is padded from 1168 to 1728 bytes
     queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + 2 * 512) * 2
+    partials = shape.num_qo_tokens * (site.h_q or 0) * 512 * 4 * (2 if site.layer is LayerType.DSA else 1)
     indices = shape.num_qo_tokens * (work.selection_width + work.index_width) * 4
     index_scratch = shape.num_qo_tokens * work.selection_width * 16
     workspace = work.rows * fmt.head_dim * 2
-    return caches + queries + indices + index_scratch + workspace + (1 << 30)
+    return caches + queries + partials + indices + index_scratch + workspace + (1 << 30)
 
 
 class InputBuilder:

@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
+from mla_tune.engine import Engine
 from mla_tune.policy import (
     Choice,
     Gpu,
@@ -22,17 +23,18 @@ from mla_tune.policy import (
     Source,
     Table,
 )
-from mla_tune.policy_rules import accepted_heads
-from mla_tune.site import CANDIDATES, FORWARD, MODELS, SiteName
+from mla_tune.policy_rules import accepted_candidates, accepted_engines, accepted_heads
+from mla_tune.site import FORWARD, MODELS, SiteName
 
 KEYS = [
-    (site, model.name, h_q, layer)
+    (site, model.name, h_q, layer, engine)
     for site in SiteName
     for model in MODELS.values()
-    for h_q in accepted_heads(site, model)
+    for engine in accepted_engines(site, model)
+    for h_q in accepted_heads(site, model, engine)
     for layer in (*model.site_layers(site), FORWARD)
 ]
-"""Every (site, model, h_q, layer) that a policy may have a table for."""
+"""Every (site, model, h_q, layer, engine) that a policy may have a table for."""
 
 MAX = 2**63 - 1
 counts = st.one_of(st.integers(1, 40_000), st.integers(1, MAX - 1))
@@ -110,10 +112,18 @@ def full_policy() -> Policy:
     """A table for every site, model, head count and layer, eight rows each: what one GPU's file holds."""
     row = table().rows[1]
     rows = tuple(Row(kv_tokens_from=start * 100_000, choices=row.choices) for start in range(8))
+    mixed_rows = tuple(
+        msgspec.structs.replace(
+            row, choices=(msgspec.structs.replace(row.choices[0], candidate="with_kvcache_mixed"), *row.choices[1:])
+        )
+        for row in rows
+    )
     indexer_rows = (Row(kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="jit"),)),)
     tables = []
-    for site, model, h_q, layer in KEYS:
+    for site, model, h_q, layer, engine in KEYS:
         changes: dict[str, Any] = {"site": site.value, "model": model, "h_q": h_q, "layer": str(layer), "rows": rows}
+        if engine is not Engine.SGLANG:
+            changes |= {"engine": str(engine), "candidates": ("sparse_fwd", "with_kvcache_mixed"), "rows": mixed_rows}
         if site is SiteName.INDEXER_METADATA:
             changes |= {"incumbent": "jit", "candidates": ("deep_gemm", "jit"), "rows": indexer_rows}
         tables.append(table(**changes))
@@ -163,9 +173,10 @@ def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]
 
 
 @st.composite
-def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]) -> Table:
-    site, model, h_q, layer = key
-    candidates = tuple(sorted(draw(st.sets(st.sampled_from(CANDIDATES[site]), min_size=1))))
+def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] = KEYS[0]) -> Table:
+    site, model, h_q, layer, engine = key
+    known = accepted_candidates(site, MODELS[model], engine)
+    candidates = tuple(sorted(draw(st.sets(st.sampled_from(known), min_size=1))))
     ranges = st.tuples(counts, counts).map(lambda pair: (min(pair), max(pair)))
     incumbent = draw(st.sampled_from(candidates))
     barred = draw(ineligible([name for name in candidates if name != incumbent]))
@@ -176,6 +187,7 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]
         model=model,
         h_q=h_q,
         layer=str(layer),
+        engine=str(engine),
         incumbent=incumbent,
         candidates=candidates,
         noise_band=draw(st.floats(0, 1, exclude_max=True)),
