@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from mla_tune import __version__
+from mla_tune.engine import Engine
 from mla_tune.errors import PolicyError
 from mla_tune.policy_rules import problems
 from mla_tune.policy_yaml import REBUILD, line_of, read_yaml, shown, write_yaml
@@ -107,8 +108,8 @@ class Table(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """Query heads per rank as the kernel sees them; null where heads play no role."""
     layer: str
     """A layer type, or ``forward``: one choice for the whole mix of layers."""
-    engine: str = "sglang"
-    """The engine that chooses, see :class:`mla_tune.engine.Engine`; written only where it is another one."""
+    engine: Engine = Engine.SGLANG
+    """The engine that chooses; written only where it is another than SGLang."""
     incumbent: str
     candidates: tuple[str, ...]
     """Every candidate that was measured, sorted; choices and limits name only these."""

@@ -58,7 +58,7 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
     yield from wrong_keys
     if wrong_keys:  # the rules below need a known site and model
         return
-    known = accepted_candidates(SiteName(table.site), MODELS[table.model], Engine(table.engine))
+    known = accepted_candidates(SiteName(table.site), MODELS[table.model], table.engine)
     if not table.candidates:
         yield Problem(f"{path}.candidates", f"must name at least one: got none; accepted: {', '.join(known)}")
     for index, candidate in enumerate(table.candidates):
@@ -85,10 +85,10 @@ def _keys(path: str, table: Table) -> Iterator[Problem]:
     site, model = SiteName(table.site), MODELS[table.model]
     yield from _one_of(f"{path}.layer", table.layer, [*model.site_layers(site), FORWARD])
     engines = accepted_engines(site, model)
-    yield from _one_of(f"{path}.engine", table.engine, engines)
+    yield from _one_of(f"{path}.engine", str(table.engine), engines)
     if table.engine not in engines:
         return
-    heads = accepted_heads(site, model, Engine(table.engine))
+    heads = accepted_heads(site, model, table.engine)
     if table.h_q not in heads:
         accepted = ", ".join("null" if h_q is None else str(h_q) for h_q in heads)
         yield Problem(f"{path}.h_q", f"must be one that {model.name} has there: got {table.h_q}; accepted: {accepted}")

@@ -17,16 +17,16 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     "mla_tune",
-    *(
-        f"mla_tune.{name}"
-        for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime", "engine")
-    ),
-    *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
+    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime")),
+    *(f"mla_tune.{name}" for name in ("site", "engine", "sku", "gpu", "packaged", "pins", "switches", "builds")),
 }
+SERVICE_MODULES = {f"mla_tune.{name}" for name in ("serving", "ranks", "counters", "recording", "traffic")}
 
 WORDS = {"engine", "errors", "files", "site", "shape", "sku", "stages"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
 POLICY = {"policy", "policy_rules", "policy_yaml"}
+SWITCHING = {"switches", "pins", "builds"}
+SERVICE = {"runtime", "serving", "ranks", "counters", "switches"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -41,14 +41,22 @@ LAYERS: dict[str, set[str]] = {
     "lookup": {"engine", "policy", "site", "errors"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
-    "runtime": {"engine", "lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
+    "switches": {"site", "errors"},
+    "pins": {"lookup", "policy", "errors"},
+    "builds": {"gpu", "policy"},
+    "runtime": {"engine", "lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files", *SWITCHING},
+    "traffic": {"errors", "files"},
+    "recording": {"traffic"},
+    "counters": set(),
+    "serving": {"engine", "runtime", "lookup", "counters", "recording", "site", "switches"},
+    "ranks": {"runtime", "switches", "errors"},
     "kernels": WORDS,
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
-    "learn": {"store", "lookup"} | POLICY | WORDS,
+    "learn": {"store", "lookup", "traffic"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
-    "integrations": {"engine", "runtime", "policy", "errors", "site"},
+    "integrations": {"engine", "policy", "errors", "site"} | SERVICE,
 }
 """What each part may import of the others; ``cli`` and ``__main__`` may import everything, inside their commands."""
 ANYTHING = {"cli", "__main__"}
@@ -107,14 +115,17 @@ def loaded_by(statement: str) -> set[str]:
         "import mla_tune.runtime",
         "from mla_tune.runtime import Dispatcher; Dispatcher.for_this_gpu(fallback='incumbent').resolve("
         "'prefill_attention', model='deepseek-v4-pro', layer='forward').choose(8192, 1 << 20)",
+        "from mla_tune.runtime import Dispatcher; from mla_tune.serving import Service; from mla_tune.ranks import agree; "
+        "Service(agree(Dispatcher.for_this_gpu(fallback='incumbent'))).prometheus_text()",
     ],
-    ids=["import", "serve"],
+    ids=["import", "serve", "service"],
 )
 def test_serving_loads_the_standard_library_yaml_and_msgspec_only(statement: str) -> None:
     loaded = loaded_by(statement)
     top = {name.split(".")[0] for name in loaded if not name.startswith("_cython_")}
     assert top - set(sys.stdlib_module_names) <= SERVING_PACKAGES
-    assert {name for name in loaded if part_of(name) and name.startswith("mla_tune")} <= SERVING_MODULES
+    ours = SERVING_MODULES | (SERVICE_MODULES if "serving" in statement else set())
+    assert {name for name in loaded if part_of(name) and name.startswith("mla_tune")} <= ours
 
 
 def test_importing_the_package_loads_nothing_else() -> None:

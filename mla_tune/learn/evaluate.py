@@ -117,7 +117,7 @@ def _is_single_layer_attention(table: Table) -> bool:
 
 
 def _scope(table: Table) -> Scope:
-    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, Engine(table.engine))
+    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, table.engine)
 
 
 def _summary(names: Iterable[str], slowdowns: Sequence[tuple[float, ...]]) -> HeldOut:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mla_tune.engine import Engine
 from mla_tune.learn.costs import CostModel, StageCost
 from mla_tune.learn.observations import shares
 from mla_tune.learn.scope import Scope, scope
@@ -52,7 +51,7 @@ def explain(costs: CostModel, table: Table, shape: Shape) -> Explanation:
 
     Raises :class:`mla_tune.errors.FitError` if ``costs`` lacks a candidate of the table.
     """
-    where = scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, Engine(table.engine))
+    where = scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, table.engine)
     explained = (_candidate(costs, where, name, shape) for name in table.candidates)
     return Explanation(
         shape=shape,

@@ -123,7 +123,7 @@ def full_policy() -> Policy:
     for site, model, h_q, layer, engine in KEYS:
         changes: dict[str, Any] = {"site": site.value, "model": model, "h_q": h_q, "layer": str(layer), "rows": rows}
         if engine is not Engine.SGLANG:
-            changes |= {"engine": str(engine), "candidates": ("sparse_fwd", "with_kvcache_mixed"), "rows": mixed_rows}
+            changes |= {"engine": engine, "candidates": ("sparse_fwd", "with_kvcache_mixed"), "rows": mixed_rows}
         if site is SiteName.INDEXER_METADATA:
             changes |= {"incumbent": "jit", "candidates": ("deep_gemm", "jit"), "rows": indexer_rows}
         tables.append(table(**changes))
@@ -187,7 +187,7 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] =
         model=model,
         h_q=h_q,
         layer=str(layer),
-        engine=str(engine),
+        engine=engine,
         incumbent=incumbent,
         candidates=candidates,
         noise_band=draw(st.floats(0, 1, exclude_max=True)),
