@@ -90,6 +90,8 @@ class Dispatcher:
         """The policy's file, or why there is none."""
         self.digest = digest
         """SHA-256 of the policy file, which ranks compare at start; empty without one."""
+        self.differences: tuple[str, ...] = ()
+        """How this machine differs from the measured one, where :meth:`for_this_gpu` serves a named file all the same."""
         self._fallback = fallback
         self._fallbacks: list[str] = []
         self._lock = threading.Lock()
@@ -245,7 +247,8 @@ class Dispatcher:
             named = switches.policy
             dispatcher = cls._from_bytes(read_policy_file(named), named, fallback, switches)
             _check_evidence(dispatcher, refused=switches.allow_modelled is False)
-            for difference in mismatches(dispatcher.policy, gpu):
+            dispatcher.differences = tuple(mismatches(dispatcher.policy, gpu))
+            for difference in dispatcher.differences:
                 _log.warning("%s is used because %s names it, but %s", named, POLICY_VARIABLE, difference)
             return dispatcher
         if gpu is None:

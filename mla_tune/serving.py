@@ -99,8 +99,12 @@ class Service:
     ) -> Decider:
         """Prepare one choice; see :meth:`mla_tune.runtime.Dispatcher.resolve`, whose misses keep the incumbent here.
 
+        Asked again for the same site, model and layer, it gives the same decider: a process counts each site once.
         ``records``: False where another decider, or another rank, records the same forwards.
         """
+        for known in self.deciders:
+            if (known.resolved.site, known.resolved.model, known.resolved.layer) == (site, model, layer):
+                return known
         found = self.dispatcher.resolve(
             site,
             model=model,
