@@ -39,6 +39,10 @@ class Reasons:
     """The lengths of the forward are not on the host."""
     PAST_LIMIT = "past_limit"
     """The engine's own crash guard."""
+    MOSTLY_DECODE = "mostly_decode"
+    """Decodes share the batch and make up most of it, which no table covers."""
+    NO_MEMORY = "no_memory"
+    """The KV-cache kernel's buffers did not fit; the engine's own path ran."""
     ERROR = "error"
     """A mistake of ours; logged once."""
 
