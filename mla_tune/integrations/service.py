@@ -24,7 +24,11 @@ def make_service(*, group: Any, engine: str) -> Service:
 
 def announce(service: Service, deciders: Sequence[Decider], hooked: str) -> None:
     """One line: what decides, whether it was measured here, what is hooked, what stays with the engine and why."""
-    sites = ", ".join(_site(decider) for decider in deciders) or "no site of this model"
+    layers: dict[str, list[str]] = {}
+    for decider in deciders:
+        place, rule = _site(decider)
+        layers.setdefault(f"{place}, by {{}}: {rule}", []).append(decider.resolved.layer)
+    sites = "; ".join(text.format(", ".join(of)) for text, of in layers.items()) or "no site of this model"
     _log.info("mla-tune %s: %s; mode %s; %s; %s", __version__, _policy(service), _mode(service), sites, hooked)
 
 
@@ -44,8 +48,9 @@ def _policy(service: Service) -> str:
     return f"policy {dispatcher.source} (sha256 {dispatcher.digest[:12]}, {policy.evidence}, {gpu}, {match})"
 
 
-def _site(decider: Decider) -> str:
+def _site(decider: Decider) -> tuple[str, str]:
+    """Where it decides, and who decides there."""
     resolved = decider.resolved
-    heads = "" if resolved.h_q is None else f", {resolved.h_q} heads"
-    place = f"{resolved.site} of {resolved.model}, {resolved.layer}{heads}"
-    return f"{place}: {resolved.rule}" if decider.serves else f"{place}: the engine's own choice ({resolved.fallback})"
+    heads = "" if resolved.h_q is None else f" with {resolved.h_q} heads"
+    rule = resolved.rule.value if decider.serves else f"the engine's own choice ({resolved.fallback})"
+    return f"{resolved.site} of {resolved.model}{heads}", rule.replace("{", "(").replace("}", ")")

@@ -44,7 +44,8 @@ class Process:
         if self.announced or self.service is None:
             return
         self.announced = True
-        hooked = ", ".join(key.rpartition(":")[2] for key in self.hooks.taken) or "nothing"
+        taken = (key.rpartition(":")[2] for key in self.hooks.taken)
+        hooked = ", ".join(name for name in taken if not name.endswith("__init__")) or "nothing"
         left = [f"left: {reason}" for reason in (*kept, *self.hooks.moved.values())]
         announce(self.service, deciders, "; ".join([f"hooked: {hooked}", *left]))
 
