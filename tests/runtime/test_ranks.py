@@ -33,7 +33,7 @@ if not stays_away:
     try:
         dispatcher = agree(Dispatcher.for_this_gpu(fallback="incumbent"), engine=engine)
         site = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")
-        answer = site.choose(100, 150_000), site.rule, list(dispatcher.fallbacks)
+        answer = site.choose(100, 150_000, 1), site.rule, list(dispatcher.fallbacks)
     except MlaTuneError as error:
         answer = "refused", str(error)
 print("answer", json.dumps(answer), flush=True)

@@ -129,8 +129,8 @@ def test_a_pinned_candidate_is_answered_for_every_shape_up_to_its_limit(q: int, 
     dispatcher = Dispatcher(policy(table(limits=(limit,))), source="test", switches=Switches(pins=(pinned,)))
     found = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")
     assert found.rule is Rule.PIN
-    assert (found.choose(q, kv) == pinned) == (q <= 9000)
-    assert found.explain(q, kv).reason is (Reason.PIN if q <= 9000 else Reason.LIMIT)
+    assert (found.choose(q, kv, 1) == pinned) == (q <= 9000)
+    assert found.explain(q, kv, 1).reason is (Reason.PIN if q <= 9000 else Reason.LIMIT)
 
 
 def test_a_pin_leaves_other_sites_to_the_policy() -> None:
@@ -149,7 +149,7 @@ def one_choice() -> tuple[object, ...]:
     """Rows that answer ``sparse_fwd`` everywhere."""
     from mla_tune.policy import Choice, Row
 
-    return (Row(kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="sparse_fwd"),)),)
+    return (Row(num_reqs_from=1, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="sparse_fwd"),)),)
 
 
 def test_the_environment_decides_nothing_after_load(monkeypatch: pytest.MonkeyPatch) -> None:
