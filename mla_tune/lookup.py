@@ -1,24 +1,27 @@
 """One table's decision, and its compiled form.
 
-:func:`decide` says what a table answers and why; :func:`compile_table` asks it once per segment and keeps only the
-answers, so that serving costs a few comparisons. The order of the rules is theirs:
+:func:`decide` says what a table answers and why; :func:`compile_table` writes the same comparisons down once, so that
+serving costs a few of them. The order of the rules is :func:`decide`'s:
 
-1. inside the measured ranges the table's row and choice decide; outside them (either axis) the incumbent is kept;
+1. inside the measured ranges the table's row and choice decide; outside them (any axis) the incumbent is kept;
 2. a candidate past one of its limits is never answered: the incumbent takes its place, or else the first candidate of
    the table that may run there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import groupby, pairwise
 
 from mla_tune.errors import PolicyError
-from mla_tune.policy import Row, Table
+from mla_tune.policy import Choice, Row, Table
+from mla_tune.threshold import Threshold
 
-Choose = Callable[[int, int], str]
-"""``choose(num_qo_tokens, kv_tokens)`` -> candidate name; total over all integers."""
+Choose = Callable[[int, int, int], str]
+"""``choose(num_qo_tokens, kv_tokens, num_reqs)`` -> candidate name; total over all integers."""
 
 
 class Reason(StrEnum):
@@ -37,32 +40,79 @@ class Explanation:
 
     candidate: str
     reason: Reason
+    num_reqs_from: int | None = None
     kv_tokens_from: int | None = None
-    """Start of the table's row."""
+    """With ``num_reqs_from`` the start of the table's row."""
     num_qo_tokens_from: int | None = None
-    """Start of the row's choice."""
+    """Least query tokens of the choice at these context tokens."""
     bracket: tuple[int, int] | None = None
-    """Where the crossover to that choice lies; see :class:`mla_tune.policy.Choice`."""
+    """Query tokens at these context tokens between which the crossover to that choice lies."""
 
 
-def decide(table: Table, num_qo_tokens: int, kv_tokens: int) -> Explanation:
+@dataclass(frozen=True, slots=True)
+class Span:
+    """A row and the context tokens at which it ends."""
+
+    row: Row
+    kv_tokens_end: int
+
+    def threshold(self, choice: Choice) -> Threshold:
+        """From where ``choice`` is taken."""
+        end = choice.num_qo_tokens_from if choice.num_qo_tokens_to is None else choice.num_qo_tokens_to
+        return Threshold.through((self.row.kv_tokens_from, self.kv_tokens_end), (choice.num_qo_tokens_from, end))
+
+
+def spans(table: Table) -> list[list[Span]]:
+    """The rows of ``table``, those of one ``num_reqs_from`` together; the last of each ends with the measured range."""
+    end = table.measured.kv_tokens[1] + 1
+    groups = [list(rows) for _, rows in groupby(table.rows, lambda row: row.num_reqs_from)]
+    return [
+        [Span(row, following.kv_tokens_from) for row, following in pairwise(rows)] + [Span(rows[-1], end)]
+        for rows in groups
+    ]
+
+
+def decide(table: Table, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> Explanation:
     """What ``table`` answers. Raises :class:`PolicyError` where every candidate is past its limit."""
     q_low, q_high = table.measured.num_qo_tokens
     kv_low, kv_high = table.measured.kv_tokens
-    if q_low <= num_qo_tokens <= q_high and kv_low <= kv_tokens <= kv_high:
-        row = _row(table, kv_tokens)
-        choice = [choice for choice in row.choices if choice.num_qo_tokens_from <= num_qo_tokens][-1]
-        found = Explanation(
-            choice.candidate, Reason.TABLE, row.kv_tokens_from, choice.num_qo_tokens_from, choice.bracket
-        )
-    else:
-        found = Explanation(table.incumbent, Reason.OUTSIDE)
-    if _may_run(table, found.candidate, num_qo_tokens):
+    reqs_low, reqs_high = table.measured.num_reqs
+    found = Explanation(table.incumbent, Reason.OUTSIDE)
+    if q_low <= num_qo_tokens <= q_high and kv_low <= kv_tokens <= kv_high and reqs_low <= num_reqs <= reqs_high:
+        found = _by_row(_span(table, kv_tokens, num_reqs), num_qo_tokens, kv_tokens)
+    answer = _answer(table, found.candidate, num_qo_tokens)
+    if answer == found.candidate:
         return found
+    return Explanation(
+        answer, Reason.LIMIT, found.num_reqs_from, found.kv_tokens_from, found.num_qo_tokens_from, found.bracket
+    )
+
+
+def _by_row(span: Span, num_qo_tokens: int, kv_tokens: int) -> Explanation:
+    row = span.row
+    for choice in reversed(row.choices):
+        threshold = span.threshold(choice).at(kv_tokens)
+        if num_qo_tokens >= threshold:
+            break
+    bracket = None
+    if choice.bracket is not None:
+        bracket = math.floor(threshold * choice.bracket[0]), math.ceil(threshold * choice.bracket[1])
+    return Explanation(choice.candidate, Reason.TABLE, row.num_reqs_from, row.kv_tokens_from, threshold, bracket)
+
+
+def _span(table: Table, kv_tokens: int, num_reqs: int) -> Span:
+    group = [group for group in spans(table) if group[0].row.num_reqs_from <= num_reqs][-1]
+    return [span for span in group if span.row.kv_tokens_from <= kv_tokens][-1]
+
+
+def _answer(table: Table, candidate: str, num_qo_tokens: int) -> str:
+    """``candidate``, or what takes its place past its limit."""
+    if _may_run(table, candidate, num_qo_tokens):
+        return candidate
     barred = {entry.candidate for entry in table.ineligible}  # a slow first call is still better than a failing one
-    for candidate in (table.incumbent, *sorted(table.candidates, key=barred.__contains__)):
-        if _may_run(table, candidate, num_qo_tokens):
-            return Explanation(candidate, Reason.LIMIT, found.kv_tokens_from, found.num_qo_tokens_from, found.bracket)
+    for other in (table.incumbent, *sorted(table.candidates, key=barred.__contains__)):
+        if _may_run(table, other, num_qo_tokens):
+            return other
     limits = ", ".join(f"{limit.candidate} up to {limit.num_qo_tokens}" for limit in table.limits)
     raise PolicyError(
         f"a table must leave one candidate at every token count: got none above num_qo_tokens={num_qo_tokens - 1} for "
@@ -70,54 +120,77 @@ def decide(table: Table, num_qo_tokens: int, kv_tokens: int) -> Explanation:
     )
 
 
-def _row(table: Table, kv_tokens: int) -> Row:
-    return [row for row in table.rows if row.kv_tokens_from <= kv_tokens][-1]
-
-
 def _may_run(table: Table, candidate: str, num_qo_tokens: int) -> bool:
     return all(num_qo_tokens <= limit.num_qo_tokens for limit in table.limits if limit.candidate == candidate)
 
 
 def compile_table(table: Table) -> Choose:
-    """:func:`decide` as one expression of integer comparisons. Raises :class:`PolicyError` where no candidate may run.
+    """:func:`decide` as one expression of comparisons. Raises :class:`PolicyError` where no candidate may run.
 
     The expression is compiled, as ``namedtuple`` compiles its constructor: a call into :mod:`bisect` alone costs more
     than all comparisons of a table together. It holds nothing but integers and candidate names.
     """
-    kv_low, kv_high = table.measured.kv_tokens
-    kv_starts = {row.kv_tokens_from for row in table.rows} | {kv_low, kv_high + 1}
-    tree = _tree("kv_tokens", [(start, _row_tree(table, start)) for start in sorted(kv_starts)])
-    code = compile(f"lambda num_qo_tokens, kv_tokens: {tree}", "<policy table>", "eval")
+    outside = _by_counts(table, lambda tokens: repr(_answer(table, table.incumbent, tokens)))
+    groups = [(group[0].row.num_reqs_from, _group_tree(table, group, outside)) for group in spans(table)]
+    tree = _bounded("num_reqs", groups, table.measured.num_reqs, outside)
+    code = compile(f"lambda num_qo_tokens, kv_tokens, num_reqs: {tree}", "<policy table>", "eval")
     choose: Choose = eval(code, {"__builtins__": {}})
     return choose
 
 
-def _row_tree(table: Table, kv_tokens: int) -> str:
+def _group_tree(table: Table, group: list[Span], outside: str) -> str:
+    rows = [(span.row.kv_tokens_from, _row_tree(table, span)) for span in group]
+    return _bounded("kv_tokens", rows, table.measured.kv_tokens, outside)
+
+
+def _row_tree(table: Table, span: Span) -> str:
     q_low, q_high = table.measured.num_qo_tokens
-    starts = {choice.num_qo_tokens_from for choice in _row(table, kv_tokens).choices} | {q_low, q_high + 1}
-    starts |= {limit.num_qo_tokens + 1 for limit in table.limits}
-    return _tree(
-        "num_qo_tokens", [(start, repr(decide(table, start, kv_tokens).candidate)) for start in sorted(starts)]
-    )
+
+    def inside(tokens: int) -> str:
+        if q_low <= tokens <= q_high:
+            return _choices_tree(table, span, tokens)
+        return repr(_answer(table, table.incumbent, tokens))
+
+    return _by_counts(table, inside)
 
 
-def _tree(variable: str, segments: list[tuple[int, str]]) -> str:
-    """A balanced conditional expression over ``segments``: (start, expression) pairs, ascending.
+def _by_counts(table: Table, expression: Callable[[int], str]) -> str:
+    """A tree over the query token counts at which the measured range or a limit changes what may be answered."""
+    q_low, q_high = table.measured.num_qo_tokens
+    starts = {0, q_low, q_high + 1, *(limit.num_qo_tokens + 1 for limit in table.limits)}
+    return _tree([(f"num_qo_tokens < {start}", expression(start)) for start in sorted(starts)])
+
+
+def _choices_tree(table: Table, span: Span, tokens: int) -> str:
+    """The choices of one row, where the same limits apply as at ``tokens``; the thresholds ascend."""
+    choices = span.row.choices
+    return _tree([(span.threshold(c).below(), repr(_answer(table, c.candidate, tokens))) for c in choices])
+
+
+def _bounded(variable: str, segments: list[tuple[int, str]], measured: tuple[int, int], outside: str) -> str:
+    """A tree over ``segments``, cut to the measured range."""
+    low, high = measured
+    first = [expression for start, expression in segments if start <= low][-1]
+    inside = [(low, first), *((start, expression) for start, expression in segments if low < start <= high)]
+    bounds = [(low - 1, outside), *inside, (high + 1, outside)]
+    return _tree([(f"{variable} < {start}", expression) for start, expression in bounds])
+
+
+def _tree(segments: Sequence[tuple[str, str]]) -> str:
+    """A balanced conditional expression over ascending segments: (what is true below its start, expression) pairs.
 
     Neighbours with the same expression are joined; the first segment also takes everything below its start.
     """
-    kept = segments[:1]
-    for start, expression in segments[1:]:
+    kept = [*segments[:1]]
+    for below, expression in segments[1:]:
         if expression != kept[-1][1]:
-            kept.append((start, expression))
+            kept.append((below, expression))
     if len(kept) == 1:
         return kept[0][1]
     middle = len(kept) // 2
-    return (
-        f"({_tree(variable, kept[:middle])} if {variable} < {kept[middle][0]:d} else {_tree(variable, kept[middle:])})"
-    )
+    return f"({_tree(kept[:middle])} if {kept[middle][0]} else {_tree(kept[middle:])})"
 
 
 def constant(candidate: str) -> Choose:
     """The function that always answers ``candidate``."""
-    return lambda num_qo_tokens, kv_tokens: candidate
+    return lambda num_qo_tokens, kv_tokens, num_reqs: candidate

@@ -38,13 +38,14 @@ def pin_table(table: Table, candidate: str) -> Table:
                 "%s is pinned for %s of %s, and its first call on a new shape takes up to %.1f s",
                 *(candidate, table.site, table.model, barred.first_call_s),
             )
-    everywhere = Range(num_qo_tokens=EVERY_COUNT, kv_tokens=EVERY_COUNT)
+    everywhere = Range(num_qo_tokens=EVERY_COUNT, kv_tokens=EVERY_COUNT, num_reqs=EVERY_COUNT)
     start = EVERY_COUNT[0]
-    rows = (Row(kv_tokens_from=start, choices=(Choice(num_qo_tokens_from=start, candidate=candidate),)),)
+    choice = Choice(num_qo_tokens_from=start, candidate=candidate)
+    rows = (Row(num_reqs_from=start, kv_tokens_from=start, choices=(choice,)),)
     return msgspec.structs.replace(table, measured=everywhere, rows=rows)
 
 
 def pinned_reason(found: Explanation) -> Explanation:
     """An explanation from a pin's table, in a pin's words: it has no thresholds."""
     reason = Reason.PIN if found.reason is Reason.TABLE else found.reason
-    return replace(found, reason=reason, kv_tokens_from=None, num_qo_tokens_from=None)
+    return replace(found, reason=reason, num_reqs_from=None, kv_tokens_from=None, num_qo_tokens_from=None)

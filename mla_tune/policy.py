@@ -22,29 +22,48 @@ from mla_tune.errors import PolicyError
 from mla_tune.policy_rules import problems
 from mla_tune.policy_yaml import REBUILD, line_of, read_yaml, shown, write_yaml
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MAX_POLICY_BYTES = 1 << 20
-"""Largest file that is read. All sites and models of one GPU take about 40 KB."""
+"""Largest file that is read. All sites and models of one GPU take about 100 KB."""
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """Base of every part of a policy: immutable, and strict about unknown keys."""
 
 
-class Choice(_Record, frozen=True, omit_defaults=True):
-    """From ``num_qo_tokens_from`` query tokens upward (until the next choice of the row) take ``candidate``."""
+class Choice(_Record, frozen=True, kw_only=True, omit_defaults=True):
+    """From its threshold in query tokens upward (until the next choice of the row) take ``candidate``.
+
+    The threshold rises linearly in context tokens from ``num_qo_tokens_from`` at the row's start to ``num_qo_tokens_to``
+    at its end (see :class:`mla_tune.threshold.Threshold` for the exact integers): what ``sparse_fwd`` must dequantize grows
+    with the context, and the crossover with it.
+    """
 
     num_qo_tokens_from: int
+    num_qo_tokens_to: int | None = None
+    """Above ``num_qo_tokens_from``; None for a threshold that is the same all along the row."""
     candidate: str
-    bracket: tuple[int, int] | None = None
-    """The crossover lies inside these query token counts: below the first the previous candidate is faster beyond the
-    noise band, above the second this one is. None on the first choice of a row."""
+    bracket: tuple[float, float] | None = None
+    """Factors on the threshold: below the first every shape of the row has the previous candidate faster beyond the noise
+    band, above the second this one. None on the first choice of a row, like the next two."""
+    interval: tuple[float, float] | None = None
+    """Factors on the threshold: a 95 % bootstrap confidence interval of where the mean costs cross."""
+    win: tuple[float, float] | None = None
+    """Mean relative win at the bracket's edges: of the previous candidate at the lower, of this one at the upper."""
 
 
-class Row(_Record, frozen=True):
-    """The choices from ``kv_tokens_from`` context tokens upward (until the next row of the table)."""
+class Row(_Record, frozen=True, kw_only=True, omit_defaults=True):
+    """The choices from ``num_reqs_from`` requests and ``kv_tokens_from`` context tokens upward.
 
+    Rows are sorted by both; the rows of one ``num_reqs_from`` serve up to the next one, and each of them up to the next
+    ``kv_tokens_from`` among these.
+    """
+
+    num_reqs_from: int
     kv_tokens_from: int
+    censored: str | None = None
+    """``above`` or ``below``: the curves cross, but outside the measured query tokens. Only in a row of one choice; without
+    it such a row says that there is no crossover."""
     choices: tuple[Choice, ...]
 
 
@@ -97,6 +116,7 @@ class Range(_Record, frozen=True):
 
     num_qo_tokens: tuple[int, int]
     kv_tokens: tuple[int, int]
+    num_reqs: tuple[int, int]
 
 
 class Table(_Record, frozen=True, kw_only=True, omit_defaults=True):

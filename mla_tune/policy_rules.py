@@ -6,18 +6,20 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from mla_tune.engine import Engine, engine_choice, engine_heads, table_engine
 from mla_tune.policy_yaml import MAX_INT64, shown
 from mla_tune.site import FORWARD, MODELS, ModelConfig, SiteName
+from mla_tune.threshold import Threshold
 
 if TYPE_CHECKING:
-    from mla_tune.policy import HeldOut, Ineligible, Limit, Policy, Range, Row, Table
+    from mla_tune.policy import Choice, HeldOut, Ineligible, Limit, Policy, Range, Row, Table
 
 EVIDENCE = ("measured", "modelled")
 REGIMES = ("graph", "eager")
+CENSORED = ("above", "below")
 POLICY_RULE = "policy"
 """The rule name of the policy's own row in a held-out table."""
 
@@ -73,7 +75,9 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
     for index, entry in enumerate(table.ineligible):
         yield from _ineligible(f"{path}.ineligible[{index}]", entry, table)
     barred = {entry.candidate for entry in table.ineligible}
-    yield from _rows(f"{path}.rows", table.rows, [name for name in table.candidates if name not in barred])
+    served = [name for name in table.candidates if name not in barred]
+    wrong_rows = list(_rows(f"{path}.rows", table.rows, served))
+    yield from wrong_rows or _crossing(f"{path}.rows", table)
     yield from _held_out(f"{path}.held_out", table.held_out, measured=measured)
 
 
@@ -111,7 +115,12 @@ def accepted_candidates(site: SiteName, model: ModelConfig, engine: Engine) -> t
 
 
 def _measured(path: str, measured: Range) -> Iterator[Problem]:
-    for name, (low, high) in (("num_qo_tokens", measured.num_qo_tokens), ("kv_tokens", measured.kv_tokens)):
+    ranges = {
+        "num_qo_tokens": measured.num_qo_tokens,
+        "kv_tokens": measured.kv_tokens,
+        "num_reqs": measured.num_reqs,
+    }
+    for name, (low, high) in ranges.items():
         if not 1 <= low <= high <= MAX_INT64:
             yield Problem(f"{path}.{name}", f"must be a range [low, high] with 1 <= low <= high: got [{low}, {high}]")
 
@@ -133,30 +142,70 @@ def _ineligible(path: str, entry: Ineligible, table: Table) -> Iterator[Problem]
 def _rows(path: str, rows: tuple[Row, ...], candidates: Collection[str]) -> Iterator[Problem]:
     if not rows:
         yield Problem(path, "must hold at least one row: got none")
-    yield from _ascending(path, "kv_tokens_from", [row.kv_tokens_from for row in rows])
+    groups = [(start, list(members)) for start, members in groupby(enumerate(rows), lambda row: row[1].num_reqs_from)]
+    yield from _ascending(path, "num_reqs_from", [(members[0][0], start) for start, members in groups])
+    for _, members in groups:
+        yield from _ascending(path, "kv_tokens_from", [(index, row.kv_tokens_from) for index, row in members])
     for index, row in enumerate(rows):
         yield from _choices(f"{path}[{index}].choices", row, candidates)
+        if row.censored is not None:
+            yield from _one_of(f"{path}[{index}].censored", row.censored, CENSORED)
+            if len(row.choices) > 1:
+                rule = "must be absent where the row has a crossover"
+                yield Problem(
+                    f"{path}[{index}].censored", f"{rule}: got {row.censored} with {len(row.choices)} choices"
+                )
+
+
+def _crossing(path: str, table: Table) -> Iterator[Problem]:
+    """Thresholds of a row that pass each other before the row ends."""
+    for index, row in enumerate(table.rows):
+        following = table.rows[index + 1] if index + 1 < len(table.rows) else None
+        same_group = following is not None and following.num_reqs_from == row.num_reqs_from
+        end = following.kv_tokens_from if following and same_group else table.measured.kv_tokens[1] + 1
+        lines = [
+            Threshold.through(
+                (row.kv_tokens_from, end), (c.num_qo_tokens_from, c.num_qo_tokens_to or c.num_qo_tokens_from)
+            )
+            for c in row.choices
+        ]
+        for place, (before, after) in enumerate(pairwise(line.exactly_at(end) for line in lines), 1):
+            if after < before:
+                rule = "must stay above the threshold before it to the row's end, rounded as it is served"
+                yield Problem(f"{path}[{index}].choices[{place}].num_qo_tokens_to", f"{rule}: got {float(after):g}")
 
 
 def _choices(path: str, row: Row, candidates: Collection[str]) -> Iterator[Problem]:
     choices = row.choices
     if not choices:
         yield Problem(path, "must hold at least one choice: got none")
-    yield from _ascending(path, "num_qo_tokens_from", [choice.num_qo_tokens_from for choice in choices])
+    yield from _ascending(path, "num_qo_tokens_from", [(i, c.num_qo_tokens_from) for i, c in enumerate(choices)])
+    for index, choice in enumerate(choices):
+        if choice.num_qo_tokens_to is not None and choice.num_qo_tokens_to <= choice.num_qo_tokens_from:
+            rule = f"must be above num_qo_tokens_from={choice.num_qo_tokens_from}, or absent"
+            yield Problem(f"{path}[{index}].num_qo_tokens_to", f"{rule}: got {choice.num_qo_tokens_to}")
+    ends = [c.num_qo_tokens_from if c.num_qo_tokens_to is None else c.num_qo_tokens_to for c in choices]
+    yield from _ascending(path, "num_qo_tokens_to", list(enumerate(ends)))
     for index, choice in enumerate(choices):
         place = f"{path}[{index}]"
         yield from _one_of(f"{place}.candidate", choice.candidate, candidates)
         if index and choice.candidate == choices[index - 1].candidate:
             yield Problem(f"{place}.candidate", f"must differ from the choice before it: got {choice.candidate} twice")
-        if choice.bracket is None:
-            continue
-        low, high = choice.bracket
-        if not index:
-            yield Problem(f"{place}.bracket", f"must be absent on the first choice of a row: got [{low}, {high}]")
-        # The new candidate may start right after the last count at which the previous one was still as good.
-        if not 0 <= low <= choice.num_qo_tokens_from <= high + 1 or not low <= high <= MAX_INT64:
-            rule = f"must be [low, high] around num_qo_tokens_from={choice.num_qo_tokens_from}"
-            yield Problem(f"{place}.bracket", f"{rule}: got [{low}, {high}]")
+        yield from _evidence(place, choice, first=not index)
+
+
+def _evidence(path: str, choice: Choice, *, first: bool) -> Iterator[Problem]:
+    """What a choice says of its own threshold."""
+    factors = {"bracket": choice.bracket, "interval": choice.interval}
+    for name, pair in {**factors, "win": choice.win}.items():
+        if pair is not None and first:
+            yield Problem(f"{path}.{name}", f"must be absent on the first choice of a row: got {list(pair)}")
+    for name, pair in factors.items():
+        if pair is not None and not 0 <= pair[0] <= 1 <= pair[1] < math.inf:
+            rule = "must be factors [low, high] around the threshold, with 0 <= low <= 1 <= high"
+            yield Problem(f"{path}.{name}", f"{rule}: got {list(pair)}")
+    if choice.win is not None and not all(-1 < win < math.inf for win in choice.win):
+        yield Problem(f"{path}.win", f"must be two relative differences above -1: got {list(choice.win)}")
 
 
 def _held_out(path: str, held_out: HeldOut, *, measured: bool) -> Iterator[Problem]:
@@ -192,9 +241,10 @@ def _unique(path: str, values: Iterable[object]) -> Iterator[Problem]:
         seen.add(value)
 
 
-def _ascending(path: str, name: str, starts: list[int]) -> Iterator[Problem]:
-    if starts and starts[0] != 0:
-        yield Problem(f"{path}[0].{name}", f"must be 0 on the first entry: got {starts[0]}")
-    for index, (before, start) in enumerate(pairwise(starts), 1):
+def _ascending(path: str, name: str, starts: list[tuple[int, int]]) -> Iterator[Problem]:
+    """``starts`` are (index, value) of the entries below ``path``."""
+    if starts and starts[0][1] != 0:
+        yield Problem(f"{path}[{starts[0][0]}].{name}", f"must be 0 on the first entry: got {starts[0][1]}")
+    for (_, before), (index, start) in pairwise(starts):
         if not before < start <= MAX_INT64:
             yield Problem(f"{path}[{index}].{name}", f"must be above the entry before it ({before}): got {start}")

@@ -3,9 +3,9 @@
     dispatcher = Dispatcher.for_this_gpu(fallback="incumbent")
     site = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="forward")
     ...
-    path = site.choose(num_qo_tokens, kv_tokens)  # in every forward: "sparse_fwd" or "with_kvcache"
+    path = site.choose(num_qo_tokens, kv_tokens, num_reqs)  # in every forward: "sparse_fwd" or "with_kvcache"
 
-``choose`` is a pure function of two host integers and of one table: it reads no environment, allocates nothing, takes
+``choose`` is a pure function of three host integers and of one table: it reads no environment, allocates nothing, takes
 no lock, and answers the same on every rank that loaded the same bytes (compare :attr:`Dispatcher.digest`). Everything
 that can go wrong goes wrong in ``load`` or ``resolve``: as one exception of :mod:`mla_tune.errors`, or, if the caller
 passes ``fallback="incumbent"``, as the engine's own choice, logged once and listed in :attr:`Dispatcher.fallbacks`.
@@ -52,7 +52,7 @@ class Resolved:
     """Query heads per rank of the table; None where heads play no role."""
     incumbent: str
     choose: Choose
-    """``choose(num_qo_tokens, kv_tokens)`` -> candidate name, for any two integers; a slot, so that a call costs no
+    """``choose(num_qo_tokens, kv_tokens, num_reqs)`` -> candidate name, for any integers; a slot, so that a call costs no
     method lookup."""
     table: Table | None
     """The policy's table, under a pin the pin's; None after a fallback."""
@@ -61,11 +61,11 @@ class Resolved:
     rule: Rule = Rule.POLICY
     """Who decides here; see :mod:`mla_tune.switches`."""
 
-    def explain(self, num_qo_tokens: int, kv_tokens: int) -> Explanation:
+    def explain(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> Explanation:
         """What :attr:`choose` answers there, and which rule and thresholds led to it. Not for the hot path."""
         if self.table is None:
             return Explanation(self.incumbent, Reason.FALLBACK)
-        found = decide(self.table, num_qo_tokens, kv_tokens)
+        found = decide(self.table, num_qo_tokens, kv_tokens, num_reqs)
         return pinned_reason(found) if self.rule is Rule.PIN else found
 
 

@@ -13,11 +13,8 @@ A decision is integer arithmetic and two dictionary entries: no file, no lock, n
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from mla_tune.counters import Reasons, SiteCounters, prometheus_text
 from mla_tune.engine import Engine
-from mla_tune.lookup import Choose
 from mla_tune.recording import Record, Recorder
 from mla_tune.runtime import Dispatcher, Resolved
 from mla_tune.site import CANDIDATES
@@ -26,25 +23,12 @@ from mla_tune.switches import Rule
 _KEPT = {Rule.ENGINE: Reasons.ENGINE_SETTING, Rule.OFF: Reasons.OFF, Rule.INCUMBENT: Reasons.NO_TABLE}
 
 
-def _of_three(choose: Choose) -> Callable[[int, int, int], str]:
-    """Policy tables do not look at the requests yet; whoever decides already says how many there are."""
-    return lambda num_qo_tokens, kv_tokens, num_reqs: choose(num_qo_tokens, kv_tokens)
-
-
 class Decider:
     """One resolved site that counts, and records where it was told to."""
 
     __slots__ = (
-        "_choose",
-        "_kv_high",
-        "_kv_low",
-        "_q_high",
-        "_q_low",
-        "_record",
-        "counters",
-        "kept",
-        "resolved",
-        "serves",
+        *("_choose", "_kv_high", "_kv_low", "_q_high", "_q_low", "_record", "_reqs_high", "_reqs_low"),
+        *("counters", "kept", "resolved", "serves"),
     )
 
     def __init__(self, resolved: Resolved, record: Record | None) -> None:
@@ -55,20 +39,26 @@ class Decider:
         """The reason to count then."""
         site = resolved.site
         self.counters = SiteCounters(site, resolved.model, resolved.layer, dict.fromkeys(CANDIDATES[site], 0), {})
-        self._choose = _of_three(resolved.choose)
+        self._choose = resolved.choose
         self._record = record
-        self._q_low = self._kv_low = 0
-        self._q_high = self._kv_high = 0
+        self._q_low = self._kv_low = self._reqs_low = 0
+        self._q_high = self._kv_high = self._reqs_high = -1
         if resolved.table is not None:
-            self._q_low, self._q_high = resolved.table.measured.num_qo_tokens
-            self._kv_low, self._kv_high = resolved.table.measured.kv_tokens
+            measured = resolved.table.measured
+            self._q_low, self._q_high = measured.num_qo_tokens
+            self._kv_low, self._kv_high = measured.kv_tokens
+            self._reqs_low, self._reqs_high = measured.num_reqs
 
     def __call__(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
         """The candidate for one forward of ``num_reqs`` requests: host integers, real counts without padding."""
         candidate = self._choose(num_qo_tokens, kv_tokens, num_reqs)
         counters = self.counters
         counters.choices[candidate] += 1
-        if not (self._q_low <= num_qo_tokens <= self._q_high and self._kv_low <= kv_tokens <= self._kv_high):
+        if not (
+            self._q_low <= num_qo_tokens <= self._q_high
+            and self._kv_low <= kv_tokens <= self._kv_high
+            and self._reqs_low <= num_reqs <= self._reqs_high
+        ):
             counters.out_of_range += 1
         if self._record is not None:
             self._record(num_qo_tokens, kv_tokens, num_reqs)

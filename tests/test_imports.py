@@ -17,7 +17,10 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     "mla_tune",
-    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime")),
+    *(
+        f"mla_tune.{name}"
+        for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime", "threshold")
+    ),
     *(f"mla_tune.{name}" for name in ("site", "engine", "sku", "gpu", "packaged", "pins", "switches", "builds")),
 }
 SERVICE_MODULES = {f"mla_tune.{name}" for name in ("serving", "ranks", "counters", "recording", "traffic")}
@@ -36,9 +39,10 @@ LAYERS: dict[str, set[str]] = {
     "sku": {"errors"},
     "stages": {"errors", "site"},
     "policy": {"engine", "site", "sku", "shape", "errors", "files"} | POLICY,
-    "policy_rules": {"engine", "site", "errors"} | POLICY,
+    "threshold": set(),
+    "policy_rules": {"engine", "site", "errors", "threshold"} | POLICY,
     "policy_yaml": {"errors"},
-    "lookup": {"engine", "policy", "site", "errors"},
+    "lookup": {"engine", "policy", "site", "errors", "threshold"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
     "switches": {"site", "errors"},
@@ -48,13 +52,13 @@ LAYERS: dict[str, set[str]] = {
     "traffic": {"errors", "files"},
     "recording": {"traffic"},
     "counters": set(),
-    "serving": {"engine", "runtime", "lookup", "counters", "recording", "site", "switches"},
+    "serving": {"engine", "runtime", "counters", "recording", "site", "switches"},
     "ranks": {"runtime", "switches", "errors"},
     "kernels": WORDS,
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
-    "learn": {"store", "lookup", "traffic"} | POLICY | WORDS,
+    "learn": {"store", "lookup", "threshold", "traffic"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"engine", "policy", "errors", "site"} | SERVICE,
 }
@@ -114,7 +118,7 @@ def loaded_by(statement: str) -> set[str]:
     [
         "import mla_tune.runtime",
         "from mla_tune.runtime import Dispatcher; Dispatcher.for_this_gpu(fallback='incumbent').resolve("
-        "'prefill_attention', model='deepseek-v4-pro', layer='forward').choose(8192, 1 << 20)",
+        "'prefill_attention', model='deepseek-v4-pro', layer='forward').choose(8192, 1 << 20, 4)",
         "from mla_tune.runtime import Dispatcher; from mla_tune.serving import Service; from mla_tune.ranks import agree; "
         "Service(agree(Dispatcher.for_this_gpu(fallback='incumbent'))).prometheus_text()",
     ],

@@ -44,7 +44,7 @@ def plan(points: Sequence[Point], device: Device, as_json: bool) -> None:
         table.add_row(site, str(counts[site, "fit"]), str(counts[site, "held_out"]))
     console.print(table)
     console.print(
-        f"{len(points)} points, about {seconds:.0f} s, and then a few near each crossover; "
+        f"{len(points)} points, about {seconds:.0f} s, and then more near the crossovers; "
         "nothing was measured (--dry-run)",
         highlight=False,
     )

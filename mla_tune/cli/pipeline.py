@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mla_tune.cli.places import make_folder
 from mla_tune.errors import PolicyError
+from mla_tune.learn.acquire import doubts
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.evaluate import overall
 from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.learn.observations import Observations
-from mla_tune.learn.refine import crossover_shapes
+from mla_tune.learn.refine import attention_sites, crossover_shapes
 from mla_tune.learn.repeat import Repetition
 from mla_tune.learn.repeat import compare as compare_sweeps
 from mla_tune.policy import HeldOut, Policy, Source, load_policy, write_policy
@@ -23,7 +24,8 @@ from mla_tune.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_sha256, read_export, write_export
 from mla_tune.store.probe import Try
-from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points
+from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points, pool, seed_points
+from mla_tune.sweep.preset import FULL, Preset
 from mla_tune.sweep.probe import Bound, Known, Prober, known_counts, unclosed
 from mla_tune.sweep.runner import Progress, Report, Sweep
 
@@ -33,27 +35,36 @@ SEED = 20250
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a sweep will measure before it looks for crossovers."""
+    """What a sweep will measure before it looks at what it has measured."""
 
     grid: Grid
+    preset: Preset
     models: tuple[ModelConfig, ...]
+    names: tuple[SiteName, ...]
     points: tuple[Point, ...]
 
 
-def make_plan(kind: str, sm_count: int, models: Sequence[ModelConfig], names: Sequence[SiteName]) -> Plan:
-    """The structured grid and the held-out points for a device."""
+def make_plan(
+    kind: str, sm_count: int, models: Sequence[ModelConfig], names: Sequence[SiteName], preset: Preset = FULL
+) -> Plan:
+    """The first points for a device: the whole grid, or the seeds of an adaptive sweep, with what judges them."""
     grid = cpu_grid() if kind == "cpu" else gpu_grid(sm_count)
-    return Plan(grid, tuple(models), tuple(grid_points(grid, models, names, SEED)))
+    held_out = min(preset.held_out, grid.held_out), min(preset.held_out_indexer, grid.held_out_indexer)
+    grid = replace(grid, held_out=held_out[0], held_out_indexer=held_out[1])
+    first = grid_points if preset.dense else seed_points
+    return Plan(grid, preset, tuple(models), tuple(names), tuple(first(grid, models, names, SEED)))
 
 
 def run_sweep(
     plan: Plan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
 ) -> list[Report]:
-    """Measure the plan, then both sides of every crossover that its curves predict; a report for each."""
+    """Measure the plan, then where its curves say that more is worth knowing; a report for each round."""
     first = sweep.run(database, plan.points, budget_s, on_progress)
-    known = {(point.site, point.shape) for point in plan.points}
     if first.left:
         return [first]
+    if not plan.preset.dense:
+        return [first, *_adaptive_rounds(plan, sweep, database, budget_s - first.elapsed_s, on_progress)]
+    known = {(point.site, point.shape) for point in plan.points}
     # Only of the plan: with the crossovers' own timings in it, each further sweep would place new ones.
     measured = database.measurements(sweep.environment.id)
     costs = CostModel(sweep.environment, [m for m in measured if (m.site, m.shape) in known])
@@ -63,6 +74,34 @@ def run_sweep(
         if (site, shape) not in known and attention_flops(site, shape) <= plan.grid.max_attention_flops
     ]
     return [first, sweep.run(database, crossovers, budget_s - first.elapsed_s, on_progress)] if crossovers else [first]
+
+
+def _adaptive_rounds(
+    plan: Plan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
+) -> Iterator[Report]:
+    """Fit, measure where a wrong choice is expected to cost most, and again, until nothing is left in doubt or no time."""
+    deadline = time.monotonic() + budget_s
+    while (left_s := deadline - time.monotonic()) > 0:
+        costs = CostModel(sweep.environment, database.measurements(sweep.environment.id))
+        points = doubtful_points(costs, plan)
+        if not points:
+            return
+        yield sweep.run(database, points, left_s, on_progress)
+
+
+def doubtful_points(costs: CostModel, plan: Plan) -> list[Point]:
+    """The next points of an adaptive sweep, the most doubtful first; none where every site is settled.
+
+    A shape at which anything was attempted is not asked for again, whatever came of it.
+    """
+    if SiteName.PREFILL_ATTENTION not in plan.names:
+        return []
+    found = []
+    for site, model in attention_sites(plan.models).items():
+        tried = set(costs.observations.shapes(site))
+        shapes = [shape for shape in pool(plan.grid, model, site) if shape not in tried]
+        found += doubts(costs, model, site, shapes, plan.preset.points_per_round)
+    return [Point(doubt.site, doubt.shape) for doubt in sorted(found, key=lambda doubt: -doubt.expected_loss)]
 
 
 @dataclass(frozen=True, slots=True)

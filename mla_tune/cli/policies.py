@@ -30,6 +30,7 @@ LayerOption = Annotated[str, typer.Option("--layer", help="A layer type of the m
 HeadsOption = Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")]
 TokensArgument = Annotated[int, typer.Argument(help="Query tokens of the forward.")]
 ContextArgument = Annotated[int, typer.Argument(help="Context tokens of all requests together.")]
+NumReqsOption = Annotated[int, typer.Option("--num-reqs", help="Requests in the forward.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
@@ -70,13 +71,14 @@ def lookup(
     site: SiteOption = "prefill_attention",
     layer: LayerOption = FORWARD,
     h_q: HeadsOption = None,
+    num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Print the candidate that a policy answers for one forward."""
-    Shape(1, num_qo_tokens, kv_tokens)  # refuses token counts that no forward has
+    Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
     loaded, name = _policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
-    answer = resolved.explain(num_qo_tokens, kv_tokens)
+    answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
     print(json.dumps(asdict(answer)) if as_json else answer.candidate)
 
 
@@ -90,7 +92,7 @@ def explain(
     site: SiteOption = "prefill_attention",
     layer: LayerOption = FORWARD,
     h_q: HeadsOption = None,
-    num_reqs: Annotated[int, typer.Option("--num-reqs", help="Requests in the forward.")] = 1,
+    num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""

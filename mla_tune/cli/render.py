@@ -36,14 +36,15 @@ def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
         print(json.dumps(policy_json(policy, path)))
         return
     title = f"{policy.gpu.sku}, {policy.gpu.sm_count} {_units(policy)}, {policy.evidence}, {policy.regime} time"
-    table = RichTable("site", "model", "h_q", "layer", "kv_tokens", "choice by num_qo_tokens", "slowdown", title=title)
+    table = RichTable(
+        "site", "model", "h_q", "layer", "num_reqs", "kv_tokens", "choice by num_qo_tokens", "slowdown", title=title
+    )
     for entry in policy.tables:
         for index, row in enumerate(entry.rows):
             head = _head(entry) if index == 0 else ("", "", "", "")
             slowdown = _slowdown_text(entry) if index == 0 else ""
-            table.add_row(
-                *head, f">= {row.kv_tokens_from}", choices_text(row), slowdown, end_section=row is entry.rows[-1]
-            )
+            where = f">= {row.num_reqs_from}", f">= {row.kv_tokens_from}"
+            table.add_row(*head, *where, choices_text(row), slowdown, end_section=row is entry.rows[-1])
     console.print(table)
     console.print("slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False)
     for line in dict.fromkeys(_barred(policy)):
@@ -90,13 +91,18 @@ def _head(table: Table) -> tuple[str, str, str, str]:
 
 
 def choices_text(row: Row) -> str:
-    """``with_kvcache; from 130 [118, 143] sparse_fwd``."""
+    """``with_kvcache; from 130 to 410 x [0.9, 1.1] sparse_fwd``: the threshold along the row, and its bracket."""
     first, *rest = row.choices
     parts = [first.candidate]
     for choice in rest:
-        bracket = f" [{choice.bracket[0]}, {choice.bracket[1]}]" if choice.bracket else ""
-        parts.append(f"from {choice.num_qo_tokens_from}{bracket} {choice.candidate}")
-    return "; ".join(parts) if rest else f"{first.candidate} (no crossover)"
+        end = "" if choice.num_qo_tokens_to is None else f" to {choice.num_qo_tokens_to}"
+        bracket = f" x [{choice.bracket[0]:g}, {choice.bracket[1]:g}]" if choice.bracket else ""
+        parts.append(f"from {choice.num_qo_tokens_from}{end}{bracket} {choice.candidate}")
+    if rest:
+        return "; ".join(parts)
+    if row.censored:
+        return f"{first.candidate} (crossover {row.censored} the measured range)"
+    return f"{first.candidate} (no crossover here)"
 
 
 def _slowdown_text(table: Table) -> str:
@@ -160,13 +166,15 @@ def next_command(policy: Policy, path: Path) -> None:
     """Where the policy lies and what to try with it: the table with most thresholds, at one of them."""
     table = max(policy.tables, key=lambda table: sum(len(row.choices) for row in table.rows))
     row = max(table.rows, key=lambda row: len(row.choices))
-    tokens = max(row.choices[-1].num_qo_tokens_from, table.measured.num_qo_tokens[0])
+    num_reqs = max(row.num_reqs_from, table.measured.num_reqs[0])
+    tokens = max(row.choices[-1].num_qo_tokens_from, table.measured.num_qo_tokens[0], num_reqs)
     kv_tokens = max(row.kv_tokens_from, table.measured.kv_tokens[0])
     words = [*_this_command(), "explain", "--policy", str(path)]
     if Path(policy.source.file) != export_path(policy.gpu.sku):
         words += ["--measurements", policy.source.file]
     words += ["--site", table.site, "--model", table.model, "--layer", table.layer]
     words += [] if table.h_q is None else ["--h-q", str(table.h_q)]
+    words += [] if num_reqs == 1 else ["--num-reqs", str(num_reqs)]
     print(f"policy written to {path}")
     print(f"next: {shlex.join([*words, str(tokens), str(max(kv_tokens, tokens))])}")
 
@@ -202,8 +210,8 @@ def _because(decision: Decision) -> str:
         return str(decision.reason)
     bracket = f", crossover inside [{decision.bracket[0]}, {decision.bracket[1]}]" if decision.bracket else ""
     return (
-        f"{decision.reason}: row from {decision.kv_tokens_from} kv_tokens, choice from "
-        f"{decision.num_qo_tokens_from} num_qo_tokens{bracket}"
+        f"{decision.reason}: row from {decision.num_reqs_from} requests and {decision.kv_tokens_from} kv_tokens, "
+        f"choice from {decision.num_qo_tokens_from} num_qo_tokens{bracket}"
     )
 
 

@@ -23,21 +23,23 @@ from mla_tune.cli.options import (
 )
 from mla_tune.cli.places import Device, database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import UsageError
+from mla_tune.sweep.preset import find_preset
 
 if TYPE_CHECKING:
     from mla_tune.cli.pipeline import Measured, Plan
 
 _MOST_REPEATS = 9
-_DEFAULT_BUDGET_S = {"cpu": 150.0, "cuda": 540.0}
-"""Seconds of measuring: a CPU run with its set-up stays under five minutes, a GPU run under ten."""
 
 
 def sweep(
     gpu: GpuOption = "auto",
     model: ModelOption = None,
     site: SiteOption = None,
+    effort: Annotated[
+        str, typer.Option("--effort", help="quick, default (adaptive) or full (the dense grid).")
+    ] = "default",
     budget: Annotated[
-        float | None, typer.Option("--budget", help="Seconds to measure for (default 540 on a GPU, 150 on a CPU).")
+        float | None, typer.Option("--budget", help="Seconds to measure for (default: by effort; 90 on a GPU).")
     ] = None,
     db: DbOption = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
@@ -53,13 +55,14 @@ def sweep(
     """Measure this machine, fit a policy and write it. Run again, it measures only what is missing."""
     device = this_device(gpu)
     models, names = chosen_models(model), chosen_sites(site)
-    budget_s = positive_seconds("--budget", _DEFAULT_BUDGET_S[device.kind] if budget is None else budget)
+    preset = find_preset(effort)
+    budget_s = positive_seconds("--budget", preset.budget_s[device.kind] if budget is None else budget)
     positive_seconds("--timeout", timeout)
     if not 1 <= repeat <= _MOST_REPEATS:
         raise UsageError(f"--repeat must be a number of sweeps: got {repeat}; accepted: 1 to {_MOST_REPEATS}")
     from mla_tune.cli import pipeline
 
-    plan = pipeline.make_plan(device.kind, device.sm_count, models, names)
+    plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset)
     if dry_run:
         device_output.plan(plan.points, device, as_json)
         return
@@ -141,7 +144,7 @@ def _measure(request: _Request, path: Path) -> Measured:
     kind, timeout_s = request.device.kind, request.timeout_s
     with sweep_lock(path), Database.open(path) as database:
         with (
-            Sweep(kind, timeout_s) as worker,
+            Sweep(kind, timeout_s, sampling_s=request.plan.preset.sampling_s) as worker,
             device_output.live_progress(quiet=request.as_json) as on_progress,
         ):
             reports = pipeline.run_sweep(request.plan, worker, database, request.budget_s, on_progress)

@@ -12,13 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from mla_tune.learn.work import Array, Work
-from mla_tune.site import LayerType, Site
+from mla_tune.site import WITH_KVCACHE_MIXED, LayerType, Site
 from mla_tune.stages import Stage
 
 _HEADS_PER_BLOCK = 64
 """Query heads that one thread block of either attention kernel serves."""
 _ENTRIES_PER_TILE = 64
 """Attended entries that it takes in one step."""
+_PIECE_TILES = 5.0
+"""Tiles that the split-KV scheduler charges for each piece of a query; on an H200 a piece does cost about 5 tiles' time."""
 _L2_BYTES = 50e6
 """L2 of an H100 or H200; where a pool passes it, gathers go to memory. Only its order of magnitude matters here."""
 
@@ -59,18 +61,36 @@ def _attention(site: Site, candidate: str, sm_count: int) -> Basis:
         return [_ones(work), queries(work), waves(work), waves(work) * tiles, missed]
 
     def with_kvcache(work: Work) -> list[Array]:
-        # Split over the context, so the tiles of all queries spread evenly over the SMs; the staircase remains in part.
-        # Every query also pays for the merge of its splits. A cached row is 584 or 656 bytes.
+        # The time of the busiest part of the schedule. Every query also pays for the merge of its splits. A cached row is
+        # 584 or 656 bytes.
         tiles = np.ceil(work.selected / _ENTRIES_PER_TILE) + np.ceil(work.window / _ENTRIES_PER_TILE)
         cached_rows = work.rows if site.layer is not LayerType.SWA_ONLY else work.kv_tokens
         missed = work.num_qo_tokens * work.attended * _miss_rate(cached_rows * 600)
-        return [_ones(work), queries(work), np.ceil(queries(work) * tiles), waves(work) * tiles, missed]
+        return [_ones(work), queries(work), _busiest_part(queries(work), tiles), waves(work) * tiles, missed]
+
+    def mixed(work: Work) -> list[Array]:
+        # One entry: a block per query and 64 heads, in waves. With fewer queries than SMs the context is split as well.
+        return [*with_kvcache(work), waves(work)]
 
     def coordinates(work: Work) -> list[Array]:
         # Where the rows lie matters less than how many a query reads.
         return [_octaves(work.num_qo_tokens), _octaves(work.attended), 0.5 * _octaves(work.rows)]
 
-    return Basis(sparse_fwd if candidate == "sparse_fwd" else with_kvcache, coordinates)
+    terms = {"sparse_fwd": sparse_fwd, WITH_KVCACHE_MIXED: mixed}.get(candidate, with_kvcache)
+    return Basis(terms, coordinates)
+
+
+def _busiest_part(queries: Array, tiles: Array) -> Array:
+    """Tiles of the busiest part of FlashMLA's split-KV schedule, the fixed cost of each piece of a query included.
+
+    ``queries`` are query blocks per part and ``tiles`` the tiles of one query. The scheduler (FlashMLA,
+    ``get_decoding_sched_meta``) shares the tiles out evenly, charges each piece of a query 5 tiles, and leaves a part's
+    rest empty where nothing but that charge would fit.
+    """
+    whole = tiles + _PIECE_TILES
+    payload = np.ceil(queries * whole) + _PIECE_TILES
+    rest = payload % whole
+    return payload - np.where(rest > _PIECE_TILES, 0.0, rest)
 
 
 def _miss_rate(pool_bytes: Array) -> Array:

@@ -50,6 +50,12 @@ class _Path:
             return self.correction.error
         return max(curve.correction.error for _, curve in self.stages)
 
+    def error_at(self, work: Work) -> Array:
+        """(num_shapes,) the same for predictions at these shapes."""
+        if self.correction is not None:
+            return self.correction.error_at(whole_path_coordinates(work))
+        return np.asarray(np.max([curve.error_at(work) for _, curve in self.stages], axis=0))
+
     def factor(self, work: Work) -> Array:
         """Measured whole over the sum of the stages, (num_shapes,)."""
         if self.correction is None:
@@ -70,6 +76,10 @@ class CandidateCosts:
     def error(self) -> float:
         """What a prediction between the measured points is off by, relative: that of the path which dominates."""
         return self.paths[0].error
+
+    def error_at(self, work: Work) -> Array:
+        """(num_shapes,) what a prediction at these shapes is off by, relative, by the measured points around each."""
+        return self.paths[0].error_at(work)
 
     def amortized_us(self, work: Work, share: Shares) -> Array:
         """Predicted cost per layer, microseconds, (num_shapes,)."""

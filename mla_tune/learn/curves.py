@@ -17,6 +17,8 @@ from mla_tune.learn.work import Array, Work
 
 _RANGES_OCTAVES = (0.5, 2.0, 8.0)
 """Distances over which a correction may fade by 1/e; leave-one-out error picks one."""
+_ERROR_RANGE_OCTAVES = 1.0
+"""Distance over which the error of one point says something of another."""
 _NUGGETS = (0.01, 0.1, 1.0)
 """Variances of the noise, relative to that of the correction, to pick from in the same way."""
 _BREAK_GAIN = 0.5
@@ -38,6 +40,16 @@ class Correction:
     range_octaves: float
     error: float
     """Mean absolute leave-one-out error of the logarithm: what a prediction between the points is off by."""
+    left_out: Array
+    """(num_points,) that error of each point."""
+
+    def error_at(self, coordinates: Sequence[Array]) -> Array:
+        """(num_shapes,) absolute error of predictions there: that of the measured points around, the nearer the more."""
+        where = np.stack(coordinates, axis=1)
+        weights = _covariance(where, self.points, _ERROR_RANGE_OCTAVES)
+        far = np.exp(-_ERROR_RANGE_OCTAVES)  # of nothing nearby the mean is known
+        total = np.einsum("ij,j->i", weights, np.abs(self.left_out)) + far * self.error
+        return np.asarray(total / (weights.sum(axis=1) + far))
 
     def log_factor(self, coordinates: Sequence[Array]) -> Array:
         """Logarithm of the correction, (num_shapes,)."""
@@ -58,7 +70,7 @@ def fit_correction(coordinates: Sequence[Array], log_ratios: Array) -> Correctio
     """The correction whose leave-one-out error is least; none at all if that is no better than doing nothing."""
     points = np.stack(coordinates, axis=1)
     least = float(np.abs(log_ratios).mean())
-    best = Correction(points, np.zeros(0), _RANGES_OCTAVES[0], least)
+    best = Correction(points, np.zeros(0), _RANGES_OCTAVES[0], least, log_ratios)
     if len(points) < 3:
         return best
     for range_octaves in _RANGES_OCTAVES:
@@ -66,9 +78,10 @@ def fit_correction(coordinates: Sequence[Array], log_ratios: Array) -> Correctio
         for nugget in _NUGGETS:
             inverse = np.linalg.inv(covariance + nugget * np.eye(len(points)))
             weights = np.einsum("ij,j->i", inverse, log_ratios)
-            error = float(np.abs(weights / np.diag(inverse)).mean())
+            left_out = weights / np.diag(inverse)
+            error = float(np.abs(left_out).mean())
             if error < least * (1 - 1e-9):
-                best, least = Correction(points, weights, range_octaves, error), error
+                best, least = Correction(points, weights, range_octaves, error, left_out), error
     return best
 
 
@@ -95,6 +108,10 @@ class Curve:
         """Predicted latency, microseconds, (num_shapes,)."""
         law_us = _law_us(_terms(self.basis, work, self.break_at), self.coefficients, self.floor_us)
         return np.asarray(law_us * np.exp(self.correction.log_factor(_coordinates(self.basis, work, self.break_at))))
+
+    def error_at(self, work: Work) -> Array:
+        """(num_shapes,) absolute error of the logarithm of predictions there."""
+        return self.correction.error_at(_coordinates(self.basis, work, self.break_at))
 
 
 def fit_curve(basis: Basis, work: Work, latencies_us: Array) -> Curve:

@@ -22,8 +22,8 @@ from mla_tune.shape import Shape
 from mla_tune.site import FORWARD, MODELS, SiteName
 from mla_tune.store.measurement import Role
 
-Rule = Callable[[int, int], str]
-"""``rule(num_qo_tokens, kv_tokens)`` -> candidate."""
+Rule = Callable[[int, int, int], str]
+"""``rule(num_qo_tokens, kv_tokens, num_reqs)`` -> candidate."""
 
 HAND_WRITTEN_THRESHOLD = 11673
 """SGLang's ``_LARGE_INDEXER_QUERY_THRESHOLD``."""
@@ -42,8 +42,8 @@ class HeldOutPoint:
 def rules(table: Table) -> tuple[tuple[str, Rule], ...]:
     """Name and choice of every rule that is judged: the policy, then the baselines that the table can express."""
 
-    def policy(num_qo_tokens: int, kv_tokens: int) -> str:
-        return decide(table, num_qo_tokens, kv_tokens).candidate
+    def policy(num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
+        return decide(table, num_qo_tokens, kv_tokens, num_reqs).candidate
 
     found: list[tuple[str, Rule]] = [(POLICY_RULE, policy)]
     found += [(f"always {name}", _always(name)) for name in table.candidates]
@@ -51,7 +51,7 @@ def rules(table: Table) -> tuple[tuple[str, Rule], ...]:
 
 
 def _always(name: str) -> Rule:
-    return lambda num_qo_tokens, kv_tokens: name
+    return lambda num_qo_tokens, kv_tokens, num_reqs: name
 
 
 def _hand_written(table: Table) -> list[tuple[str, Rule]]:
@@ -60,10 +60,10 @@ def _hand_written(table: Table) -> list[tuple[str, Rule]]:
     if not {large, small} <= set(table.candidates):
         return []
 
-    def by_threshold(num_qo_tokens: int, kv_tokens: int) -> str:
+    def by_threshold(num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
         return large if num_qo_tokens > HAND_WRITTEN_THRESHOLD else small
 
-    def by_ratio(num_qo_tokens: int, kv_tokens: int) -> str:
+    def by_ratio(num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
         return large if kv_tokens < HAND_WRITTEN_RATIO * num_qo_tokens else small
 
     found: list[tuple[str, Rule]] = [(f"num_qo_tokens > {HAND_WRITTEN_THRESHOLD}", by_threshold)]
@@ -82,7 +82,7 @@ def held_out_points(observations: Observations, table: Table) -> list[HeldOutPoi
         ran = {name: cost for name, cost in costs_us.items() if cost is not None}
         if len(ran) == len(costs_us):
             fastest_us = min(ran.values())
-            picks = (rule(shape.num_qo_tokens, shape.kv_tokens) for _, rule in judged)
+            picks = (rule(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) for _, rule in judged)
             points.append(HeldOutPoint(shape, tuple(ran[pick] / fastest_us for pick in picks)))
     return points
 

@@ -55,7 +55,7 @@ def explain(costs: CostModel, table: Table, shape: Shape) -> Explanation:
     explained = (_candidate(costs, where, name, shape) for name in table.candidates)
     return Explanation(
         shape=shape,
-        decision=decide(table, shape.num_qo_tokens, shape.kv_tokens),
+        decision=decide(table, shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs),
         unit="forward" if table.layer == FORWARD else "layer",
         candidates=tuple(sorted(explained, key=lambda c: (c.total_us, c.candidate))),
     )

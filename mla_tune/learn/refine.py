@@ -27,20 +27,28 @@ def crossover_shapes(costs: CostModel, models: Iterable[ModelConfig]) -> list[tu
     Changes are looked for along query tokens, at each (requests, context) where the fit points of the site have an
     axis. The sites take turns in the result, so that all get some of a budget that ends early.
     """
-    sites = {
+    columns = [
+        [
+            (site, shape)
+            for names in engine_choices(costs, site)
+            for shape in _site_crossovers(costs, model, site, names)
+        ]
+        for site, model in attention_sites(models).items()
+    ]
+    return [found for row in zip_longest(*columns) for found in row if found is not None]
+
+
+def attention_sites(models: Iterable[ModelConfig]) -> dict[Site, ModelConfig]:
+    """Every attention site of ``models``, each with the last of them that has it."""
+    return {
         model.site(SiteName.PREFILL_ATTENTION, layer, h_q): model
         for model in models
         for h_q in model.heads
         for layer in model.site_layers(SiteName.PREFILL_ATTENTION)
     }
-    columns = [
-        [(site, shape) for names in _choices(costs, site) for shape in _site_crossovers(costs, model, site, names)]
-        for site, model in sites.items()
-    ]
-    return [found for row in zip_longest(*columns) for found in row if found is not None]
 
 
-def _choices(costs: CostModel, site: Site) -> Iterator[tuple[str, ...]]:
+def engine_choices(costs: CostModel, site: Site) -> Iterator[tuple[str, ...]]:
     """What each engine chooses from at this site, as far as it ran: a crossover that one of them has is looked for."""
     ran = costs.candidates(site)
     sets = (engine_choice(engine, site.name, site.layer).candidates for engine in Engine)

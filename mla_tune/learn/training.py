@@ -26,8 +26,8 @@ _BINS_PER_OCTAVE = 2
 """Rows of a table before merging, per octave of context tokens."""
 _QUERY_OCTAVES = 16
 _MIN_CONTEXT = 64
-_REQUESTS = (1, 2, 4, 8, 16, 32, 64)
-"""Request counts of a prefill batch; 64 is the largest that is swept."""
+REQUEST_COUNTS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+"""Request counts of the grid; 64 is the largest that is swept."""
 
 QUERY_COUNTS: tuple[int, ...] = tuple(
     sorted(
@@ -46,6 +46,8 @@ class TrainingGrid:
     """(num_shapes,) bin of context tokens, see :func:`bin_start`."""
     columns: IntArray
     """(num_shapes,) index into :data:`QUERY_COUNTS`."""
+    groups: IntArray
+    """(num_shapes,) index into :data:`REQUEST_COUNTS`."""
     _works: dict[tuple[str, int | None], Work] = field(default_factory=dict)
 
     def work(self, site: Site) -> Work:
@@ -68,12 +70,27 @@ class TrainingGrid:
 def measured_range(swept: Sequence[Shape]) -> Range:
     """The closed ranges that a table may claim."""
     tokens, kv_tokens = [s.num_qo_tokens for s in swept], [s.kv_tokens for s in swept]
-    return Range(num_qo_tokens=(min(tokens), max(tokens)), kv_tokens=(min(kv_tokens), max(kv_tokens)))
+    num_reqs = [s.num_reqs for s in swept]
+    return Range(
+        num_qo_tokens=(min(tokens), max(tokens)),
+        kv_tokens=(min(kv_tokens), max(kv_tokens)),
+        num_reqs=(min(num_reqs), max(num_reqs)),
+    )
 
 
 def bin_start(index: int) -> int:
     """Context tokens from which a bin begins, halfway to the bin before on the logarithmic axis."""
     return int(np.ceil(2 ** ((index - 0.5) / _BINS_PER_OCTAVE)))
+
+
+def bin_middle(index: int) -> int:
+    """Context tokens that stand for a bin."""
+    return round(2 ** (index / _BINS_PER_OCTAVE))
+
+
+def group_start(index: int) -> int:
+    """Requests from which a range begins, halfway to the one before on the logarithmic axis; 0 at first."""
+    return int(np.ceil(np.sqrt(REQUEST_COUNTS[index - 1] * REQUEST_COUNTS[index]))) if index else 0
 
 
 @lru_cache(maxsize=4)
@@ -83,7 +100,7 @@ def training_grid(max_context: int) -> TrainingGrid:
     contexts = {round(_MIN_CONTEXT * 2 ** (step / _CONTEXT_STEPS_PER_OCTAVE)) for step in range(steps + 1)}
     shapes = tuple(
         Shape(num_reqs, tokens, num_reqs * context)
-        for num_reqs in _REQUESTS
+        for num_reqs in REQUEST_COUNTS
         for context in sorted(contexts | {max_context})
         for tokens in QUERY_COUNTS
         if num_reqs <= tokens <= num_reqs * context
@@ -91,13 +108,19 @@ def training_grid(max_context: int) -> TrainingGrid:
     return TrainingGrid(shapes, *cells_of(shapes))
 
 
-def cells_of(shapes: Sequence[Shape]) -> tuple[IntArray, IntArray]:
-    """Bin of context tokens and nearest column of query tokens of each shape, two (num_shapes,)."""
+def cells_of(shapes: Sequence[Shape]) -> tuple[IntArray, IntArray, IntArray]:
+    """Bin of context tokens, nearest column of query tokens and range of requests of each shape, three (num_shapes,)."""
     kv_tokens = np.array([shape.kv_tokens for shape in shapes], dtype=np.float64)
-    tokens = np.log2(np.array([shape.num_qo_tokens for shape in shapes], dtype=np.float64))
-    middles = np.log2(np.array(QUERY_COUNTS, dtype=np.float64))
-    columns = np.searchsorted((middles[1:] + middles[:-1]) / 2, tokens)
-    return np.rint(_BINS_PER_OCTAVE * np.log2(kv_tokens)).astype(np.int64), columns.astype(np.int64)
+    columns = _nearest(QUERY_COUNTS, [shape.num_qo_tokens for shape in shapes])
+    groups = _nearest(REQUEST_COUNTS, [shape.num_reqs for shape in shapes])
+    return np.rint(_BINS_PER_OCTAVE * np.log2(kv_tokens)).astype(np.int64), columns, groups
+
+
+def _nearest(axis: Sequence[int], values: Sequence[int]) -> IntArray:
+    """Index of the nearest entry of ``axis`` on the logarithm."""
+    middles = np.log2(np.array(axis, dtype=np.float64))
+    found = np.searchsorted((middles[1:] + middles[:-1]) / 2, np.log2(np.array(values, dtype=np.float64)))
+    return found.astype(np.int64)
 
 
 def _num_reqs(shape: Shape) -> int:

@@ -8,9 +8,10 @@ model family get the same ones, so that a whole forward can be judged too.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mla_tune.shape import Shape, workload
 from mla_tune.site import MODELS, LayerType, ModelConfig, Site, SiteName
@@ -34,10 +35,14 @@ class Grid:
     dense_query_tokens: tuple[int, ...]
     contexts: tuple[tuple[int, int], ...]
     query_tokens: tuple[int, ...]
+    seeds: tuple[tuple[int, int, tuple[int, ...]], ...]
+    """What an adaptive sweep starts from, as (num_reqs, tokens per request, query tokens): the corners and one axis."""
+    indexer_seeds: tuple[int, ...]
     prompt: int
     """Length of the prompt whose chunked prefill is measured; 0 for none."""
     chunks: tuple[int, ...]
     indexer_query_tokens: tuple[int, ...]
+    indexer_contexts: tuple[tuple[int, int], ...]
     held_out: int
     """Random shapes per attention site."""
     held_out_indexer: int
@@ -50,6 +55,8 @@ class Grid:
 
 
 _K = 1024
+_POOL_PER_OCTAVE = 4
+"""Query token counts an octave to choose from: a fifth apart, which is less than a threshold's bracket."""
 
 
 def gpu_grid(sm_count: int) -> Grid:
@@ -67,9 +74,19 @@ def gpu_grid(sm_count: int) -> Grid:
             *((64, context * _K) for context in (4, 32, 1024)),
         ),
         query_tokens=(16, 64, 256, 1024, 4096, 16384),
+        seeds=(
+            (1, 128 * _K, (1, 64, sm_count, 512, 4096, 32 * _K)),
+            (1, _K, (16,)),
+            (1, _K * _K, (16, 4096)),
+            (16, 128 * _K, (256,)),
+            (64, 4 * _K, (64, 4096)),
+            (64, _K * _K, (64, 16 * _K)),
+        ),
+        indexer_seeds=(1, 64, 1024, 8192, 32 * _K),
         prompt=128 * _K,
         chunks=tuple(_K << n for n in range(7)),
         indexer_query_tokens=(1, 16, 64, 256, 1024, 4096, 8192, 11673, 14336, 15360, 32768),
+        indexer_contexts=((1, _K), (1, 128 * _K), (64, _K * _K)),
         held_out=36,
         held_out_indexer=6,
         held_out_requests=64,
@@ -86,9 +103,18 @@ def cpu_grid() -> Grid:
         dense_query_tokens=(1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64),
         contexts=((1, _K), (1, 32 * _K), (2, 4 * _K), (4, 2 * _K), (4, 16 * _K)),
         query_tokens=(1, 4, 16, 64),
+        seeds=(
+            (1, 8 * _K, (1, 4, 16, 64)),
+            (1, _K, (4,)),
+            (1, 32 * _K, (1, 16)),
+            (4, 2 * _K, (8, 64)),
+            (4, 16 * _K, (4,)),
+        ),
+        indexer_seeds=(1, 16, 256, 4096, 16384),
         prompt=0,
         chunks=(),
         indexer_query_tokens=(1, 16, 256, 4096, 16384),
+        indexer_contexts=((1, _K), (1, 8 * _K), (4, 16 * _K)),
         held_out=10,
         held_out_indexer=6,
         held_out_requests=4,
@@ -122,6 +148,36 @@ def grid_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteN
     return list(unique.values())
 
 
+def seed_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteName], seed: int) -> list[Point]:
+    """What an adaptive sweep measures first: every site's seeds, mixed with the shapes that it will be judged by."""
+    few = replace(
+        grid,
+        contexts=(),
+        query_tokens=(),
+        dense_query_tokens=(),
+        prompt=0,
+        chunks=(),
+        indexer_contexts=(grid.dense_context,),
+        indexer_query_tokens=grid.indexer_seeds,
+    )
+    return grid_points(few, models, names, seed)
+
+
+def pool(grid: Grid, model: ModelConfig, site: Site) -> list[Shape]:
+    """Shapes that an adaptive sweep may choose from at an attention site, regular on the logarithm of each axis."""
+    low_q, high_q = grid.dense_query_tokens[0], grid.held_out_query_tokens[1]
+    low_c, high_c = grid.held_out_context[0], min(grid.held_out_context[1], model.max_context)
+    counts = _octaves(low_q, high_q, _POOL_PER_OCTAVE)
+    contexts = [(r, c) for r in _octaves(1, grid.held_out_requests, 1) for c in _octaves(low_c, high_c, 1)]
+    shapes = _product(contexts, counts, model)
+    return [shape for shape in shapes if attention_flops(site, shape) <= grid.max_attention_flops]
+
+
+def _octaves(low: int, high: int, per_octave: int) -> list[int]:
+    steps = round(math.log2(high / low) * per_octave)
+    return sorted({round(low * 2 ** (step / per_octave)) for step in range(steps + 1)})
+
+
 def verification_points(models: Iterable[ModelConfig], names: Iterable[SiteName]) -> list[Point]:
     """Small shapes that every device can compare with the reference: one request and a ragged few, at every site."""
     points = [
@@ -143,7 +199,7 @@ def _attention_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[
         for layer in model.site_layers(SiteName.PREFILL_ATTENTION)
     }
     points = []
-    for phase in ((_coarse, _held_out), (_dense, _chunked)):
+    for phase in ((_seeds, _coarse, _held_out), (_dense, _chunked)):
         rows: list[tuple[float, list[Point]]] = []
         for group in phase:
             role = Role.HELD_OUT if group is _held_out else Role.FIT
@@ -172,11 +228,15 @@ def _indexer_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Po
     # Ascending query tokens: a candidate that fails from some count up is then not tried above it.
     for tokens in grid.indexer_query_tokens:
         for site, model in sites.items():
-            for contexts in (grid.contexts[0], grid.dense_context, grid.contexts[-1]):
+            for contexts in grid.indexer_contexts:
                 points += [Point(site, shape) for shape in _product([contexts], [tokens], model)]
     held_out = _random_shapes(grid, shortest, grid.held_out_indexer, seed, max_query_tokens=8192)
     points += [Point(site, shape, Role.HELD_OUT) for site in sites for shape in held_out]
     return points
+
+
+def _seeds(grid: Grid, model: ModelConfig, seed: int) -> list[Shape]:
+    return [shape for reqs, context, counts in grid.seeds for shape in _product([(reqs, context)], counts, model)]
 
 
 def _coarse(grid: Grid, model: ModelConfig, seed: int) -> list[Shape]:

@@ -104,7 +104,7 @@ class PointMeasurer:
             yield from (_right(point, name, entry) for name, entry in ready.items())
             return
         enter(TIMING)
-        yield from self._time_fairly(point, ready)
+        yield from self._time_fairly(task, ready)
 
     def _require_memory(self, point: Point) -> None:
         if point.site.name is SiteName.INDEXER_METADATA:
@@ -169,10 +169,11 @@ class PointMeasurer:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
 
-    def _time_fairly(self, point: Point, ready: dict[str, _Ready]) -> Iterator[Measurement]:
+    def _time_fairly(self, task: Task, ready: dict[str, _Ready]) -> Iterator[Measurement]:
         """Time all candidates in turn; if that fails, each alone, so that the failure falls on the one that fails."""
+        point = task.point
         try:
-            rows = self._time(point, ready)
+            rows = self._time(task, ready)
             wrong = {name: reason for name, entry in ready.items() if (reason := self._wrong_by_now(entry)) is not None}
         except Exception as error:  # see _prepare
             failure = self._failure(error)
@@ -180,7 +181,7 @@ class PointMeasurer:
                 yield from failures(point, next(iter(ready)), failure, self.regimes)
                 return
             for name, entry in ready.items():
-                yield from self._time_fairly(point, {name: entry})
+                yield from self._time_fairly(task, {name: entry})
             return
         yield from (row for row in rows if row.candidate not in wrong)
         for name, reason in wrong.items():
@@ -196,7 +197,7 @@ class PointMeasurer:
             entry.prepared.run()
         return entry.judge.verdict(entry.prepared.result())
 
-    def _time(self, point: Point, ready: dict[str, _Ready]) -> list[Measurement]:
+    def _time(self, task: Task, ready: dict[str, _Ready]) -> list[Measurement]:
         labels, works = [], []
         for name, entry in ready.items():
             for part, work in parts(entry.prepared).items():
@@ -208,12 +209,13 @@ class PointMeasurer:
             if heavy and regime is Regime.EAGER:  # milliseconds of GPU time: some 70 us of launches are lost in them
                 continue
             # What met the power cap in one regime meets it in the next.
-            effort = replace(effort, power_capped=power_capped)
+            seconds = effort.seconds if task.sampling_s is None else min(effort.seconds, task.sampling_s)
+            effort = replace(effort, power_capped=power_capped, seconds=seconds)
             samples = dict(zip(labels, timer.measure(works, effort), strict=True)) if works else {}
             power_capped = any(taken.power_capped for taken in samples.values())
             heavy = any(taken.heavy for taken in samples.values())
             rows += [
-                _row(point, ready[name], name, label, regime, taken)
+                _row(task.point, ready[name], name, label, regime, taken)
                 for (name, part), taken in samples.items()
                 for label in (part, *_aliases(ready[name].prepared, part))
             ]

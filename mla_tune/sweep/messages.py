@@ -37,6 +37,8 @@ class Task:
     candidates: tuple[str, ...]
     timed: bool = True
     """False: only compare with the reference; right candidates then give one row without a latency."""
+    sampling_s: float | None = None
+    """Time for the samples of each regime, if less than the worker's own."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -58,12 +58,19 @@ class Report:
 class Sweep:
     """A worker for one device and the database that its measurements go to. Use as a context manager."""
 
-    def __init__(self, kind: str, timeout_s: float = TIMEOUT_S, added: Added = NOTHING_ADDED) -> None:
+    def __init__(
+        self,
+        kind: str,
+        timeout_s: float = TIMEOUT_S,
+        added: Added = NOTHING_ADDED,
+        sampling_s: float | None = None,
+    ) -> None:
         """Start the worker, which may take ``timeout_s`` for a point. ``added`` are candidates besides our own.
 
+        ``sampling_s`` bounds the time for the samples of one point in one regime.
         Raises :class:`EnvironmentMismatchError` if the device cannot be used.
         """
-        self._kind, self._timeout_s, self._added = kind, timeout_s, added
+        self._kind, self._timeout_s, self._added, self._sampling_s = kind, timeout_s, added, sampling_s
         self._restarts = 0
         self._worker = WorkerProcess(kind, added.module)
         self.environment: Environment = self._worker.hello.environment
@@ -128,7 +135,7 @@ class Sweep:
     def _measure_or_skip(self, task: Task, deaths: Deaths) -> list[Measurement]:
         hopeless = {name: failure for name in task.candidates if (failure := deaths.hopeless(task.point, name))}
         worth_trying = tuple(name for name in task.candidates if name not in hopeless)
-        rows = self._measure(replace(task, candidates=worth_trying))
+        rows = self._measure(replace(task, candidates=worth_trying, sampling_s=self._sampling_s))
         for name, failure in hopeless.items():
             rows += failures(task.point, name, failure, self.regimes)
         return rows

@@ -108,7 +108,7 @@ def test_lookup_explain_and_the_runtime_give_one_answer(folder: Path, capsys: py
     resolved = Dispatcher.load(POLICY).resolve("indexer_metadata", model="deepseek-v4-flash", layer="c4a")
     for tokens, kv_tokens in ((1, 1), (16, 4096), (700, 8192), (16384, 32768), (1 << 40, 1 << 41)):
         query = (str(tokens), str(kv_tokens), *PLACE, "--layer", "c4a")
-        expected = resolved.choose(tokens, kv_tokens)
+        expected = resolved.choose(tokens, kv_tokens, 1)
         assert output(capsys, "lookup", *query) == f"{expected}\n"
         assert as_json(capsys, "lookup", *query)["candidate"] == expected
         explained = as_json(capsys, "explain", *query)

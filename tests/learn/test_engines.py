@@ -53,8 +53,8 @@ def test_every_engine_has_a_table_of_its_own_candidates_and_incumbent(tables: di
 
 def test_vllms_tables_find_where_its_own_two_launches_cross(tables: dict[str, Table]) -> None:
     for engine in (Engine.VLLM, Engine.VLLM_FEW_HEADS):
-        assert decide(tables[engine], 64, 4 << 20).candidate == WITH_KVCACHE_MIXED
-        assert decide(tables[engine], 16384, 131072).candidate == "sparse_fwd"
+        assert decide(tables[engine], 64, 4 << 20, 64).candidate == WITH_KVCACHE_MIXED
+        assert decide(tables[engine], 16384, 131072, 1).candidate == "sparse_fwd"
         assert tables[engine].held_out.slowdown[0].worst < 1.25
 
 

@@ -21,10 +21,10 @@ TABLE = Table(
     incumbent="sparse_fwd",
     candidates=("sparse_fwd", "with_kvcache"),
     noise_band=0.01,
-    measured=Range(num_qo_tokens=(1, 65536), kv_tokens=(1, 1 << 26)),
+    measured=Range(num_qo_tokens=(1, 65536), kv_tokens=(1, 1 << 26), num_reqs=(1, 64)),
     limits=(),
     ineligible=(),
-    rows=(Row(kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),)),),
+    rows=(Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),)),),
     held_out=HeldOut(points=0, slowdown=()),
 )
 OBSERVATIONS = Observations(sweep(World(), [C4A]))
@@ -42,7 +42,7 @@ def test_the_policy_is_judged_by_what_its_table_would_serve() -> None:
 
 
 def test_outside_the_measured_range_the_policy_is_its_incumbent() -> None:
-    nowhere = msgspec.structs.replace(TABLE, measured=Range(num_qo_tokens=(1, 1), kv_tokens=(1, 1)))
+    nowhere = msgspec.structs.replace(TABLE, measured=Range(num_qo_tokens=(1, 1), kv_tokens=(1, 1), num_reqs=(1, 1)))
     by_rule = {entry.rule: entry for entry in held_out(OBSERVATIONS, nowhere).slowdown}
     assert by_rule["policy"].mean == by_rule["always sparse_fwd"].mean
 
@@ -68,7 +68,7 @@ def test_at_every_point_some_constant_rule_is_the_fastest() -> None:
 def test_hand_written_rules_switch_where_the_engine_does(
     rule: str, num_qo_tokens: int, kv_tokens: int, answer: str
 ) -> None:
-    assert dict(rules(TABLE))[rule](num_qo_tokens, kv_tokens) == answer
+    assert dict(rules(TABLE))[rule](num_qo_tokens, kv_tokens, 1) == answer
 
 
 def test_a_point_where_a_candidate_failed_is_judged_for_no_rule() -> None:

@@ -23,7 +23,7 @@ TABLES = {table.layer: table for table in POLICY.tables if table.model == FLASH.
 def test_stages_times_the_correction_are_the_total_and_the_answer_is_the_tables(layer: str) -> None:
     shape = Shape(4, 900, 400000)
     found = explain(COSTS, TABLES[layer], shape)
-    assert found.decision == decide(TABLES[layer], 900, 400000)
+    assert found.decision == decide(TABLES[layer], 900, 400000, 4)
     assert found.unit == ("forward" if layer == "forward" else "layer")
     for candidate in found.candidates:
         summed = sum(stage.latency_us for stage in candidate.stages)

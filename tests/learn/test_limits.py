@@ -45,11 +45,11 @@ def test_a_candidate_past_its_limit_is_never_answered() -> None:
     (table,) = fit_policy(ENVIRONMENT, sweep(World(failures=failures), [C4A]), source=SOURCE).tables
     (limit,) = table.limits
     answers = {
-        decide(table, q, kv).candidate for q in (limit.num_qo_tokens + 1, 5000, 32768) for kv in (1 << 17, 1 << 26)
+        decide(table, q, kv, 1).candidate for q in (limit.num_qo_tokens + 1, 5000, 32768) for kv in (1 << 17, 1 << 26)
     }
     assert limit.fails_at > limit.num_qo_tokens
     assert answers == {"sparse_fwd"}
-    assert decide(table, 64, 1 << 26).candidate == "with_kvcache"
+    assert decide(table, 64, 1 << 26, 64).candidate == "with_kvcache"
 
 
 def test_a_candidate_that_fails_at_its_smallest_count_is_left_out() -> None:

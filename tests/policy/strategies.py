@@ -23,7 +23,7 @@ from mla_tune.policy import (
     Source,
     Table,
 )
-from mla_tune.policy_rules import accepted_candidates, accepted_engines, accepted_heads
+from mla_tune.policy_rules import accepted_candidates, accepted_engines, accepted_heads, problems
 from mla_tune.site import FORWARD, MODELS, SiteName
 
 KEYS = [
@@ -55,23 +55,38 @@ def table(**changes: Any) -> Table:
         incumbent="sparse_fwd",
         candidates=("sparse_fwd", "with_kvcache"),
         noise_band=0.03,
-        measured=Range(num_qo_tokens=(16, 32768), kv_tokens=(2048, 1 << 26)),
+        measured=Range(num_qo_tokens=(16, 32768), kv_tokens=(2048, 1 << 26), num_reqs=(1, 64)),
         limits=(),
         ineligible=(),
         rows=(
             Row(
+                num_reqs_from=0,
                 kv_tokens_from=0,
                 choices=(
                     Choice(num_qo_tokens_from=0, candidate="with_kvcache"),
-                    Choice(num_qo_tokens_from=4096, candidate="sparse_fwd", bracket=(3900, 4300)),
+                    Choice(num_qo_tokens_from=4096, candidate="sparse_fwd", bracket=(0.95, 1.05)),
                 ),
             ),
             Row(
+                num_reqs_from=0,
                 kv_tokens_from=1 << 20,
                 choices=(
                     Choice(num_qo_tokens_from=0, candidate="with_kvcache"),
-                    Choice(num_qo_tokens_from=6000, candidate="sparse_fwd", bracket=(5800, 6100)),
+                    Choice(
+                        num_qo_tokens_from=6000,
+                        num_qo_tokens_to=12000,
+                        candidate="sparse_fwd",
+                        bracket=(0.9, 1.25),
+                        interval=(0.98, 1.1),
+                        win=(0.02, 0.03),
+                    ),
                 ),
+            ),
+            Row(
+                num_reqs_from=16,
+                kv_tokens_from=0,
+                censored="above",
+                choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),),
             ),
         ),
         held_out=HeldOut(
@@ -88,7 +103,7 @@ def table(**changes: Any) -> Table:
 def policy(*tables: Table, **changes: Any) -> Policy:
     """A policy of one H200 with ``tables`` (by default one), changed as asked."""
     base = Policy(
-        schema=1,
+        schema=2,
         gpu=Gpu(sku="nvidia-h200", sm_count=132),
         evidence="measured",
         regime="graph",
@@ -109,16 +124,20 @@ def policy(*tables: Table, **changes: Any) -> Policy:
 
 
 def full_policy() -> Policy:
-    """A table for every site, model, head count and layer, eight rows each: what one GPU's file holds."""
+    """A table for every site, model, head count and layer, a dozen rows each: what one GPU's file holds."""
     row = table().rows[1]
-    rows = tuple(Row(kv_tokens_from=start * 100_000, choices=row.choices) for start in range(8))
+    rows = tuple(
+        Row(num_reqs_from=reqs, kv_tokens_from=start * 100_000, choices=row.choices)
+        for reqs in (0, 3, 12)
+        for start in range(4)
+    )
     mixed_rows = tuple(
         msgspec.structs.replace(
             row, choices=(msgspec.structs.replace(row.choices[0], candidate="with_kvcache_mixed"), *row.choices[1:])
         )
         for row in rows
     )
-    indexer_rows = (Row(kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="jit"),)),)
+    indexer_rows = (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="jit"),)),)
     tables = []
     for site, model, h_q, layer, engine in KEYS:
         changes: dict[str, Any] = {"site": site.value, "model": model, "h_q": h_q, "layer": str(layer), "rows": rows}
@@ -132,20 +151,40 @@ def full_policy() -> Policy:
 
 @st.composite
 def rows(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Row, ...]:
-    starts = [0, *sorted(draw(st.sets(counts, max_size=3)))]
-    return tuple(Row(kv_tokens_from=start, choices=draw(choices(candidates))) for start in starts)
+    found = []
+    for reqs in [0, *sorted(draw(st.sets(counts, max_size=2)))]:
+        for start in [0, *sorted(draw(st.sets(counts, max_size=2)))]:
+            chosen = draw(choices(candidates))
+            censored = draw(st.sampled_from([None, "above", "below"])) if len(chosen) == 1 else None
+            found.append(Row(num_reqs_from=reqs, kv_tokens_from=start, censored=censored, choices=chosen))
+    return tuple(found)
+
+
+factors = st.tuples(st.floats(0, 1), st.floats(1, 1e6))
+wins = st.tuples(st.floats(-0.5, 1e6), st.floats(-0.5, 1e6))
 
 
 @st.composite
 def choices(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Choice, ...]:
     starts = [0, *sorted(draw(st.sets(counts, max_size=3 if len(candidates) > 1 else 0)))]
+    size = len(starts) - 1
+    ends = [0, *sorted(draw(st.sets(counts, min_size=size, max_size=size)))] if draw(st.booleans()) else starts
+    if any(end < start for start, end in zip(starts, ends, strict=True)):
+        ends = starts
     found: list[Choice] = []
-    for start in starts:
+    for start, end in zip(starts, ends, strict=True):
         others = [name for name in candidates if not found or name != found[-1].candidate]
-        bracket = None
-        if start and draw(st.booleans()):
-            bracket = (draw(st.integers(0, start)), draw(st.integers(start, MAX)))
-        found.append(Choice(num_qo_tokens_from=start, candidate=draw(st.sampled_from(others)), bracket=bracket))
+        evidence: dict[str, Any] = {}
+        if found:
+            evidence = {
+                "bracket": draw(st.none() | factors),
+                "interval": draw(st.none() | factors),
+                "win": draw(st.none() | wins),
+            }
+        to = None if end == start else end
+        found.append(
+            Choice(num_qo_tokens_from=start, num_qo_tokens_to=to, candidate=draw(st.sampled_from(others)), **evidence)
+        )
     return tuple(found)
 
 
@@ -172,6 +211,20 @@ def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]
     )
 
 
+def without_crossing(**fields: Any) -> Table:
+    """A table, with level thresholds where rounding would let slanted ones pass each other."""
+    found = Table(**fields)
+    if not list(problems(policy(found))):
+        return found
+    rows = [
+        msgspec.structs.replace(
+            row, choices=tuple(msgspec.structs.replace(choice, num_qo_tokens_to=None) for choice in row.choices)
+        )
+        for row in found.rows
+    ]
+    return msgspec.structs.replace(found, rows=tuple(rows))
+
+
 @st.composite
 def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] = KEYS[0]) -> Table:
     site, model, h_q, layer, engine = key
@@ -182,7 +235,7 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] =
     barred = draw(ineligible([name for name in candidates if name != incumbent]))
     served = tuple(name for name in candidates if name not in {entry.candidate for entry in barred})
     rules = ["policy", *draw(st.lists(words.filter(lambda word: word != "policy"), unique=True, max_size=2))]
-    return Table(
+    return without_crossing(
         site=site.value,
         model=model,
         h_q=h_q,
@@ -191,7 +244,7 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] =
         incumbent=incumbent,
         candidates=candidates,
         noise_band=draw(st.floats(0, 1, exclude_max=True)),
-        measured=Range(num_qo_tokens=draw(ranges), kv_tokens=draw(ranges)),
+        measured=Range(num_qo_tokens=draw(ranges), kv_tokens=draw(ranges), num_reqs=draw(ranges)),
         limits=draw(limits(candidates)),
         ineligible=barred,
         rows=draw(rows(served)),
@@ -221,7 +274,7 @@ def policies(draw: st.DrawFn) -> Policy:
         libraries=st.just(tuple({library.name: library for library in libraries}.values())),
     )
     return Policy(
-        schema=1,
+        schema=2,
         gpu=Gpu(sku=draw(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)), sm_count=draw(counts)),
         evidence=draw(st.sampled_from(["measured", "modelled"])),
         regime=draw(st.sampled_from(["graph", "eager"])),

@@ -3,17 +3,32 @@
 from __future__ import annotations
 
 import random
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import MlaTuneError
-from mla_tune.policy import MAX_POLICY_BYTES, dump_policy, parse_policy
+from mla_tune.policy import MAX_POLICY_BYTES, Limit, Policy, dump_policy, parse_policy
 from mla_tune.policy_rules import problems
-from tests.policy.strategies import policy
+from mla_tune.runtime import Dispatcher
+from tests.policy.strategies import policy, table
 
 GOOD = dump_policy(policy())
+LIMITED = dump_policy(
+    policy(
+        table(
+            limits=(
+                Limit(
+                    candidate="sparse_fwd", num_qo_tokens=900, fails_at=901, found_by="probe", reason="out of bounds"
+                ),
+            )
+        )
+    )
+)
+MUTATIONS = 100_000
+INTEGERS = (0, 1, 17, 900, 901, 4096, 5000, 1 << 20, (1 << 26) - 3, 1 << 40, 1 << 62)
 FRAGMENTS = [
     *(b"&a ", b"*a", b"!!int ", b"<<: *a", b"---\n", b"...", b"? ", b": ", b"- ", b"[", b"]", b"{", b"}", b",", b"\n"),
     *(
@@ -47,18 +62,39 @@ def loads_or_refuses(data: bytes) -> bool:
         return False
     assert list(problems(loaded)) == []
     assert parse_policy(dump_policy(loaded), "again") == loaded
+    answers_within_limits(loaded)
     return True
 
 
-def test_random_byte_flips_load_or_are_refused() -> None:
+def answers_within_limits(loaded: Policy) -> None:
+    """A listed candidate that may run there, for integers from 0 to 2^62 on every axis; or no table at all."""
+    dispatcher = Dispatcher(loaded, source="p.yaml")
+    for entry in loaded.tables:
+        try:
+            choose = dispatcher.resolve(entry.site, model=entry.model, layer=entry.layer, h_q=entry.h_q).choose
+        except MlaTuneError:
+            assert {limit.candidate for limit in entry.limits} == set(entry.candidates)
+            continue
+        limits = {name: [x.num_qo_tokens for x in entry.limits if x.candidate == name] for name in entry.candidates}
+        for point in product(INTEGERS, repeat=3):
+            answer = choose(*point)
+            assert all(point[0] <= most for most in limits[answer])
+
+
+def test_a_hundred_thousand_mutations_load_or_are_refused() -> None:
+    """Changed bytes in most, fragments put in or over something in the rest."""
     dice = random.Random(0)
     loaded = 0
-    for _ in range(2000):
-        data = bytearray(GOOD)
+    for _ in range(MUTATIONS):
+        data = bytearray(dice.choice((GOOD, LIMITED)))
         for _ in range(dice.randint(1, 3)):
-            data[dice.randrange(len(data))] = dice.randrange(256) if dice.random() < 0.5 else dice.randrange(32, 127)
+            at = dice.randrange(len(data))
+            if dice.random() < 0.2:
+                data[at : at + dice.randrange(12)] = dice.choice(FRAGMENTS)
+            else:
+                data[at] = dice.randrange(256) if dice.random() < 0.5 else dice.randrange(32, 127)
         loaded += loads_or_refuses(bytes(data))
-    assert 0 < loaded < 2000  # a changed digit in a digest is a valid policy, a changed bracket is not
+    assert 0 < loaded < MUTATIONS  # a changed digit in a digest is a valid policy, a changed bracket is not
 
 
 @settings(max_examples=600, deadline=None)

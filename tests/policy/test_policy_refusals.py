@@ -77,30 +77,31 @@ def test_yaml_beyond_the_subset_is_refused(text: str | bytes, rule: str) -> None
     assert rule in refusal(text)
 
 
-@pytest.mark.parametrize("schema", ["2", "99"])
+@pytest.mark.parametrize("schema", ["3", "99"])
 def test_a_newer_schema_asks_for_an_upgrade_even_if_it_has_keys_that_we_do_not_know(schema: str) -> None:
-    message = refusal(changed("schema: 1", f"schema: {schema}\nnew_key: 1"))
+    message = refusal(changed("schema: 2", f"schema: {schema}\nnew_key: 1"))
     assert f"got {schema}; mla-tune " in message
-    assert message.endswith("reads schema 1; upgrade mla-tune")
+    assert message.endswith("reads schema 2; upgrade mla-tune")
 
 
-@pytest.mark.parametrize("schema", ["schema: 0", "schema: first", "x: 1", "schema: [1]"])
+@pytest.mark.parametrize("schema", ["schema: 0", "schema: 1", "schema: first", "x: 1", "schema: [1]"])
 def test_any_other_schema_asks_for_a_rebuild(schema: str) -> None:
-    assert refusal(changed("schema: 1", schema)).endswith("reads schema 1; rebuild the file with `mla-tune fit`")
+    assert refusal(changed("schema: 2", schema)).endswith("reads schema 2; rebuild the file with `mla-tune fit`")
 
 
-FIRST_ROW = GOOD[GOOD.index("      - kv_tokens_from: 0\n") : GOOD.index("      - kv_tokens_from: 1048576\n")]
-SECOND_ROW = GOOD[GOOD.index("      - kv_tokens_from: 1048576\n") : GOOD.index("    held_out:")]
+ROWS = GOOD[GOOD.index("      - num_reqs_from: 0\n") : GOOD.index("    held_out:")]
 TABLE = GOOD[GOOD.index("  - site:") :]
 LIMIT = "limits:\n      - {{candidate: {}, num_qo_tokens: {}, fails_at: {}, found_by: sweep, reason: x}}"
 SLOW = "ineligible:\n      - {{candidate: {}, first_call_s: {}, bound_s: {}}}"
-CHOICES = "tables[0].rows[0].choices"
+ROW = "tables[0].rows[0]"
+ROW_3 = "tables[0].rows[2].kv_tokens_from"
+CHOICES = f"{ROW}.choices"
 
 
 @pytest.mark.parametrize(
     ("old", "new", "place", "rule"),
     [
-        ("schema: 1", "schema: true", "schema", "Expected `int`, got `bool` (True)"),
+        ("sm_count: 132", "sm_count: true", "gpu.sm_count", "Expected `int`, got `bool` (True)"),
         ("regime: graph", "regime: 1", "regime", "Expected `str`, got `int` (1)"),
         ("regime: graph", "", "the file", "Object missing required field `regime`"),
         ("regime: graph", "regime: graph\nother: 1", "the file", "Object contains unknown field `other`"),
@@ -139,17 +140,39 @@ CHOICES = "tables[0].rows[0].choices"
         ),
         ("ineligible: []", SLOW.format("with_kvcache", 1.0, 1.0), "tables[0].ineligible[0].first_call_s", "above"),
         ("ineligible: []", SLOW.format("with_kvcache", 2.0, 1.0), f"{CHOICES}[0].candidate", "accepted: sparse_fwd"),
-        (f"rows:\n{FIRST_ROW}{SECOND_ROW}", "rows: []\n", "tables[0].rows", "at least one row"),
+        (f"rows:\n{ROWS}", "rows: []\n", "tables[0].rows", "at least one row"),
         ("kv_tokens_from: 0", "kv_tokens_from: 1", "tables[0].rows[0].kv_tokens_from", "must be 0 on the first"),
         ("kv_tokens_from: 1048576", "kv_tokens_from: 0", "tables[0].rows[1].kv_tokens_from", "before it (0): got 0"),
+        ("num_reqs_from: 0", "num_reqs_from: 1", "tables[0].rows[0].num_reqs_from", "must be 0 on the first"),
+        (
+            "num_reqs_from: 16\n        kv_tokens_from: 0",
+            "num_reqs_from: 16\n        kv_tokens_from: 5",
+            ROW_3,
+            "must be 0",
+        ),
+        ("num_reqs_from: 16", "num_reqs_from: 0", ROW_3, "must be above the entry before it (1048576): got 0"),
+        ("censored: above", "censored: aside", "tables[0].rows[2].censored", "accepted: above, below"),
+        (
+            f"{ROWS}",
+            f"{ROWS}".replace("choices", "censored: above\n        choices", 1),
+            f"{ROW}.censored",
+            "2 choices",
+        ),
         ("num_qo_tokens_from: 0", "num_qo_tokens_from: 7", f"{CHOICES}[0].num_qo_tokens_from", "must be 0"),
         ("num_qo_tokens_from: 4096", "num_qo_tokens_from: -1", f"{CHOICES}[1].num_qo_tokens_from", "got -1"),
         ("candidate: sparse_fwd, b", "candidate: jit, b", f"{CHOICES}[1].candidate", "got 'jit'"),
         ("candidate: sparse_fwd, b", "candidate: with_kvcache, b", f"{CHOICES}[1].candidate", "must differ"),
-        ("[3900, 4300]", "[3900]", f"{CHOICES}[1].bracket", "length 2, got 1 ([3900])"),
-        ("[3900, 4300]", "[4300, 3900]", f"{CHOICES}[1].bracket", "around num_qo_tokens_from=4096"),
-        ("[3900, 4300]", "[5000, 6000]", f"{CHOICES}[1].bracket", "got [5000, 6000]"),
-        ("candidate: with_kvcache}", "candidate: with_kvcache, bracket: [0, 0]}", f"{CHOICES}[0].bracket", "absent"),
+        ("[0.95, 1.05]", "[0.95]", f"{CHOICES}[1].bracket", "length 2, got 1 ([0.95])"),
+        ("[0.95, 1.05]", "[1.05, 0.95]", f"{CHOICES}[1].bracket", "0 <= low <= 1 <= high: got [1.05, 0.95]"),
+        ("[0.98, 1.1]", "[1.01, 1.1]", "tables[0].rows[1].choices[1].interval", "got [1.01, 1.1]"),
+        ("[0.02, 0.03]", "[-1.5, 0.03]", "tables[0].rows[1].choices[1].win", "above -1: got [-1.5, 0.03]"),
+        ("to: 12000", "to: 0", "tables[0].rows[1].choices[1].num_qo_tokens_to", "num_qo_tokens_from=6000"),
+        (
+            "candidate: with_kvcache}",
+            "candidate: with_kvcache, bracket: [1.0, 1.0]}",
+            f"{CHOICES}[0].bracket",
+            "absent",
+        ),
         ("points: 40", "points: 0", "tables[0].held_out.points", "at least 1"),
         ("rule: policy", "rule: other", "tables[0].held_out.slowdown", "must have the rule 'policy'"),
         ("geomean: 1.01", "geomean: 0.99", "tables[0].held_out.slowdown[0].geomean", "at least 1.0: got 0.99"),

@@ -80,7 +80,7 @@ def test_an_engine_of_its_own_kind_never_reads_anothers_table(engine: Engine, in
     dispatcher = Dispatcher.load(path, fallback="incumbent")
     found = dispatcher.resolve("prefill_attention", model="deepseek-v3.2", layer="dsa", h_q=64, engine=engine)
     assert found.table is None
-    assert {found.choose(q, 1 << 20) for q in (1, 64, 8192)} == {found.incumbent} == {incumbent}
+    assert {found.choose(q, 1 << 20, 1) for q in (1, 64, 8192)} == {found.incumbent} == {incumbent}
     assert f"in {engine}: got layer dsa with h_q 64; accepted: no layer" in dispatcher.fallbacks[0]
 
 
@@ -94,7 +94,7 @@ def test_without_h_q_the_model_s_own_heads_are_taken(policy_file: Path) -> None:
 def test_heads_play_no_role_for_indexer_metadata(policy_file: Path) -> None:
     found = Dispatcher.load(policy_file).resolve("indexer_metadata", model="deepseek-v3.2", layer="dsa", h_q=128)
     assert found.h_q is None
-    assert found.choose(100, 100_000) == "jit"
+    assert found.choose(100, 100_000, 1) == "jit"
 
 
 def test_a_dispatcher_knows_its_file_and_its_digest(policy_file: Path) -> None:
@@ -118,7 +118,7 @@ def test_a_file_that_does_not_load_raises_or_falls_back(
     assert dispatcher.fallbacks == (str(caught.value),)
     assert dispatcher.digest == ""
     found = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")
-    assert found.choose(100, 100_000) == "sparse_fwd"
+    assert found.choose(100, 100_000, 1) == "sparse_fwd"
     assert found.fallback == str(caught.value)
     assert [record.getMessage() for record in caplog.records] == [f"the engine's own choice is kept: {caught.value}"]
 
@@ -128,8 +128,10 @@ def test_a_file_that_does_not_load_raises_or_falls_back(
 def test_a_fallback_answers_the_incumbent_of_the_site_and_model_for_all_integers(model: str, site: SiteName) -> None:
     dispatcher = Dispatcher(None, source="nothing was loaded")
     found = dispatcher.resolve(site, model=model, layer=FORWARD)
-    assert {found.choose(q, kv) for q in (-1, 0, 1 << 62) for kv in (-1, 0, 1 << 62)} == {MODELS[model].incumbent(site)}
-    assert found.explain(1, 1).reason is Reason.FALLBACK
+    assert {found.choose(q, kv, 1) for q in (-1, 0, 1 << 62) for kv in (-1, 0, 1 << 62)} == {
+        MODELS[model].incumbent(site)
+    }
+    assert found.explain(1, 1, 1).reason is Reason.FALLBACK
 
 
 @pytest.mark.parametrize(
@@ -148,7 +150,7 @@ def test_a_miss_at_resolve_raises_or_falls_back_and_is_logged_once(
         found = dispatcher.resolve(
             "prefill_attention", model="deepseek-v4-flash", layer=layer, h_q=h_q, fallback="incumbent"
         )
-        assert found.choose(20, 100_000) == "sparse_fwd"
+        assert found.choose(20, 100_000, 1) == "sparse_fwd"
         assert found.fallback == str(caught.value)
     assert dispatcher.fallbacks == (str(caught.value),)
     assert len(caplog.records) == 1
@@ -175,7 +177,7 @@ def test_a_table_whose_candidates_are_all_limited_falls_back_like_any_miss() -> 
     with pytest.raises(PolicyError, match="got none above num_qo_tokens=9000"):
         dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")
     found = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a", fallback="incumbent")
-    assert found.choose(10_000, 100_000) == "sparse_fwd"
+    assert found.choose(10_000, 100_000, 1) == "sparse_fwd"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +232,7 @@ def test_without_a_gpu_it_raises_or_falls_back(monkeypatch: pytest.MonkeyPatch) 
     dispatcher = Dispatcher.for_this_gpu(fallback="incumbent")
     assert len(dispatcher.fallbacks) == 1
     found = dispatcher.resolve("prefill_attention", model="deepseek-v3.2", layer="dsa")
-    assert found.choose(100, 1000) == "with_kvcache"
+    assert found.choose(100, 1000, 1) == "with_kvcache"
 
 
 def test_the_shipped_policy_of_the_visible_gpu_is_taken(
@@ -315,7 +317,7 @@ def test_off_keeps_the_incumbent_everywhere(monkeypatch: pytest.MonkeyPatch, pol
     monkeypatch.setenv("MLA_TUNE_POLICY", "off")
     dispatcher = Dispatcher.for_this_gpu()
     found = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")
-    assert found.choose(100, 100_000) == "sparse_fwd"
+    assert found.choose(100, 100_000, 1) == "sparse_fwd"
     assert dispatcher.fallbacks == ("MLA_TUNE_POLICY=off",)
 
 
@@ -324,7 +326,7 @@ def test_the_environment_is_not_read_after_load(monkeypatch: pytest.MonkeyPatch,
     dispatcher = Dispatcher.for_this_gpu()
     monkeypatch.setenv("MLA_TUNE_POLICY", "off")
     found = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")
-    assert found.choose(100, 100_000) == "with_kvcache"
+    assert found.choose(100, 100_000, 1) == "with_kvcache"
 
 
 def test_a_checkout_ships_the_policies_of_its_own_folder() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import random
 import tracemalloc
+from fractions import Fraction
 from itertools import product, repeat
 
 import pytest
@@ -28,28 +31,38 @@ def runs(of: Table, candidate: str, num_qo_tokens: int) -> bool:
     return not any(limit.candidate == candidate and num_qo_tokens > limit.num_qo_tokens for limit in of.limits)
 
 
-def read_by_hand(of: Table, num_qo_tokens: int, kv_tokens: int) -> str:
+def read_by_hand(of: Table, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
     """The contract, line by line: the oracle of these tests."""
+    measured = of.measured
     answer = of.incumbent
-    inside_q = of.measured.num_qo_tokens[0] <= num_qo_tokens <= of.measured.num_qo_tokens[1]
-    inside_kv = of.measured.kv_tokens[0] <= kv_tokens <= of.measured.kv_tokens[1]
-    if inside_q and inside_kv:
-        for row in of.rows:
-            if kv_tokens >= row.kv_tokens_from:
-                for choice in row.choices:
-                    if num_qo_tokens >= choice.num_qo_tokens_from:
-                        answer = choice.candidate
+    ranges = (measured.num_qo_tokens, num_qo_tokens), (measured.kv_tokens, kv_tokens), (measured.num_reqs, num_reqs)
+    if all(low <= value <= high for (low, high), value in ranges):
+        reqs_from = max(row.num_reqs_from for row in of.rows if row.num_reqs_from <= num_reqs)
+        group = [row for row in of.rows if row.num_reqs_from == reqs_from]
+        row = max((row for row in group if row.kv_tokens_from <= kv_tokens), key=lambda row: row.kv_tokens_from)
+        later = [other.kv_tokens_from for other in group if other.kv_tokens_from > row.kv_tokens_from]
+        run = min(later, default=measured.kv_tokens[1] + 1) - row.kv_tokens_from
+        for choice in row.choices:
+            end = choice.num_qo_tokens_from if choice.num_qo_tokens_to is None else choice.num_qo_tokens_to
+            rise = end - choice.num_qo_tokens_from
+            per = max(1, math.floor(Fraction(run, rise) + Fraction(1, 2))) if rise and run > 0 else 0
+            risen = Fraction(kv_tokens - row.kv_tokens_from, per) if per else 0
+            if num_qo_tokens >= choice.num_qo_tokens_from + risen:
+                answer = choice.candidate
     if runs(of, answer, num_qo_tokens):
         return answer
     return next(name for name in (of.incumbent, *of.candidates) if runs(of, name, num_qo_tokens))
 
 
-def corners(of: Table) -> list[tuple[int, int]]:
+def corners(of: Table) -> list[tuple[int, int, int]]:
     """Every point beside a boundary of the table, on both axes."""
     q = {0, -1, 1 << 62, *of.measured.num_qo_tokens, *(limit.num_qo_tokens for limit in of.limits)}
     q |= {choice.num_qo_tokens_from for row in of.rows for choice in row.choices}
     kv = {0, -1, 1 << 62, *of.measured.kv_tokens, *(row.kv_tokens_from for row in of.rows)}
-    return list(product({x + d for x in q for d in (-1, 0, 1)}, {x + d for x in kv for d in (-1, 0, 1)}))
+    reqs = {0, -1, 1 << 62, *of.measured.num_reqs, *(row.num_reqs_from for row in of.rows)}
+    q, kv, reqs = ({x + d for x in axis for d in (-1, 0, 1)} for axis in (q, kv, reqs))
+    every = list(product(q, kv, reqs))
+    return random.Random(0).sample(every, min(len(every), 2000))
 
 
 def leaves_a_candidate(of: Table) -> bool:
@@ -58,15 +71,15 @@ def leaves_a_candidate(of: Table) -> bool:
 
 
 @settings(max_examples=200, deadline=None)
-@given(tables(), st.lists(st.tuples(EVERY_INT, EVERY_INT), max_size=20))
-def test_choose_agrees_with_reading_the_table_by_hand(of: Table, points: list[tuple[int, int]]) -> None:
+@given(tables(), st.lists(st.tuples(EVERY_INT, EVERY_INT, EVERY_INT), max_size=20))
+def test_choose_agrees_with_reading_the_table_by_hand(of: Table, points: list[tuple[int, int, int]]) -> None:
     assume(leaves_a_candidate(of))
     site = resolved(of)
-    for num_qo_tokens, kv_tokens in points + corners(of):
-        answer = site.choose(num_qo_tokens, kv_tokens)
-        assert answer == read_by_hand(of, num_qo_tokens, kv_tokens)
+    for point in points + corners(of):
+        answer = site.choose(*point)
+        assert answer == read_by_hand(of, *point)
         assert answer in of.candidates
-        assert runs(of, answer, num_qo_tokens)
+        assert runs(of, answer, point[0])
 
 
 @settings(max_examples=100, deadline=None)
@@ -75,16 +88,17 @@ def test_choose_agrees_with_reading_the_table_by_hand(of: Table, points: list[tu
 def test_an_explanation_names_what_choose_answers_and_why(of: Table) -> None:
     assume(leaves_a_candidate(of))
     site = resolved(of)
-    for num_qo_tokens, kv_tokens in corners(of):
-        found = site.explain(num_qo_tokens, kv_tokens)
-        assert found.candidate == site.choose(num_qo_tokens, kv_tokens)
+    for point in corners(of):
+        found = site.explain(*point)
+        assert found.candidate == site.choose(*point)
         if found.reason is Reason.TABLE:
             assert found.num_qo_tokens_from is not None
-            assert found.num_qo_tokens_from <= num_qo_tokens
-            row = next(row for row in of.rows if row.kv_tokens_from == found.kv_tokens_from)
-            assert Choice(
-                num_qo_tokens_from=found.num_qo_tokens_from, candidate=found.candidate, bracket=found.bracket
-            ) in row.choices  # fmt: skip
+            assert found.num_qo_tokens_from <= point[0]
+            start = (found.num_reqs_from, found.kv_tokens_from)
+            row = next(row for row in of.rows if (row.num_reqs_from, row.kv_tokens_from) == start)
+            assert found.candidate in {choice.candidate for choice in row.choices}
+            if found.bracket is not None:
+                assert found.bracket[0] <= found.num_qo_tokens_from <= found.bracket[1] + 1
 
 
 @settings(max_examples=150, deadline=None)
@@ -99,28 +113,32 @@ def test_a_table_is_refused_at_resolve_exactly_if_all_its_candidates_are_limited
 
 def test_the_crossovers_of_a_table_are_where_it_says() -> None:
     choose = resolved(table()).choose
-    assert choose(4095, 100_000) == "with_kvcache"
-    assert choose(4096, 100_000) == "sparse_fwd"
-    assert choose(5999, 1 << 20) == "with_kvcache"
-    assert choose(6000, 1 << 20) == "sparse_fwd"
+    assert choose(4095, 100_000, 1) == "with_kvcache"
+    assert choose(4096, 100_000, 1) == "sparse_fwd"
+    assert choose(5999, 1 << 20, 1) == "with_kvcache"
+    assert choose(6000, 1 << 20, 1) == "sparse_fwd"
+    halfway = ((1 << 20) + (1 << 26) + 1) // 2
+    assert choose(8999, halfway, 1) == "with_kvcache"
+    assert choose(9001, halfway, 15) == "sparse_fwd"
+    assert choose(32768, halfway, 16) == "with_kvcache"
 
 
-def test_the_incumbent_is_kept_outside_the_measured_ranges_of_either_axis() -> None:
+def test_the_incumbent_is_kept_outside_the_measured_range_of_any_axis() -> None:
     site = resolved(table())
-    for point in ((15, 100_000), (32769, 100_000), (100, 2047), (100, (1 << 26) + 1)):
+    for point in ((15, 100_000, 1), (32769, 100_000, 1), (100, 2047, 1), (100, (1 << 26) + 1, 1), (100, 100_000, 65)):
         assert site.choose(*point) == "sparse_fwd"
         assert site.explain(*point).reason is Reason.OUTSIDE
-    assert site.choose(16, 2048) == "with_kvcache"
+    assert site.choose(16, 2048, 1) == "with_kvcache"
 
 
 def test_past_its_limit_the_incumbent_gives_way_even_where_nothing_was_measured() -> None:
     limit = Limit(candidate="sparse_fwd", num_qo_tokens=11622, fails_at=11673, found_by="sweep", reason="shared memory")
     site = resolved(table(limits=(limit,)))
-    assert site.choose(11622, 100_000) == "sparse_fwd"
-    assert site.choose(11623, 100_000) == "with_kvcache"
-    assert site.choose(1 << 40, 1 << 50) == "with_kvcache"
-    assert site.explain(11623, 100_000).reason is Reason.LIMIT
-    assert site.explain(11623, 100_000).num_qo_tokens_from == 4096
+    assert site.choose(11622, 100_000, 1) == "sparse_fwd"
+    assert site.choose(11623, 100_000, 1) == "with_kvcache"
+    assert site.choose(1 << 40, 1 << 50, 1) == "with_kvcache"
+    assert site.explain(11623, 100_000, 1).reason is Reason.LIMIT
+    assert site.explain(11623, 100_000, 1).num_qo_tokens_from == 4096
 
 
 def test_the_lower_of_two_limits_counts() -> None:
@@ -129,14 +147,14 @@ def test_the_lower_of_two_limits_counts() -> None:
         for count in (2000, 1000)
     )
     choose = resolved(table(limits=limits)).choose
-    assert choose(1000, 100_000) == "with_kvcache"
-    assert choose(1001, 100_000) == "sparse_fwd"
+    assert choose(1000, 100_000, 1) == "with_kvcache"
+    assert choose(1001, 100_000, 1) == "sparse_fwd"
 
 
 def one_row(*choices: Choice) -> Table:
     """A table that answers the same for all contexts, measured everywhere."""
-    everywhere = Range(num_qo_tokens=(1, 1 << 62), kv_tokens=(1, 1 << 62))
-    return table(measured=everywhere, rows=(Row(kv_tokens_from=0, choices=choices),))
+    everywhere = Range(num_qo_tokens=(1, 1 << 62), kv_tokens=(1, 1 << 62), num_reqs=(1, 1 << 62))
+    return table(measured=everywhere, rows=(Row(num_reqs_from=0, kv_tokens_from=0, choices=choices),))
 
 
 @pytest.mark.parametrize(
@@ -153,14 +171,14 @@ def one_row(*choices: Choice) -> Table:
 )
 def test_a_call_allocates_nothing(of: Table) -> None:
     choose = compile_table(of)
-    choose(8192, 100_000)
+    choose(8192, 40_000_000, 1)
     calls = repeat(None, 20_000)
     tracemalloc.start()
     try:
         before, _ = tracemalloc.get_traced_memory()
         tracemalloc.reset_peak()
         for _ in calls:
-            choose(8192, 100_000)
+            choose(8192, 40_000_000, 1)
         after, peak = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()

@@ -17,14 +17,12 @@ from typing import Any
 import pytest
 
 from mla_tune.policy import Choice, Policy, Row, Table, write_policy
-from mla_tune.site import MODELS, LayerType
 from tests.policy.strategies import full_policy, table
 
 STUBS = Path(__file__).parents[1] / "stubs"
 V4 = "sglang.srt.layers.attention.deepseek_v4_backend"
 DSA = "sglang.srt.layers.attention.dsa_backend"
 SCHEDULES = "sglang.kernels.ops.attention.dsv4"
-FLASH = MODELS["deepseek-v4-flash"]
 RATIOS = [0, 0, *([4, 128] * 20), 4, 0]
 """V4-Flash's compress ratios, with its multi-token-prediction layer behind them."""
 
@@ -36,9 +34,10 @@ elif importlib.util.find_spec("torchvision") is None:
 
 def rows(*choices: tuple[int, str]) -> tuple[Row, ...]:
     """One row with ``(from query tokens, candidate)`` choices."""
-    brackets = [None, *((start, start) for start, _ in choices[1:])]
+    brackets = [None, *((0.9, 1.1) for _ in choices[1:])]
     return (
         Row(
+            num_reqs_from=0,
             kv_tokens_from=0,
             choices=tuple(
                 Choice(num_qo_tokens_from=start, candidate=name, bracket=bracket)
@@ -54,15 +53,18 @@ def attention(layer: str, *choices: tuple[int, str], **changes: Any) -> Table:
 
 
 def mixed_policy() -> Policy:
-    """Each layer type of V4-Flash crosses over elsewhere; windows alone always take the sparse path."""
-    changed = {
-        LayerType.SWA_ONLY: attention("swa_only", (0, "sparse_fwd")),
-        LayerType.C4A: attention("c4a", (0, "with_kvcache"), (300, "sparse_fwd")),
-        LayerType.C128A: attention("c128a", (0, "with_kvcache"), (2000, "sparse_fwd")),
-    }
+    """Each layer type of V4-Flash crosses over elsewhere, a whole forward and V3.2 at 6000 query tokens."""
+    late = ((0, "with_kvcache"), (6000, "sparse_fwd"))
+    changed = (
+        attention("swa_only", (0, "sparse_fwd")),
+        attention("c4a", (0, "with_kvcache"), (300, "sparse_fwd")),
+        attention("c128a", (0, "with_kvcache"), (2000, "sparse_fwd")),
+        attention("forward", *late),
+        *(attention("dsa", *late, model="deepseek-v3.2", h_q=heads) for heads in (64, 128)),
+    )
     whole = full_policy()
-    kept = [t for t in whole.tables if (t.site, t.model, t.layer) not in _keys(changed.values())]
-    return _with(whole, (*kept, *changed.values()))
+    kept = [t for t in whole.tables if (t.site, t.model, t.layer) not in _keys(changed)]
+    return _with(whole, (*kept, *changed))
 
 
 def without_windows(policy: Policy) -> Policy:

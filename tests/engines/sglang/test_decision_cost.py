@@ -38,7 +38,7 @@ def seen_in(decide: Callable[[], object]) -> tuple[list[str], list[str]]:
     forbidden: list[str] = []
     called: list[str] = []
 
-    class Operations(TorchDispatchMode):
+    class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]  # torch leaves it untyped
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
             forbidden.append(f"torch operation {func}")
             return func(*args, **(kwargs or {}))
@@ -50,7 +50,7 @@ def seen_in(decide: Callable[[], object]) -> tuple[list[str], list[str]]:
             owner = getattr(argument, "__self__", None)
             called.append(f"{type(owner).__module__}.{type(owner).__name__}.{argument.__name__}")
 
-    with Operations():
+    with Operations():  # type: ignore[no-untyped-call]
         _watched.append(forbidden)
         sys.setprofile(profile)
         try:

@@ -17,7 +17,7 @@ from tests.policy.strategies import policy, table
 pytestmark = pytest.mark.usefixtures("serving")
 
 CROSSOVER = 6000
-"""Query tokens from which full_policy's tables say ``sparse_fwd``; measured from 16."""
+"""Query tokens from which mixed_policy's tables of V3.2 say ``sparse_fwd``; measured from 16."""
 
 
 def dsa_backend(module: ModuleType, model_runner: Any = None, **changes: Any) -> Any:

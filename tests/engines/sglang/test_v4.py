@@ -90,7 +90,7 @@ def test_where_a_layer_type_has_no_table_the_whole_forward_is_one_choice(
 ) -> None:
     use_policy(serving, tmp_path, without_windows(mixed_policy()))
     backend = v4_backend(v4)
-    for new, expected in ((5999, False), (6000, True)):  # where full_policy's forward table crosses over
+    for new, expected in ((5999, False), (6000, True)):  # where the forward table crosses over
         forward = batch((100_000, new))
         assert {answer(backend, forward, None, ratio) for ratio in (None, *LAYERS)} == {expected}
 
