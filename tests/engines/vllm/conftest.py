@@ -37,7 +37,7 @@ CROSSOVER = 300
 
 def rows(small: str, *, from_: int = CROSSOVER) -> tuple[Row, ...]:
     """``small`` up to ``from_`` query tokens, then ``sparse_fwd``."""
-    later = Choice(num_qo_tokens_from=from_, candidate="sparse_fwd", bracket=(from_, from_))
+    later = Choice(num_qo_tokens_from=from_, candidate="sparse_fwd", bracket=(1.0, 1.0))
     return (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate=small), later)),)
 
 
