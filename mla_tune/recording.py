@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from mla_tune.traffic import BIN_BITS, Shape, Traffic, bin_middle, read_traffic, write_traffic
+from mla_tune.traffic import Shape, Traffic, bin_middle, bin_start, read_traffic, write_traffic
 
 Record = Callable[[int, int, int], None]
 """``record(num_qo_tokens, kv_tokens, num_reqs)``."""
@@ -35,42 +35,46 @@ _log = logging.getLogger("mla_tune")
 
 
 class _Histogram:
-    """The cells of one site and model in this process, by the lower edges of their bins."""
+    """The cells of one site and model in this process.
 
-    __slots__ = ("cells", "dropped", "model", "site")
+    A decision only counts its own three integers; a flush moves what came since the last one into bins. Under the global
+    lock no other thread runs between the steps of a decision's ``+= 1``, nor within a ``pop``.
+    """
 
-    def __init__(self, site: str, model: str) -> None:
-        self.site, self.model = site, model
+    __slots__ = ("bins", "dropped", "model", "new", "site", "wake")
+
+    def __init__(self, site: str, model: str, wake: threading.Event) -> None:
+        self.site, self.model, self.wake = site, model, wake
         self.clear()
 
     def clear(self) -> None:
-        self.cells: dict[tuple[int, int, int], int] = {}
+        self.new: dict[tuple[int, int, int], int] = {}
+        self.bins: dict[Shape, int] = {}
         self.dropped = 0
 
     def add(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> None:
-        """Count one forward. :func:`mla_tune.traffic.bin_start` three times, written out: a call each doubles the cost."""
-        q = num_qo_tokens.bit_length() - BIN_BITS
-        kv = kv_tokens.bit_length() - BIN_BITS
-        reqs = num_reqs.bit_length() - BIN_BITS
-        key = (
-            num_qo_tokens >> q << q if q > 0 else num_qo_tokens,
-            kv_tokens >> kv << kv if kv > 0 else kv_tokens,
-            num_reqs >> reqs << reqs if reqs > 0 else num_reqs,
-        )
-        cells = self.cells
-        if key in cells:
-            cells[key] += 1
-        elif len(cells) < MAX_CELLS_PER_SITE:
-            cells[key] = 1
+        """Count one forward."""
+        key = (num_qo_tokens, kv_tokens, num_reqs)
+        new = self.new
+        if key in new:
+            new[key] += 1
+        elif len(new) < MAX_CELLS_PER_SITE:
+            new[key] = 1
+            if len(new) == MAX_CELLS_PER_SITE // 2:
+                self.wake.set()
         else:
             self.dropped += 1
 
-    def snapshot(self) -> tuple[dict[Shape, int], int]:
-        """The cells by the middles of their bins; a copy in one step, for a decision may run beside it."""
-        cells = dict(self.cells)
-        site, model = self.site, self.model
-        shapes = {Shape(site, model, *map(bin_middle, key)): count for key, count in cells.items()}
-        return shapes, self.dropped
+    def snapshot(self) -> Traffic:
+        """Everything since the start, in bins."""
+        for key in list(self.new):
+            forwards = self.new.pop(key)
+            shape = Shape(self.site, self.model, *(bin_middle(bin_start(count)) for count in key))
+            if shape in self.bins or len(self.bins) < MAX_CELLS_PER_SITE:
+                self.bins[shape] = self.bins.get(shape, 0) + forwards
+            else:
+                self.dropped += forwards
+        return Traffic(dict(self.bins), self.dropped)
 
 
 class Recorder:
@@ -89,7 +93,7 @@ class Recorder:
 
     def site(self, site: str, model: str) -> Record:
         """The function that counts one forward of ``site``; negative counts are the caller's mistake."""
-        histogram = _Histogram(site, model)
+        histogram = _Histogram(site, model, self._wake)
         self._histograms.append(histogram)
         return histogram.add
 
@@ -125,8 +129,7 @@ class Recorder:
     def _flush(self) -> None:
         now = Traffic({})
         for histogram in self._histograms:
-            cells, dropped = histogram.snapshot()
-            now = now.plus(Traffic(cells, dropped))
+            now = now.plus(histogram.snapshot())
         new = {
             shape: count - self._written.forwards.get(shape, 0)
             for shape, count in now.forwards.items()
@@ -155,6 +158,7 @@ class Recorder:
     def _flush_often(self) -> None:
         while self.stopped is None:
             self._wake.wait(FLUSH_EVERY_S)
+            self._wake.clear()
             self.flush()
 
     def _after_fork(self) -> None:
@@ -165,6 +169,7 @@ class Recorder:
         self._written = Traffic({})
         for histogram in self._histograms:
             histogram.clear()
+            histogram.wake = self._wake
         if self.stopped is None:
             self._start_thread()
 

@@ -26,10 +26,7 @@ _KEPT = {Rule.ENGINE: Reasons.ENGINE_SETTING, Rule.OFF: Reasons.OFF, Rule.INCUMB
 class Decider:
     """One resolved site that counts, and records where it was told to."""
 
-    __slots__ = (
-        *("_choose", "_kv_high", "_kv_low", "_q_high", "_q_low", "_record", "_reqs_high", "_reqs_low"),
-        *("counters", "kept", "resolved", "serves"),
-    )
+    __slots__ = ("_choose", "_measured", "_record", "counters", "kept", "resolved", "serves")
 
     def __init__(self, resolved: Resolved, record: Record | None) -> None:
         self.resolved = resolved
@@ -41,24 +38,24 @@ class Decider:
         self.counters = SiteCounters(site, resolved.model, resolved.layer, dict.fromkeys(CANDIDATES[site], 0), {})
         self._choose = resolved.choose
         self._record = record
-        self._q_low = self._kv_low = self._reqs_low = 0
-        self._q_high = self._kv_high = self._reqs_high = -1
-        if resolved.table is not None:
-            measured = resolved.table.measured
-            self._q_low, self._q_high = measured.num_qo_tokens
-            self._kv_low, self._kv_high = measured.kv_tokens
-            self._reqs_low, self._reqs_high = measured.num_reqs
+        measured = None if resolved.table is None else resolved.table.measured
+        nothing = (0, -1)
+        self._measured = (
+            *(nothing if measured is None else measured.num_qo_tokens),
+            *(nothing if measured is None else measured.kv_tokens),
+            *(nothing if measured is None else measured.num_reqs),
+        )
 
     def __call__(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
         """The candidate for one forward of ``num_reqs`` requests: host integers, real counts without padding."""
         candidate = self._choose(num_qo_tokens, kv_tokens, num_reqs)
         counters = self.counters
         counters.choices[candidate] += 1
-        if not (
-            self._q_low <= num_qo_tokens <= self._q_high
-            and self._kv_low <= kv_tokens <= self._kv_high
-            and self._reqs_low <= num_reqs <= self._reqs_high
-        ):
+        q_low, q_high, kv_low, kv_high, reqs_low, reqs_high = self._measured
+        inside = (
+            q_low <= num_qo_tokens <= q_high and kv_low <= kv_tokens <= kv_high and reqs_low <= num_reqs <= reqs_high
+        )
+        if not inside:
             counters.out_of_range += 1
         if self._record is not None:
             self._record(num_qo_tokens, kv_tokens, num_reqs)

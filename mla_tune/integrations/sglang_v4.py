@@ -54,7 +54,18 @@ class V4Choices:
     """The choices of one backend. ``layer`` and ``shape`` say where in a forward its only thread is."""
 
     __slots__ = (
-        *("_any", "_counters", "_extend", "_kept", "_once", "_paged_limit", "_prefix", "_serving", "_sparse"),
+        *(
+            "_any",
+            "_counters",
+            "_extend",
+            "_kept",
+            "_once",
+            "_paged_limit",
+            "_prefix",
+            "_ratios",
+            "_serving",
+            "_sparse",
+        ),
         *("indexer", "layer", "shape"),
     )
 
@@ -74,6 +85,10 @@ class V4Choices:
         self._sparse: dict[int, bool] = {}
         self._any = True
         self._paged_limit = min(paged_limit(decider) for decider in deciders.values())
+        self._ratios = [
+            (decider, [ratio for ratio, of in deciders.items() if of is decider])
+            for decider in dict.fromkeys(deciders.values())
+        ]
         self._once = Once("the choice of prefill attention")
 
     def use_sparse(self, original: Callable[..., bool], backend: Any, forward_batch: Any, num_qo_tokens: int) -> bool:
@@ -84,7 +99,8 @@ class V4Choices:
         if num_qo_tokens == 0:  # asked in order to be negated: page indices have to be written in any case
             return False
         if not original(backend, forward_batch, num_qo_tokens=GATES_ONLY):
-            self._fell_back(Reasons.GATE, forward_batch)
+            if forward_batch.extend_seq_lens_cpu is not None:  # every layer of every decode comes here
+                self._fell_back(Reasons.GATE, forward_batch)
             return False
         answer = None
         if num_qo_tokens > self._paged_limit:
@@ -112,13 +128,14 @@ class V4Choices:
         return self._any if self.layer is None else self._sparse.get(self.layer, self._any)
 
     def _decide(self, extend: list[int], prefix: list[int]) -> None:
-        shape = shape_of(extend, prefix)
-        answers: dict[Decider, bool] = {}
-        for decider in self._serving.values():
-            if decider not in answers:
-                answers[decider] = decider(*shape) == SPARSE
-        self._sparse = {ratio: answers[decider] for ratio, decider in self._serving.items()}
-        self._any = any(answers.values())
+        num_qo_tokens, kv_tokens, num_reqs = shape_of(extend, prefix)
+        some = False
+        for decider, ratios in self._ratios:
+            sparse = decider(num_qo_tokens, kv_tokens, num_reqs) == SPARSE
+            some = some or sparse
+            for ratio in ratios:
+                self._sparse[ratio] = sparse
+        self._any = some
         self._extend, self._prefix = extend, prefix
 
     def _fell_back(self, reason: str, forward_batch: Any) -> None:
