@@ -9,24 +9,23 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.places import export_path, policy_path, policy_sku
+from mla_tune.cli.options import PolicyOption
+from mla_tune.cli.places import chosen_policy, export_path, policy_path, policy_sku
+from mla_tune.engine import Engine
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError, UsageError
-from mla_tune.packaged import packaged_policy
-from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
+from mla_tune.policy import Table
 from mla_tune.runtime import Dispatcher
 from mla_tune.shape import Shape
 from mla_tune.site import FORWARD
 
 GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose policy is meant.")]
-PolicyOption = Annotated[
-    Path | None, typer.Option("--policy", help="Policy file (default: policies/<sku>.yaml, else the shipped one).")
-]
 MeasurementsOption = Annotated[
     Path | None, typer.Option("--measurements", help="Export to read (default db/<sku>.jsonl).")
 ]
 SiteOption = Annotated[str, typer.Option("--site", help="prefill_attention or indexer_metadata.")]
 ModelOption = Annotated[str, typer.Option("--model", help="deepseek-v4-flash, deepseek-v4-pro or deepseek-v3.2.")]
 LayerOption = Annotated[str, typer.Option("--layer", help="A layer type of the model, or forward for its whole mix.")]
+EngineOption = Annotated[Engine, typer.Option("--engine", help="The engine that chooses, where engines differ (V3.2).")]
 HeadsOption = Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")]
 TokensArgument = Annotated[int, typer.Argument(help="Query tokens of the forward.")]
 ContextArgument = Annotated[int, typer.Argument(help="Context tokens of all requests together.")]
@@ -71,13 +70,14 @@ def lookup(
     site: SiteOption = "prefill_attention",
     layer: LayerOption = FORWARD,
     h_q: HeadsOption = None,
+    engine: EngineOption = Engine.SGLANG,
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Print the candidate that a policy answers for one forward."""
     Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
-    loaded, name = _policy(policy, gpu)
-    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
+    loaded, name = chosen_policy(policy, gpu)
+    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
     print(json.dumps(asdict(answer)) if as_json else answer.candidate)
 
@@ -92,20 +92,22 @@ def explain(
     site: SiteOption = "prefill_attention",
     layer: LayerOption = FORWARD,
     h_q: HeadsOption = None,
+    engine: EngineOption = Engine.SGLANG,
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
-    loaded, name = _policy(policy, gpu)
-    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
+    loaded, name = chosen_policy(policy, gpu)
+    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     from mla_tune.cli import render
     from mla_tune.learn.costs import CostModel
     from mla_tune.learn.explain import explain as explain_choice
     from mla_tune.store.export import export_sha256, read_export
 
     table = _require_table(resolved.table, name)
-    export = measurements or export_path(loaded.gpu.sku)
+    measured_sku = loaded.modelled.scaled_from.sku if loaded.modelled else loaded.gpu.sku
+    export = measurements or export_path(measured_sku)
     if measurements is None and not export.is_file():
         raise StoreError(
             f"a choice is explained by the measurements behind it: no file {export} here; run this in a checkout that has "
@@ -113,14 +115,20 @@ def explain(
         )
     found = read_export(export)
     environment = found.environment
-    if environment.sku != loaded.gpu.sku:
+    if environment.sku != measured_sku:
         raise EnvironmentMismatchError(
-            f"a choice is explained by measurements of its own GPU: {name} is for {loaded.gpu.sku}, "
-            f"{export} was measured on {environment.sku}; pass the export of {loaded.gpu.sku} with --measurements"
+            f"a choice is explained by the measurements behind it: {name} is for {loaded.gpu.sku}, "
+            f"{export} was measured on {environment.sku}; pass the export of {measured_sku} with --measurements"
         )
     if export_sha256(export) != loaded.source.sha256:
         render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    render.explanation(explain_choice(CostModel(environment, found.measurements), table, shape), table, as_json)
+    costs = CostModel(environment, found.measurements)
+    if loaded.modelled:
+        from mla_tune.datasheet import datasheet
+        from mla_tune.learn.modelled import ModelledCosts
+
+        costs = ModelledCosts(costs, datasheet(loaded.gpu.sku))
+    render.explanation(explain_choice(costs, table, shape), table, as_json)
 
 
 def show(
@@ -131,23 +139,11 @@ def show(
     """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
     from mla_tune.cli import render
 
-    loaded, name = _policy(policy, gpu)
+    loaded, name = chosen_policy(policy, gpu)
     render.policy_summary(loaded, Path(name), as_json)
     if not as_json:
         render.held_out(loaded)
         render.provenance(loaded, name)
-
-
-def _policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
-    """The policy that the options name, and what to call it in messages."""
-    if path is not None:
-        return parse_policy(read_policy_file(path), str(path)), str(path)
-    sku = policy_sku(gpu)
-    local = policy_path(sku)
-    if local.is_file():
-        return parse_policy(read_policy_file(local), str(local)), str(local)
-    shipped = packaged_policy(sku)
-    return parse_policy(shipped.read_bytes(), shipped.name), shipped.name
 
 
 def _require_table(table: Table | None, name: str) -> Table:

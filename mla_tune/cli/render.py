@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from mla_tune.cli.places import export_path
+from mla_tune.engine import Engine
 from mla_tune.policy import HeldOut, Policy, Row, Table
 from mla_tune.sku import CPU
 
@@ -46,9 +47,26 @@ def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
             where = f">= {row.num_reqs_from}", f">= {row.kv_tokens_from}"
             table.add_row(*head, *where, choices_text(row), slowdown, end_section=row is entry.rows[-1])
     console.print(table)
-    console.print("slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False)
+    if policy.modelled is None:
+        console.print(
+            "slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False
+        )
+    else:
+        _modelled(policy)
     for line in dict.fromkeys(_barred(policy)):
         console.print(line, highlight=False)
+
+
+def _modelled(policy: Policy) -> None:
+    """What a modelled policy rests on, and how sure it is."""
+    stated = [entry.relative for table in policy.tables for entry in table.uncertainty]
+    measured = policy.modelled.scaled_from.sku if policy.modelled else "-"
+    console.print(
+        f"modelled: scaled from {measured}; nothing was timed on {policy.gpu.sku}. A predicted cost may be off by "
+        f"exp({min(stated, default=0.0):.2f}) to exp({max(stated, default=0.0):.2f}) both ways; where two intervals meet "
+        "the engine's own choice stays",
+        highlight=False,
+    )
 
 
 def _barred(policy: Policy) -> Iterator[str]:
@@ -87,7 +105,12 @@ def policy_json(policy: Policy, path: Path) -> dict[str, object]:
 
 
 def _head(table: Table) -> tuple[str, str, str, str]:
-    return table.site, table.model, str(table.h_q or "-"), table.layer
+    return table.site, model_text(table), str(table.h_q or "-"), table.layer
+
+
+def model_text(table: Table) -> str:
+    """``deepseek-v3.2 (vllm)`` where the table is another engine's than SGLang's."""
+    return table.model if table.engine is Engine.SGLANG else f"{table.model} ({table.engine})"
 
 
 def choices_text(row: Row) -> str:
@@ -106,6 +129,8 @@ def choices_text(row: Row) -> str:
 
 
 def _slowdown_text(table: Table) -> str:
+    if not table.held_out.slowdown:
+        return "not judged"
     own = table.held_out.slowdown[0]
     return f"{own.mean:.3f} / {own.worst:.2f} ({table.held_out.points} pts)"
 
@@ -113,7 +138,9 @@ def _slowdown_text(table: Table) -> str:
 def held_out(policy: Policy) -> None:
     """Slowdown of the policy and of every baseline rule, table by table."""
     for entry in policy.tables:
-        where = f"{entry.site}, {entry.model}, h_q {entry.h_q or '-'}, {entry.layer}"
+        if not entry.held_out.points:
+            continue
+        where = f"{entry.site}, {model_text(entry)}, h_q {entry.h_q or '-'}, {entry.layer}"
         console.print(_rules_table(entry.held_out, f"{where}: {entry.held_out.points} held-out points"))
 
 
@@ -174,6 +201,7 @@ def next_command(policy: Policy, path: Path) -> None:
         words += ["--measurements", policy.source.file]
     words += ["--site", table.site, "--model", table.model, "--layer", table.layer]
     words += [] if table.h_q is None else ["--h-q", str(table.h_q)]
+    words += [] if table.engine is Engine.SGLANG else ["--engine", table.engine.value]
     words += [] if num_reqs == 1 else ["--num-reqs", str(num_reqs)]
     print(f"policy written to {path}")
     print(f"next: {shlex.join([*words, str(tokens), str(max(kv_tokens, tokens))])}")
@@ -186,7 +214,7 @@ def explanation(result: Explanation, table: Table, as_json: bool) -> None:
         return
     shape, decision = result.shape, result.decision
     console.print(
-        f"{table.site} of {table.model}, layer {table.layer}, h_q {table.h_q or '-'}: {shape.num_qo_tokens} query tokens, "
+        f"{table.site} of {model_text(table)}, layer {table.layer}, h_q {table.h_q or '-'}: {shape.num_qo_tokens} query tokens, "
         f"{shape.kv_tokens} context tokens in {shape.num_reqs} requests",
         highlight=False,
     )
