@@ -214,8 +214,8 @@ def explanation(result: Explanation, table: Table, as_json: bool) -> None:
         return
     shape, decision = result.shape, result.decision
     console.print(
-        f"{table.site} of {model_text(table)}, layer {table.layer}, h_q {table.h_q or '-'}: {shape.num_qo_tokens} query tokens, "
-        f"{shape.kv_tokens} context tokens in {shape.num_reqs} requests",
+        f"{table.site} of {model_text(table)}, layer {table.layer}, h_q {table.h_q or '-'}: "
+        f"{shape.num_qo_tokens} query tokens, {shape.kv_tokens} context tokens in {shape.num_reqs} requests",
         highlight=False,
     )
     console.print(f"choice: {decision.candidate}, because: {_because(decision)}", highlight=False)
