@@ -373,6 +373,6 @@ def test_kernels_that_were_not_measured_are_not_trusted_with_more_entries_than_o
 def test_the_start_is_one_line_for_all_layers(v4: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     for layer_type in (*RATIOS, *RATIOS):
         layer(v4, layer_type)
-    (line,) = [record.message for record in caplog.records if record.levelname == "INFO"]
+    (line,) = [message for message in caplog.messages if message.startswith("mla-tune ")]
     assert "prefill_attention of deepseek-v4-flash with 64 heads, by swa_only, c4a, c128a: policy" in line
     assert "hooked: DeepseekV4FlashMLAAttention._forward_prefill" in line
