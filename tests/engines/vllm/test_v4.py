@@ -375,4 +375,4 @@ def test_the_start_is_one_line_for_all_layers(v4: ModuleType, caplog: pytest.Log
         layer(v4, layer_type)
     (line,) = [message for message in caplog.messages if message.startswith("mla-tune ")]
     assert "prefill_attention of deepseek-v4-flash with 64 heads, by swa_only, c4a, c128a: policy" in line
-    assert "hooked: DeepseekV4FlashMLAAttention._forward_prefill" in line
+    assert "DeepseekV4FlashMLAAttention._forward_prefill" in line.partition("hooked: ")[2]
