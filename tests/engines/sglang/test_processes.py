@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -122,4 +123,4 @@ importlib.machinery.SourceFileLoader.get_code = moved
     assert done.stdout.strip().endswith("hooked sglang.srt.layers.attention.deepseek_v4_backend")
     (warning,) = [line for line in done.stdout.split("\n") if line.startswith("WARNING mla_tune")]
     assert "takes (self, batch, num_qo_tokens), not (self, forward_batch, num_qo_tokens, ...)" in warning
-    assert "this is sglang 0.5.23, tested with 0.5.23" in warning
+    assert f"this is sglang {version('sglang')}, tested with 0.5.23" in warning
