@@ -59,6 +59,7 @@ LAYERS: dict[str, set[str]] = {
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
     "learn": {"store", "lookup", "threshold", "traffic"} | POLICY | WORDS,
+    "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"engine", "policy", "errors", "site"} | SERVICE,
 }

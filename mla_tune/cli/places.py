@@ -9,8 +9,6 @@ from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 from mla_tune.gpu import GpuIdentity, detect_gpu
-from mla_tune.packaged import packaged_policy
-from mla_tune.policy import Policy, parse_policy, read_policy_file
 from mla_tune.sku import CPU, resolve_sku
 
 
@@ -78,18 +76,6 @@ def policy_path(sku: str) -> Path:
 def validation_path(sku: str) -> Path:
     """The database of a SKU's validations, below the current folder: no fit reads it."""
     return Path("db") / f"{sku}.validate.db"
-
-
-def chosen_policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
-    """The policy at ``path``, else the local or the shipped one of the SKU, and what to call it in messages."""
-    if path is not None:
-        return parse_policy(read_policy_file(path), str(path)), str(path)
-    sku = policy_sku(gpu)
-    local = policy_path(sku)
-    if local.is_file():
-        return parse_policy(read_policy_file(local), str(local)), str(local)
-    shipped = packaged_policy(sku)
-    return parse_policy(shipped.read_bytes(), shipped.name), shipped.name
 
 
 def make_folder(path: Path) -> None:

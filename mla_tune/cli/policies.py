@@ -9,10 +9,11 @@ from typing import Annotated
 
 import typer
 
+from mla_tune.cli.evidence import measured_costs, named_policy
 from mla_tune.cli.options import PolicyOption
-from mla_tune.cli.places import chosen_policy, export_path, policy_path, policy_sku
+from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.engine import Engine
-from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError, UsageError
+from mla_tune.errors import PolicyError, UsageError
 from mla_tune.policy import Table
 from mla_tune.runtime import Dispatcher
 from mla_tune.shape import Shape
@@ -76,7 +77,7 @@ def lookup(
 ) -> None:
     """Print the candidate that a policy answers for one forward."""
     Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
-    loaded, name = chosen_policy(policy, gpu)
+    loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
     print(json.dumps(asdict(answer)) if as_json else answer.candidate)
@@ -98,36 +99,13 @@ def explain(
 ) -> None:
     """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
-    loaded, name = chosen_policy(policy, gpu)
+    loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     from mla_tune.cli import render
-    from mla_tune.learn.costs import CostModel
     from mla_tune.learn.explain import explain as explain_choice
-    from mla_tune.store.export import export_sha256, read_export
 
     table = _require_table(resolved.table, name)
-    measured_sku = loaded.modelled.scaled_from.sku if loaded.modelled else loaded.gpu.sku
-    export = measurements or export_path(measured_sku)
-    if measurements is None and not export.is_file():
-        raise StoreError(
-            f"a choice is explained by the measurements behind it: no file {export} here; run this in a checkout that has "
-            "it, or pass --measurements"
-        )
-    found = read_export(export)
-    environment = found.environment
-    if environment.sku != measured_sku:
-        raise EnvironmentMismatchError(
-            f"a choice is explained by the measurements behind it: {name} is for {loaded.gpu.sku}, "
-            f"{export} was measured on {environment.sku}; pass the export of {measured_sku} with --measurements"
-        )
-    if export_sha256(export) != loaded.source.sha256:
-        render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    costs = CostModel(environment, found.measurements)
-    if loaded.modelled:
-        from mla_tune.datasheet import datasheet
-        from mla_tune.learn.modelled import ModelledCosts
-
-        costs = ModelledCosts(costs, datasheet(loaded.gpu.sku))
+    costs = measured_costs(loaded, name, measurements)
     render.explanation(explain_choice(costs, table, shape), table, as_json)
 
 
@@ -139,7 +117,7 @@ def show(
     """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
     from mla_tune.cli import render
 
-    loaded, name = chosen_policy(policy, gpu)
+    loaded, name = named_policy(policy, gpu)
     render.policy_summary(loaded, Path(name), as_json)
     if not as_json:
         render.held_out(loaded)

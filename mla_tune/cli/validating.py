@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mla_tune.cli import device_output
+from mla_tune.cli.evidence import named_policy
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
     GpuOption,
@@ -18,7 +19,7 @@ from mla_tune.cli.options import (
     chosen_models,
     positive_seconds,
 )
-from mla_tune.cli.places import chosen_policy, make_folder, this_device, validation_path
+from mla_tune.cli.places import make_folder, this_device, validation_path
 from mla_tune.errors import GoalMissedError, UsageError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def validate(
     if not 1 <= points <= _MOST_POINTS:
         raise UsageError(f"--points must be a number of shapes: got {points}; accepted: 1 to {_MOST_POINTS}")
     positive_seconds("--timeout", timeout)
-    loaded, _ = chosen_policy(policy, device.sku)
+    loaded, _ = named_policy(policy, device.sku)
     models = chosen_models(model)
     from mla_tune.learn.validate import Goal
     from mla_tune.learn.validate import validate as judge

@@ -87,13 +87,14 @@ def _attention(site: Site, candidate: str, chip: Chip) -> Basis:
         return [_ones(work), queries(work), waves(work), waves(work) * tiles, missed]
 
     def with_kvcache(work: Work) -> list[Array]:
-        # The time of the busiest part of the schedule. Every query also pays for the merge of its splits. A cached row is
-        # 584 or 656 bytes.
+        # Shared out evenly the tiles take their mean time; the busiest part of the schedule takes longer. Every query
+        # also pays for the merge of its splits. A cached row is 584 or 656 bytes.
         tiles = np.ceil(work.selected / _ENTRIES_PER_TILE) + np.ceil(work.window / _ENTRIES_PER_TILE)
         cached_rows = work.rows if site.layer is not LayerType.SWA_ONLY else work.kv_tokens
         missed = work.num_qo_tokens * work.attended * _miss_rate(cached_rows * 600, chip)
         busiest, split = _schedule(queries(work), tiles)
-        return [_ones(work), queries(work), busiest, split, queries(work) * split, waves(work) * tiles, missed]
+        merge = [split, queries(work) * split]
+        return [_ones(work), queries(work), queries(work) * tiles, busiest, *merge, waves(work) * tiles, missed]
 
     def mixed(work: Work) -> list[Array]:
         # One entry: a block per query and 64 heads, in waves. With fewer queries than SMs the context is split as well.
@@ -106,13 +107,13 @@ def _attention(site: Site, candidate: str, chip: Chip) -> Basis:
         return [_octaves(work.num_qo_tokens * waves_alike), _octaves(work.attended), 0.5 * _octaves(work.rows)]
 
     if candidate == "sparse_fwd":
-        flat = (Resource.CLOCK, Resource.SM, Resource.SM, Resource.SM, Resource.MEMORY)
-        return Basis(sparse_fwd, coordinates, flat)
+        return Basis(sparse_fwd, coordinates, (Resource.CLOCK, *[Resource.SM] * 3, Resource.MEMORY))
     # The merge of the splits is a launch of its own, and reads what the splits wrote.
-    resources = (Resource.CLOCK, *[Resource.SM] * 2, Resource.CLOCK, *[Resource.SM] * 2, Resource.MEMORY)
+    merge = (Resource.CLOCK, Resource.SM)
+    paged = (Resource.CLOCK, *[Resource.SM] * 3, *merge, Resource.SM, Resource.MEMORY)
     if candidate == WITH_KVCACHE_MIXED:
-        return Basis(mixed, coordinates, (*resources, Resource.SM))
-    return Basis(with_kvcache, coordinates, resources)
+        return Basis(mixed, coordinates, (*paged, Resource.SM))
+    return Basis(with_kvcache, coordinates, paged)
 
 
 def _schedule(queries: Array, tiles: Array) -> tuple[Array, Array]:

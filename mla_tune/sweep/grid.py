@@ -13,7 +13,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from mla_tune.shape import Shape, workload
+from mla_tune.shape import AnyShape, RaggedShape, Shape, workload
 from mla_tune.site import MODELS, LayerType, ModelConfig, Site, SiteName, attention_sites
 from mla_tune.store.measurement import Role
 
@@ -25,6 +25,13 @@ class Point:
     site: Site
     shape: Shape
     role: Role = Role.FIT
+    ragged: RaggedShape | None = None
+    """Unequal requests of the same three integers, to build inputs of instead; measurements are filed under ``shape``."""
+
+    @property
+    def built(self) -> AnyShape:
+        """What inputs are built of."""
+        return self.ragged or self.shape
 
 
 @dataclass(frozen=True, slots=True)
