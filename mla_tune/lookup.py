@@ -31,6 +31,7 @@ class Reason(StrEnum):
     OUTSIDE = "outside measured range"
     LIMIT = "limit"
     FALLBACK = "fallback"
+    PIN = "pin"
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ from typing import Any
 import msgspec
 
 from mla_tune import __version__
+from mla_tune.engine import Engine
 from mla_tune.errors import PolicyError
 from mla_tune.policy_evidence import Modelled, Uncertainty, header_lines
 from mla_tune.policy_kernels import KernelConfig
@@ -120,7 +121,7 @@ class Range(_Record, frozen=True):
     num_reqs: tuple[int, int]
 
 
-class Table(_Record, frozen=True, omit_defaults=True):
+class Table(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """The dispatch table of one site, model, head count and layer type."""
 
     site: str
@@ -129,6 +130,8 @@ class Table(_Record, frozen=True, omit_defaults=True):
     """Query heads per rank as the kernel sees them; null where heads play no role."""
     layer: str
     """A layer type, or ``forward``: one choice for the whole mix of layers."""
+    engine: Engine = Engine.SGLANG
+    """The engine that chooses; written only where it is another than SGLang."""
     incumbent: str
     candidates: tuple[str, ...]
     """Every candidate that was measured, sorted; choices and limits name only these."""

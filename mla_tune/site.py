@@ -59,8 +59,17 @@ _PAGE_SIZE = {LayerType.SWA_ONLY: 256, LayerType.C4A: 64, LayerType.C128A: 2, La
 SWA_PAGE_SIZE = 256
 """Tokens per page of the V4 sliding-window cache (the engine's page size; the window itself is 128)."""
 
+WITH_KVCACHE_MIXED = "with_kvcache_mixed"
+"""``with_kvcache`` as vLLM launches it for V3.2: all query tokens of the forward as the sequence of one batch entry."""
+
 CANDIDATES: dict[SiteName, tuple[str, ...]] = {
-    SiteName.PREFILL_ATTENTION: ("sparse_fwd", "sparse_fwd_fused", "sparse_fwd_selected", "with_kvcache"),
+    SiteName.PREFILL_ATTENTION: (
+        "sparse_fwd",
+        "sparse_fwd_fused",
+        "sparse_fwd_selected",
+        "with_kvcache",
+        WITH_KVCACHE_MIXED,
+    ),
     SiteName.INDEXER_METADATA: ("deep_gemm", "jit"),
 }
 
@@ -138,9 +147,13 @@ class Site:
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """Names of everything that can serve this site, sorted."""
-        names = CANDIDATES[self.name]
-        return names if self.layer in _SELECTS_FEW else tuple(name for name in names if name != "sparse_fwd_selected")
+        """Names of everything that can serve this site, sorted; which of them an engine has, its table says.
+
+        Only V3.2 has :data:`WITH_KVCACHE_MIXED`: V4's call takes its lengths per batch entry, so one entry a token.
+        """
+        elsewhere = set() if self.layer in _SELECTS_FEW else {"sparse_fwd_selected"}
+        elsewhere |= set() if self.layer is LayerType.DSA else {WITH_KVCACHE_MIXED}
+        return tuple(name for name in CANDIDATES[self.name] if name not in elsewhere)
 
 
 @dataclass(frozen=True, slots=True)

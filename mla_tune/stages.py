@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mla_tune.errors import UsageError
-from mla_tune.site import LayerType, Site, SiteName
+from mla_tune.site import WITH_KVCACHE_MIXED, LayerType, Site, SiteName
 
 
 class Amortization(StrEnum):
@@ -42,7 +42,7 @@ def stages(site: Site, candidate: str) -> tuple[Stage, ...]:
         raise UsageError(f"candidate must be one that serves {site.name}: got {candidate!r}; accepted: {accepted}")
     if site.name is SiteName.INDEXER_METADATA:
         return (Stage("metadata", Amortization.PER_LAYER_TYPE),)
-    if candidate == "with_kvcache":
+    if candidate in ("with_kvcache", WITH_KVCACHE_MIXED):
         return (Stage("schedule", Amortization.PER_LAYER_TYPE), Stage("attention", Amortization.PER_LAYER))
     return _BY_CANDIDATE.get(candidate, _SPARSE_FWD)[site.layer]
 

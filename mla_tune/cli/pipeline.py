@@ -12,7 +12,7 @@ from mla_tune.cli.places import make_folder
 from mla_tune.errors import PolicyError
 from mla_tune.learn.acquire import doubts
 from mla_tune.learn.costs import CostModel
-from mla_tune.learn.evaluate import overall
+from mla_tune.learn.evaluate import is_single_layer_attention, overall
 from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.refine import crossover_shapes
@@ -229,7 +229,7 @@ def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BO
     make_folder(out)
     before = _keys(out)
     write_policy(out, policy)
-    comparable = any(t.site == SiteName.PREFILL_ATTENTION and len(t.candidates) > 1 for t in policy.tables)
+    comparable = any(is_single_layer_attention(t) and len(t.candidates) > 1 for t in policy.tables)
     return Fitted(
         policy=policy,
         overall=overall(Observations(rows), policy) if comparable else None,
@@ -238,11 +238,11 @@ def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BO
     )
 
 
-def _table_keys(policy: Policy) -> set[tuple[str, str, int | None, str]]:
-    return {(table.site, table.model, table.h_q, table.layer) for table in policy.tables}
+def _table_keys(policy: Policy) -> set[tuple[str, str, int | None, str, str]]:
+    return {(table.site, table.model, table.h_q, table.layer, table.engine) for table in policy.tables}
 
 
-def _keys(path: Path) -> set[tuple[str, str, int | None, str]]:
+def _keys(path: Path) -> set[tuple[str, str, int | None, str, str]]:
     """Tables of the policy at ``path``; none where there is no readable one."""
     try:
         return _table_keys(load_policy(path))

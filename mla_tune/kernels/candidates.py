@@ -74,7 +74,7 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
     if missing is not None:
         return missing
     head_dim = kv_format(site.layer).head_dim
-    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate == "with_kvcache")
+    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate != "sparse_fwd")
 
 
 def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:
@@ -84,7 +84,7 @@ def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -
     kernels = None if device.kind == "cpu" else _flash_mla(device.major)
     if candidate in _SPARSE:
         return _SPARSE[candidate](inputs, kernels, device.launches)
-    return with_kvcache.prepare(inputs, kernels)
+    return with_kvcache.prepare(inputs, kernels, candidate)
 
 
 _SPARSE = {

@@ -110,18 +110,24 @@ class AttentionInputs:
 
 
 def required_bytes(site: Site, shape: AnyShape) -> int:
-    """Device memory that one point takes at most: caches, queries, indices, the workspace, two outputs and slack."""
+    """Device memory that one point takes at most: caches, queries, indices, the workspace, outputs, partial sums and slack.
+
+    FlashMLA's KV-cache kernel keeps float32 partial outputs of every batch entry and of every part that its scheduler cuts:
+    one per query token, or two where all of them are one entry's sequence (``with_kvcache_mixed``).
+    """
     work, fmt = workload(site, shape), kv_format(site.layer)
     caches = (work.rows + shape.num_reqs * 2 * SWA_PAGE_SIZE) * (fmt.bytes_per_token + 8)
     if site.layer is LayerType.C128A:
         caches *= 2  # a page of two rows is padded from 1168 to 1728 bytes
-    outputs, matrices = len(site.candidates), len(site.candidates) - 1  # all but with_kvcache have an index matrix
+    paged = sum(name.startswith("with_kvcache") for name in site.candidates)
+    outputs, matrices = len(site.candidates), len(site.candidates) - paged  # the paged ones have no index matrix
     queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + outputs * 512) * 2
+    partials = shape.num_qo_tokens * (site.h_q or 0) * 512 * 4 * paged
     indices = shape.num_qo_tokens * (work.selection_width + matrices * (work.index_width + 1)) * 4
     index_scratch = shape.num_qo_tokens * work.selection_width * (64 if site.overlap else 16)
     # Beside the workspace: a slot a row for sparse_fwd, two, a mark and a place for sparse_fwd_selected.
     workspace = work.rows * (fmt.head_dim * 2 + 4 + 13) + 4
-    return caches + queries + indices + index_scratch + workspace + (1 << 30)
+    return caches + queries + partials + indices + index_scratch + workspace + (1 << 30)
 
 
 class InputBuilder:

@@ -13,7 +13,7 @@ from enum import StrEnum
 import numpy as np
 
 from mla_tune.learn.work import Array, Work
-from mla_tune.site import LayerType, Site
+from mla_tune.site import WITH_KVCACHE_MIXED, LayerType, Site
 from mla_tune.stages import Stage
 
 _HEADS_PER_BLOCK = 64
@@ -97,6 +97,10 @@ def _attention(site: Site, candidate: str, chip: Chip) -> Basis:
         merge = [split, queries(work) * split]
         return [_ones(work), queries(work), queries(work) * tiles, busiest, *merge, waves(work) * tiles, missed]
 
+    def mixed(work: Work) -> list[Array]:
+        # One entry: a block per query and 64 heads, in waves. With fewer queries than SMs the context is split as well.
+        return [*with_kvcache(work), waves(work)]
+
     def coordinates(work: Work) -> list[Array]:
         # Where the rows lie matters less than how many a query reads. What a law misses goes with the waves, so another
         # device is corrected as the measured one is at as many waves.
@@ -107,7 +111,10 @@ def _attention(site: Site, candidate: str, chip: Chip) -> Basis:
         return Basis(sparse_fwd, coordinates, (Resource.CLOCK, *[Resource.SM] * 3, Resource.MEMORY))
     # The merge of the splits is a launch of its own, and reads what the splits wrote.
     merge = (Resource.CLOCK, Resource.SM)
-    return Basis(with_kvcache, coordinates, (Resource.CLOCK, *[Resource.SM] * 3, *merge, Resource.SM, Resource.MEMORY))
+    paged = (Resource.CLOCK, *[Resource.SM] * 3, *merge, Resource.SM, Resource.MEMORY)
+    if candidate == WITH_KVCACHE_MIXED:
+        return Basis(mixed, coordinates, (*paged, Resource.SM))
+    return Basis(with_kvcache, coordinates, paged)
 
 
 def _schedule(queries: Array, tiles: Array) -> tuple[Array, Array]:

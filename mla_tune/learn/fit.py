@@ -13,6 +13,7 @@ from statistics import median
 
 import msgspec
 
+from mla_tune.engine import Engine
 from mla_tune.errors import FitError
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.crossover import Candidates, swept_shapes, table_rows
@@ -124,6 +125,7 @@ def unjudged_table(costs: CostModel, scope: Scope, first_call_bound_s: float = F
         model=scope.model.name,
         h_q=scope.h_q,
         layer=str(scope.layer),
+        engine=scope.engine,
         incumbent=candidates.incumbent,
         candidates=tuple(sorted(candidates.names)),
         noise_band=candidates.noise_band,
@@ -150,23 +152,31 @@ def _uncertainty(costs: CostModel, scope: Scope, candidates: Candidates) -> floa
 def left_out(measurements: Iterable[Measurement], policy: Policy) -> list[str]:
     """Tables that ``policy``, fitted on ``measurements``, lacks although their incumbent ran, as ``site, model, ...``."""
     observations = Observations(measurements)
-    there = {(table.site, table.model, table.h_q, table.layer) for table in policy.tables}
+    there = {(table.site, table.model, table.h_q, table.layer, table.engine) for table in policy.tables}
     return [
         ", ".join(
-            str(part) for part in (scope.name, scope.model.name, scope.h_q and f"h_q {scope.h_q}", scope.layer) if part
+            str(part)
+            for part in (
+                scope.name,
+                scope.model.name,
+                scope.h_q and f"h_q {scope.h_q}",
+                scope.layer,
+                scope.engine is not Engine.SGLANG and scope.engine,
+            )
+            if part
         )
         for scope in scopes(observations.overlap)
-        if scope.model.incumbent(scope.name) in scope.candidates(observations)
-        and (scope.name, scope.model.name, scope.h_q, scope.layer) not in there
+        if _incumbent_ran(observations, scope)
+        and (scope.name, scope.model.name, scope.h_q, scope.layer, scope.engine) not in there
     ]
 
 
 def _candidates(observations: Observations, scope: Scope, first_call_bound_s: float) -> Candidates | None:
     """The candidates that a table may choose from, the incumbent first; None if that never ran."""
-    incumbent = scope.model.incumbent(scope.name)
+    incumbent = scope.incumbent
     sites = [site for site, _ in scope.parts]
     ran = scope.candidates(observations)
-    if incumbent not in ran or is_unsafe(observations, sites, incumbent):
+    if not _incumbent_ran(observations, scope) or is_unsafe(observations, sites, incumbent):
         return None
     others = [name for name in ran if name != incumbent and not is_unsafe(observations, sites, name)]
     names = (incumbent, *others)
@@ -182,6 +192,15 @@ def _candidates(observations: Observations, scope: Scope, first_call_bound_s: fl
         if (seconds := round(observations.first_call_s(sites[0], name), 3)) > first_call_bound_s
     )
     return Candidates(names, incumbent, _noise_band(observations, scope, names), found, slow)
+
+
+def _incumbent_ran(observations: Observations, scope: Scope) -> bool:
+    """Whether there is something to switch from; in a table of another engine than SGLang, also something to switch to.
+
+    A sweep from before that engine's candidates were known ran what the engines share, and says nothing about them.
+    """
+    ran = scope.candidates(observations)
+    return scope.incumbent in ran and (scope.engine is Engine.SGLANG or len(ran) > 1)
 
 
 def _noise_band(observations: Observations, scope: Scope, names: Sequence[str]) -> float:

@@ -78,7 +78,7 @@ def compare(first: Observations, second: Observations) -> Repetition:
 def _names(observations: Observations, scope: Scope) -> list[str]:
     """Candidates that ran, the incumbent first; empty where that did not run."""
     ran = scope.candidates(observations)
-    incumbent = scope.model.incumbent(scope.name)
+    incumbent = scope.incumbent
     return [incumbent, *(name for name in ran if name != incumbent)] if incumbent in ran else []
 
 
