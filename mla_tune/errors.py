@@ -8,7 +8,7 @@ The command line prints that line and exits; nothing in this package shows a use
 class MlaTuneError(Exception):
     """Base of everything that mla-tune raises on purpose.
 
-    ``exit_code`` is what the command line exits with: 2 for a wrong argument, 1 for everything else.
+    ``exit_code`` is what the command line exits with: 2 for a wrong argument, 3 for a missed goal, 1 for the rest.
     """
 
     exit_code = 1
@@ -22,6 +22,12 @@ class UsageError(MlaTuneError):
 
 class PolicyError(MlaTuneError):
     """A policy file is missing, malformed, of an unknown schema, or has no table for what was asked."""
+
+
+class GoalMissedError(MlaTuneError):
+    """A policy was measured and lost more than it may; the figures are printed before."""
+
+    exit_code = 3
 
 
 class EnvironmentMismatchError(MlaTuneError):

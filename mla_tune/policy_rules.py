@@ -45,11 +45,30 @@ def problems(policy: Policy) -> Iterator[Problem]:
             yield Problem(f"environment.libraries[{index}].name", "must be a distribution name: got ''")
     yield from _unique("environment.libraries", [library.name for library in policy.environment.libraries])
     yield from _number("source.measurements", policy.source.measurements, low=1)
+    yield from _modelled(policy)
     if not policy.tables:
         yield Problem("tables", "must hold at least one table: got none")
     yield from _unique("tables", [(table.site, table.model, table.h_q, table.layer) for table in policy.tables])
     for index, table in enumerate(policy.tables):
         yield from _table(f"tables[{index}]", table, measured=policy.evidence == "measured")
+
+
+def _modelled(policy: Policy) -> Iterator[Problem]:
+    stated, modelled = policy.modelled, policy.evidence == "modelled"
+    if (stated is not None) != modelled:
+        rule = "must be there exactly where evidence is modelled"
+        yield Problem("modelled", f"{rule}: got {'none' if stated is None else 'it'} with evidence {policy.evidence}")
+    if stated is None:
+        return
+    yield from _number("modelled.scaled_from.sm_count", stated.scaled_from.sm_count, low=1)
+    for index, entry in enumerate(stated.stages):
+        yield from _finite(f"modelled.stages[{index}].measured", entry.measured)
+        yield from _finite(f"modelled.stages[{index}].scaled", entry.scaled)
+
+
+def _finite(path: str, value: float) -> Iterator[Problem]:
+    if not 0 <= value < math.inf:
+        yield Problem(path, f"must be a relative error, finite and at least 0: got {value}")
 
 
 def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
@@ -64,8 +83,15 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
         yield from _one_of(f"{path}.candidates[{index}]", candidate, known)
     yield from _unique(f"{path}.candidates", table.candidates)
     yield from _one_of(f"{path}.incumbent", table.incumbent, table.candidates)
-    if not 0 <= table.noise_band < 1:
-        yield Problem(f"{path}.noise_band", f"must be a relative difference in [0, 1): got {table.noise_band}")
+    bound = 1.0 if measured else math.inf  # a model may be off by more than a timing can scatter
+    if not 0 <= table.noise_band < bound:
+        yield Problem(f"{path}.noise_band", f"must be a relative difference in [0, {bound:g}): got {table.noise_band}")
+    if table.uncertainty and measured:
+        yield Problem(f"{path}.uncertainty", "must be absent from a measured table: got one")
+    yield from _unique(f"{path}.uncertainty", [stated.candidate for stated in table.uncertainty])
+    for index, stated in enumerate(table.uncertainty):
+        yield from _one_of(f"{path}.uncertainty[{index}].candidate", stated.candidate, table.candidates)
+        yield from _finite(f"{path}.uncertainty[{index}].relative", stated.relative)
     yield from _measured(f"{path}.measured", table.measured)
     for index, limit in enumerate(table.limits):
         yield from _limit(f"{path}.limits[{index}]", limit, table.candidates)

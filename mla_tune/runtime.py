@@ -100,6 +100,13 @@ class Dispatcher:
             self._note(source)
         elif policy.evidence == "modelled":
             _log.warning("%s is modelled: none of its thresholds was measured on %s", source, policy.gpu.sku)
+        else:
+            _log.info("%s is %s on %s", source, policy.evidence, policy.gpu.sku)
+
+    @property
+    def evidence(self) -> str:
+        """``measured`` or ``modelled`` as the policy says of itself; ``none`` without one."""
+        return "none" if self.policy is None else self.policy.evidence
 
     @property
     def fallbacks(self) -> tuple[str, ...]:

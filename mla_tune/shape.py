@@ -54,6 +54,62 @@ class Shape:
         return -(-self.kv_tokens // self.num_reqs)
 
 
+@dataclass(frozen=True, slots=True)
+class RaggedShape:
+    """One forward whose requests are given one by one: what a server batches, where :class:`Shape` is what is swept."""
+
+    requests: tuple[tuple[int, int], ...]
+    """(new tokens, context tokens) of each request; the context includes the new tokens."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= len(self.requests) <= MAX_REQS:
+            raise UsageError(f"a forward must have 1 to {MAX_REQS} requests: got {len(self.requests)}")
+        for extend, seq in self.requests:
+            if not 1 <= extend <= seq:
+                raise UsageError(
+                    "a request must satisfy 1 <= new tokens <= context tokens: "
+                    f"got {str(extend)[:20]} new tokens of {str(seq)[:20]}"
+                )
+        if self.kv_tokens > MAX_TOKENS:
+            raise UsageError(f"a forward must have at most {MAX_TOKENS} tokens: got {str(self.kv_tokens)[:20]}")
+
+    @property
+    def num_reqs(self) -> int:
+        """Requests."""
+        return len(self.requests)
+
+    @property
+    def num_qo_tokens(self) -> int:
+        """Query tokens of all requests together."""
+        return sum(extend for extend, _ in self.requests)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Context tokens of all requests together."""
+        return sum(seq for _, seq in self.requests)
+
+    def extend_lens(self) -> list[int]:
+        """New (query) tokens of each request."""
+        return [extend for extend, _ in self.requests]
+
+    def seq_lens(self) -> list[int]:
+        """Context tokens of each request, new ones included."""
+        return [seq for _, seq in self.requests]
+
+    @property
+    def context(self) -> int:
+        """Longest context of one request."""
+        return max(seq for _, seq in self.requests)
+
+    def evened(self) -> Shape:
+        """The same three integers split evenly: all that a lookup knows of this forward."""
+        return Shape(self.num_reqs, self.num_qo_tokens, self.kv_tokens)
+
+
+AnyShape = Shape | RaggedShape
+"""A forward, its requests near-equal or given one by one."""
+
+
 def _split(total: int, parts: int) -> list[int]:
     share, remainder = divmod(total, parts)
     return [share + 1] * remainder + [share] * (parts - remainder)
@@ -88,8 +144,11 @@ class Workload:
         return self.compressed_rows + self.window_rows
 
 
-def workload(site: Site, shape: Shape) -> Workload:
-    """Work at ``shape``. Row and width rules are those of SGLang 0.5.23's sparse prefill workspace."""
+def workload(site: Site, shape: AnyShape) -> Workload:
+    """Work at ``shape``, summed over its requests in exact integers.
+
+    Row and width rules are those of SGLang 0.5.23's sparse prefill workspace.
+    """
     layer = site.layer
     requests = list(zip(shape.extend_lens(), shape.seq_lens(), strict=True))
     context = max(seq for _, seq in requests)

@@ -9,6 +9,7 @@ a serving process imports this module.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -200,3 +201,13 @@ def model(name: str) -> ModelConfig:
         return MODELS[name]
     except KeyError:
         raise UsageError(f"model must be a known one: got {name!r}; accepted: {', '.join(MODELS)}") from None
+
+
+def attention_sites(models: Iterable[ModelConfig]) -> dict[Site, ModelConfig]:
+    """Every attention site of ``models`` with all their head counts, each with the last of the models that has it."""
+    return {
+        model.site(SiteName.PREFILL_ATTENTION, layer, h_q): model
+        for model in models
+        for h_q in model.heads
+        for layer in model.site_layers(SiteName.PREFILL_ATTENTION)
+    }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import settings
 
 if TYPE_CHECKING:
     from mla_tune.kernels.launch import Backend
+    from mla_tune.learn.costs import CostModel
 
 settings.register_profile("mla-tune", deadline=None)  # a first example may compile a kernel
 settings.load_profile("mla-tune")
@@ -70,6 +72,16 @@ class Target:
     def interpreted(self) -> bool:
         """Whether Triton's interpreter runs the kernels."""
         return self.device == "cpu" and self.backend == "triton"
+
+
+@pytest.fixture(scope="session")
+def h200_costs() -> CostModel:
+    """Curves of the committed H200 measurements, each fitted when it is first asked for."""
+    from mla_tune.learn.costs import CostModel
+    from mla_tune.store.export import read_export
+
+    found = read_export(Path(__file__).parent.parent / "db" / "nvidia-h200.jsonl")
+    return CostModel(found.environment, found.measurements, found.tries)
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

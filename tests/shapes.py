@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from mla_tune.shape import Shape
+from mla_tune.shape import RaggedShape, Shape
 from mla_tune.site import MODELS, Site, SiteName
 
 
@@ -27,3 +27,17 @@ def shapes(draw: st.DrawFn, max_reqs: int = 6, max_extend: int = 40, max_context
     num_qo_tokens = draw(st.integers(num_reqs, num_reqs * max_extend))
     kv_tokens = draw(st.integers(num_qo_tokens, max(num_qo_tokens, num_reqs * max_context)))
     return Shape(num_reqs, num_qo_tokens, kv_tokens)
+
+
+@st.composite
+def ragged_shapes(draw: st.DrawFn, max_reqs: int = 6, max_extend: int = 40, max_context: int = 3000) -> RaggedShape:
+    """A forward whose requests have nothing in common."""
+    requests = draw(
+        st.lists(st.tuples(st.integers(1, max_extend), st.integers(0, max_context)), min_size=1, max_size=max_reqs)
+    )
+    return RaggedShape(tuple((extend, extend + before) for extend, before in requests))
+
+
+def one_by_one(shape: Shape) -> RaggedShape:
+    """The requests of ``shape``, each listed."""
+    return RaggedShape(tuple(zip(shape.extend_lens(), shape.seq_lens(), strict=True)))

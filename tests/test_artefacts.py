@@ -10,15 +10,21 @@ from pathlib import Path
 import pytest
 
 from mla_tune.cli import run
+from mla_tune.datasheet import datasheet
+from mla_tune.learn.costs import CostModel
 from mla_tune.learn.evaluate import overall
+from mla_tune.learn.modelled import model_policy
 from mla_tune.learn.observations import Observations
-from mla_tune.policy import load_policy
+from mla_tune.policy import dump_policy, load_policy
 from mla_tune.site import MODELS, SiteName
+from mla_tune.sku import SKUS
 from mla_tune.store.export import export_lines, export_sha256, read_export
 from mla_tune.store.measurement import Role
 
 ROOT = Path(__file__).parent.parent
 POLICIES = sorted((ROOT / "policies").glob("*.yaml"))
+MODELLED = [path for path in POLICIES if load_policy(path).evidence == "modelled"]
+MEASURED = [path for path in POLICIES if path not in MODELLED]
 EXPORTS = sorted((ROOT / "db").glob("*.jsonl"))
 README = (ROOT / "README.md").read_text()
 H200 = ROOT / "db" / "nvidia-h200.jsonl"
@@ -29,8 +35,49 @@ def _skus(paths: list[Path]) -> list[str]:
 
 
 def test_every_policy_has_its_measurements_and_the_other_way_round() -> None:
-    assert _skus(POLICIES) == _skus(EXPORTS)
-    assert {"cpu", "nvidia-h200"} <= set(_skus(POLICIES))
+    assert _skus(MEASURED) == _skus(EXPORTS)
+    assert {"cpu", "nvidia-h200"} <= set(_skus(MEASURED))
+
+
+def test_every_product_that_mla_tune_knows_has_a_policy() -> None:
+    assert {sku.name for sku in SKUS} <= set(_skus(POLICIES))
+
+
+SAME_FIGURES = {"nvidia-h800": "nvidia-h100", "nvidia-b300": "nvidia-b200", "nvidia-gb300": "nvidia-gb200"}
+"""Products that differ from another in nothing that scales a curve: their policies differ in the name."""
+
+
+@pytest.mark.parametrize("path", MODELLED, ids=_skus(MODELLED))
+def test_the_committed_modelled_policy_is_rebuilt_byte_for_byte(path: Path, h200_costs: CostModel) -> None:
+    sku, committed = path.stem, load_policy(path)
+    assert export_sha256(H200) == committed.source.sha256
+    assert committed.source.command == (
+        f"mla-tune model --from nvidia-h200 --to {sku} --measurements db/nvidia-h200.jsonl --out policies/{sku}.yaml"
+    )
+    twin = ROOT / "policies" / f"{SAME_FIGURES.get(sku, sku)}.yaml"
+    if twin in MODELLED and twin != path:
+        assert _scaling_figures(sku) == _scaling_figures(twin.stem)
+        assert path.read_bytes() == twin.read_bytes().replace(twin.stem.encode(), sku.encode())
+    else:
+        assert path.read_bytes() == dump_policy(model_policy(h200_costs, datasheet(sku), committed.source))
+
+
+def _scaling_figures(sku: str) -> tuple[object, ...]:
+    sheet = datasheet(sku)
+    figures = (sheet.sm_count, sheet.boost_clock_mhz, sheet.memory_bandwidth_gbps, sheet.bf16_tflops, sheet.l2_bytes)
+    return (sheet.architecture, sheet.shared_memory_optin_bytes.value, *(figure.value for figure in figures))
+
+
+@pytest.mark.parametrize("path", MODELLED, ids=_skus(MODELLED))
+def test_a_modelled_policy_has_the_tables_of_the_measured_one_and_says_first_that_it_is_modelled(path: Path) -> None:
+    modelled, measured = load_policy(path), load_policy(ROOT / "policies" / "nvidia-h200.yaml")
+    assert [(t.site, t.model, t.h_q, t.layer, t.incumbent) for t in modelled.tables] == [
+        (t.site, t.model, t.h_q, t.layer, t.incumbent) for t in measured.tables
+    ]
+    assert path.read_text().splitlines()[1].startswith("# WARNING: modelled, not measured")
+    assert all(entry.relative > 0 for table in modelled.tables for entry in table.uncertainty)
+    assert modelled.modelled is not None
+    assert modelled.modelled.scaled_from.sku == "nvidia-h200"
 
 
 @pytest.mark.parametrize("export", EXPORTS, ids=_skus(EXPORTS))

@@ -17,17 +17,15 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     "mla_tune",
-    *(
-        f"mla_tune.{name}"
-        for name in ("errors", "files", "lookup", "policy", "policy_rules", "policy_yaml", "runtime", "threshold")
-    ),
+    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime", "threshold")),
+    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_rules", "policy_yaml")),
     *(f"mla_tune.{name}" for name in ("site", "sku", "gpu", "packaged", "pins", "switches", "builds")),
 }
 SERVICE_MODULES = {f"mla_tune.{name}" for name in ("serving", "ranks", "counters", "recording", "traffic")}
 
-WORDS = {"errors", "files", "site", "shape", "sku", "stages"}
+WORDS = {"errors", "files", "site", "shape", "sku", "stages", "datasheet"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
-POLICY = {"policy", "policy_rules", "policy_yaml"}
+POLICY = {"policy", "policy_evidence", "policy_rules", "policy_yaml"}
 SWITCHING = {"switches", "pins", "builds"}
 SERVICE = {"runtime", "serving", "ranks", "counters", "switches"}
 LAYERS: dict[str, set[str]] = {
@@ -37,8 +35,10 @@ LAYERS: dict[str, set[str]] = {
     "shape": {"errors", "site"},
     "sku": {"errors"},
     "stages": {"errors", "site"},
+    "datasheet": {"errors"},
     "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
     "threshold": set(),
+    "policy_evidence": set(),
     "policy_rules": {"site", "errors", "threshold"} | POLICY,
     "policy_yaml": {"errors"},
     "lookup": {"policy", "site", "errors", "threshold"},
@@ -58,6 +58,7 @@ LAYERS: dict[str, set[str]] = {
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
     "learn": {"store", "lookup", "threshold", "traffic"} | POLICY | WORDS,
+    "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"policy", "errors", "site"} | SERVICE,
 }

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.shape import Shape, compressed_row_counts, selection_width, workload
+from mla_tune.shape import AnyShape, RaggedShape, Shape, compressed_row_counts, selection_width, workload
 from mla_tune.site import SWA_WINDOW, LayerType, Site, SiteName
-from tests.shapes import every_site, shapes
+from tests.shapes import every_site, one_by_one, ragged_shapes, shapes
 
 attention_sites = st.sampled_from(every_site(SiteName.PREFILL_ATTENTION))
 
 
-def context_of_each_query(shape: Shape) -> list[int]:
+def context_of_each_query(shape: AnyShape) -> list[int]:
     """Tokens that each query may look back on, itself included."""
     return [
         position + 1
@@ -53,11 +55,11 @@ def test_a_shape_exists_exactly_where_each_request_has_a_query_and_each_query_a_
 
 
 @settings(max_examples=60)
-@given(attention_sites, shapes(max_context=9000))
+@given(attention_sites, shapes(max_context=9000) | ragged_shapes(max_context=9000))
 @example(Site(SiteName.PREFILL_ATTENTION, LayerType.DSA, 128, 2048), Shape(1, 4000, 4000))
 @example(Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 512), Shape(1, 2100, 2100))
 @example(Site(SiteName.PREFILL_ATTENTION, LayerType.C128A, 64), Shape(3, 3, 3))
-def test_mean_attended_entries_equal_the_loop_over_all_queries(site: Site, shape: Shape) -> None:
+def test_mean_attended_entries_equal_the_loop_over_all_queries(site: Site, shape: AnyShape) -> None:
     work, contexts = workload(site, shape), context_of_each_query(shape)
     selected = sum(selected_entries(site, context) for context in contexts)
     window = sum(min(SWA_WINDOW, context) for context in contexts) if site.layer.has_window else 0
@@ -67,8 +69,8 @@ def test_mean_attended_entries_equal_the_loop_over_all_queries(site: Site, shape
 
 
 @settings(max_examples=60)
-@given(attention_sites, shapes(max_context=9000))
-def test_workspace_rows_are_those_that_some_query_may_attend_to(site: Site, shape: Shape) -> None:
+@given(attention_sites, shapes(max_context=9000) | ragged_shapes(max_context=9000))
+def test_workspace_rows_are_those_that_some_query_may_attend_to(site: Site, shape: AnyShape) -> None:
     work, requests = workload(site, shape), list(zip(shape.extend_lens(), shape.seq_lens(), strict=True))
     in_reach = [
         {p for query in range(seq - extend, seq) for p in range(max(0, query - SWA_WINDOW + 1), query + 1)}
@@ -84,8 +86,8 @@ def test_workspace_rows_are_those_that_some_query_may_attend_to(site: Site, shap
     assert work.rows == work.compressed_rows + work.window_rows
 
 
-@given(attention_sites, shapes(max_context=1 << 20))
-def test_widths_hold_every_entry_and_are_what_the_kernels_accept(site: Site, shape: Shape) -> None:
+@given(attention_sites, shapes(max_context=1 << 20) | ragged_shapes(max_context=1 << 20))
+def test_widths_hold_every_entry_and_are_what_the_kernels_accept(site: Site, shape: AnyShape) -> None:
     work = workload(site, shape)
     longest = max(selected_entries(site, context) for context in (shape.context, 1))
     assert work.selection_width == selection_width(site, shape.context) >= longest
@@ -125,4 +127,43 @@ def test_work_grows_with_query_tokens(shape: Shape) -> None:
 def test_a_shape_beyond_any_engine_is_refused_before_it_is_listed(numbers: tuple[int, int, int]) -> None:
     with pytest.raises(UsageError, match="at most 65536 requests") as caught:
         Shape(*numbers)
+    assert len(str(caught.value)) < 200
+
+
+@given(attention_sites, shapes(max_reqs=70, max_extend=500, max_context=1 << 20))
+def test_requests_listed_one_by_one_are_the_same_work_as_an_equal_split(site: Site, shape: Shape) -> None:
+    listed = one_by_one(shape)
+    assert workload(site, listed) == workload(site, shape)
+    assert (listed.context, listed.evened()) == (shape.context, shape)
+
+
+@given(attention_sites, ragged_shapes(), st.randoms())
+def test_the_order_of_requests_does_not_change_their_work(site: Site, shape: RaggedShape, rng: Random) -> None:
+    shuffled = RaggedShape(tuple(rng.sample(shape.requests, len(shape.requests))))
+    assert workload(site, shuffled) == workload(site, shape)
+
+
+@given(ragged_shapes())
+def test_a_listed_forward_has_the_three_integers_of_its_requests(shape: RaggedShape) -> None:
+    assert shape.evened() == Shape(len(shape.requests), sum(shape.extend_lens()), sum(shape.seq_lens()))
+    assert list(zip(shape.extend_lens(), shape.seq_lens(), strict=True)) == list(shape.requests)
+
+
+@pytest.mark.parametrize(
+    ("requests", "said"),
+    [
+        ((), "1 to 65536 requests: got 0"),
+        (((1, 1),) * 65537, "got 65537"),
+        (((0, 5),), "got 0 new tokens of 5"),
+        (((-1, 5),), "got -1 new tokens"),
+        (((6, 5),), "got 6 new tokens of 5"),
+        (((1, 10**400),), "tokens: got 1000"),
+        (((1, 1 << 62), (1, 1)), f"at most {1 << 62} tokens"),
+    ],
+)
+def test_requests_that_no_server_batches_are_refused_in_one_line(
+    requests: tuple[tuple[int, int], ...], said: str
+) -> None:
+    with pytest.raises(UsageError, match=said) as caught:
+        RaggedShape(requests)
     assert len(str(caught.value)) < 200

@@ -28,9 +28,10 @@ def _interrupt_once(number: int, frame: FrameType | None) -> None:
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run one command line and give its exit code: 0, 2 for a wrong argument, 130 for Ctrl-C, 1 for all else.
+    """Run one command line and give its exit code.
 
-    Whatever goes wrong ends as one line on standard error.
+    0; 2 for a wrong argument, 3 for a goal that a policy missed, 130 for Ctrl-C, 1 for all else. Whatever goes
+    wrong ends as one line on standard error.
     """
     try:
         from mla_tune.cli.app import invoke

@@ -7,7 +7,18 @@ from collections.abc import Sequence
 import typer
 
 from mla_tune import __version__
-from mla_tune.cli import databases, machine, policies, probing, sweeping
+from mla_tune.cli import (
+    chunking,
+    databases,
+    machine,
+    modelling,
+    policies,
+    probing,
+    spotting,
+    sweeping,
+    traffic,
+    validating,
+)
 from mla_tune.errors import UsageError
 
 _UsageProblem: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
@@ -23,9 +34,14 @@ app = typer.Typer(
 )
 app.command()(sweeping.sweep)
 app.command()(policies.fit)
+app.command()(modelling.model)
 app.command()(policies.lookup)
 app.command()(policies.explain)
 app.command()(probing.probe)
+app.command()(validating.validate)
+app.command()(traffic.traffic)
+app.command()(spotting.spot_check)
+app.command()(chunking.chunks)
 app.command()(machine.verify)
 app.command()(machine.env)
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mla_tune.cli.pipeline import Measured
     from mla_tune.cli.places import Device
     from mla_tune.learn.repeat import Repetition
+    from mla_tune.learn.validate import Validation
     from mla_tune.policy import Policy
     from mla_tune.sku import Environment
     from mla_tune.store.measurement import Measurement
@@ -240,6 +241,26 @@ def verification(rows: Sequence[Measurement], as_json: bool) -> None:
         numbers = (str(shape.num_reqs), str(shape.num_qo_tokens), str(shape.kv_tokens))
         table.add_row(row.site.key, row.candidate, *numbers, str(row.outcome), row.detail)
     console.print(table)
+
+
+def validation(result: Validation, missed: Sequence[str], as_json: bool) -> None:
+    """How the policy and every baseline did on fresh points, and where the policy lost most."""
+    if as_json:
+        print(json.dumps({**asdict(result), "missed": list(missed)}))
+        return
+    table = RichTable("rule", "points", "mean", "p99", "worst", title="slowdown on fresh random shapes")
+    for rule in result.losses:
+        table.add_row(rule.rule, str(rule.points), *(f"{value:.4f}" for value in (rule.mean, rule.p99, rule.worst)))
+    console.print(table)
+    for title, losses in (("worst", result.worst), ("slower than the incumbent", result.below_incumbent)):
+        for loss in losses:
+            shape = loss.shape
+            console.print(
+                f"{title}: {loss.slowdown:.3f} at {loss.table}, {shape.num_reqs} requests, {shape.num_qo_tokens} query "
+                f"tokens, {shape.kv_tokens} context tokens: {loss.choice}",
+                highlight=False,
+            )
+    console.print("goal met" if not missed else "goal missed", highlight=False)
 
 
 def environment(product: str, found: Environment, served_by: str) -> None:

@@ -43,7 +43,8 @@ def env(as_json: JsonOption = False) -> None:
     gpu = detect_gpu()
     environment = detect_environment(gpu=gpu is not None)
     try:
-        served_by = Dispatcher.for_this_gpu().source
+        serving = Dispatcher.for_this_gpu()
+        served_by = f"{serving.source} ({serving.evidence})"
     except MlaTuneError as error:
         served_by = f"none: {error}"
     if as_json:

@@ -19,6 +19,9 @@ GpuOption = Annotated[
 ]
 ModelOption = Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")]
 SiteOption = Annotated[list[str] | None, typer.Option("--site", help="Only this site; may be repeated.")]
+PolicyOption = Annotated[
+    Path | None, typer.Option("--policy", help="Policy file (default: policies/<sku>.yaml, else the shipped one).")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 DbOption = Annotated[Path | None, typer.Option("--db", help="Working database (default db/<sku>.db).")]
 TimeoutOption = Annotated[

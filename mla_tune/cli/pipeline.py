@@ -15,11 +15,11 @@ from mla_tune.learn.costs import CostModel
 from mla_tune.learn.evaluate import overall
 from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.learn.observations import Observations
-from mla_tune.learn.refine import attention_sites, crossover_shapes
+from mla_tune.learn.refine import crossover_shapes
 from mla_tune.learn.repeat import Repetition
 from mla_tune.learn.repeat import compare as compare_sweeps
 from mla_tune.policy import HeldOut, Policy, Source, load_policy, write_policy
-from mla_tune.site import ModelConfig, Site, SiteName
+from mla_tune.site import ModelConfig, Site, SiteName, attention_sites
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_sha256, read_export, write_export

@@ -73,6 +73,11 @@ def policy_path(sku: str) -> Path:
     return Path("policies") / f"{sku}.yaml"
 
 
+def validation_path(sku: str) -> Path:
+    """The database of a SKU's validations, below the current folder: no fit reads it."""
+    return Path("db") / f"{sku}.validate.db"
+
+
 def make_folder(path: Path) -> None:
     """Make the folder that ``path`` will be written to. Raises :class:`MlaTuneError` where that cannot be."""
     try:

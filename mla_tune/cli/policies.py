@@ -9,18 +9,16 @@ from typing import Annotated
 
 import typer
 
+from mla_tune.cli.evidence import measured_costs, named_policy
+from mla_tune.cli.options import PolicyOption
 from mla_tune.cli.places import export_path, policy_path, policy_sku
-from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError, UsageError
-from mla_tune.packaged import packaged_policy
-from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
+from mla_tune.errors import PolicyError, UsageError
+from mla_tune.policy import Table
 from mla_tune.runtime import Dispatcher
 from mla_tune.shape import Shape
 from mla_tune.site import FORWARD
 
 GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose policy is meant.")]
-PolicyOption = Annotated[
-    Path | None, typer.Option("--policy", help="Policy file (default: policies/<sku>.yaml, else the shipped one).")
-]
 MeasurementsOption = Annotated[
     Path | None, typer.Option("--measurements", help="Export to read (default db/<sku>.jsonl).")
 ]
@@ -76,7 +74,7 @@ def lookup(
 ) -> None:
     """Print the candidate that a policy answers for one forward."""
     Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
-    loaded, name = _policy(policy, gpu)
+    loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
     answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
     print(json.dumps(asdict(answer)) if as_json else answer.candidate)
@@ -97,30 +95,14 @@ def explain(
 ) -> None:
     """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
-    loaded, name = _policy(policy, gpu)
+    loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
     from mla_tune.cli import render
-    from mla_tune.learn.costs import CostModel
     from mla_tune.learn.explain import explain as explain_choice
-    from mla_tune.store.export import export_sha256, read_export
 
     table = _require_table(resolved.table, name)
-    export = measurements or export_path(loaded.gpu.sku)
-    if measurements is None and not export.is_file():
-        raise StoreError(
-            f"a choice is explained by the measurements behind it: no file {export} here; run this in a checkout that has "
-            "it, or pass --measurements"
-        )
-    found = read_export(export)
-    environment = found.environment
-    if environment.sku != loaded.gpu.sku:
-        raise EnvironmentMismatchError(
-            f"a choice is explained by measurements of its own GPU: {name} is for {loaded.gpu.sku}, "
-            f"{export} was measured on {environment.sku}; pass the export of {loaded.gpu.sku} with --measurements"
-        )
-    if export_sha256(export) != loaded.source.sha256:
-        render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    render.explanation(explain_choice(CostModel(environment, found.measurements), table, shape), table, as_json)
+    costs = measured_costs(loaded, name, measurements)
+    render.explanation(explain_choice(costs, table, shape), table, as_json)
 
 
 def show(
@@ -131,23 +113,11 @@ def show(
     """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
     from mla_tune.cli import render
 
-    loaded, name = _policy(policy, gpu)
+    loaded, name = named_policy(policy, gpu)
     render.policy_summary(loaded, Path(name), as_json)
     if not as_json:
         render.held_out(loaded)
         render.provenance(loaded, name)
-
-
-def _policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
-    """The policy that the options name, and what to call it in messages."""
-    if path is not None:
-        return parse_policy(read_policy_file(path), str(path)), str(path)
-    sku = policy_sku(gpu)
-    local = policy_path(sku)
-    if local.is_file():
-        return parse_policy(read_policy_file(local), str(local)), str(local)
-    shipped = packaged_policy(sku)
-    return parse_policy(shipped.read_bytes(), shipped.name), shipped.name
 
 
 def _require_table(table: Table | None, name: str) -> Table:

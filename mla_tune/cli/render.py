@@ -46,9 +46,26 @@ def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
             where = f">= {row.num_reqs_from}", f">= {row.kv_tokens_from}"
             table.add_row(*head, *where, choices_text(row), slowdown, end_section=row is entry.rows[-1])
     console.print(table)
-    console.print("slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False)
+    if policy.modelled is None:
+        console.print(
+            "slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False
+        )
+    else:
+        _modelled(policy)
     for line in dict.fromkeys(_barred(policy)):
         console.print(line, highlight=False)
+
+
+def _modelled(policy: Policy) -> None:
+    """What a modelled policy rests on, and how sure it is."""
+    stated = [entry.relative for table in policy.tables for entry in table.uncertainty]
+    measured = policy.modelled.scaled_from.sku if policy.modelled else "-"
+    console.print(
+        f"modelled: scaled from {measured}; nothing was timed on {policy.gpu.sku}. A predicted cost may be off by "
+        f"exp({min(stated, default=0.0):.2f}) to exp({max(stated, default=0.0):.2f}) both ways; where two intervals meet "
+        "the engine's own choice stays",
+        highlight=False,
+    )
 
 
 def _barred(policy: Policy) -> Iterator[str]:
@@ -106,6 +123,8 @@ def choices_text(row: Row) -> str:
 
 
 def _slowdown_text(table: Table) -> str:
+    if not table.held_out.slowdown:
+        return "not judged"
     own = table.held_out.slowdown[0]
     return f"{own.mean:.3f} / {own.worst:.2f} ({table.held_out.points} pts)"
 
@@ -113,6 +132,8 @@ def _slowdown_text(table: Table) -> str:
 def held_out(policy: Policy) -> None:
     """Slowdown of the policy and of every baseline rule, table by table."""
     for entry in policy.tables:
+        if not entry.held_out.points:
+            continue
         where = f"{entry.site}, {entry.model}, h_q {entry.h_q or '-'}, {entry.layer}"
         console.print(_rules_table(entry.held_out, f"{where}: {entry.held_out.points} held-out points"))
 

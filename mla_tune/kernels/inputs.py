@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_tune.kernels.formats import V4, KVFormat, PagedSelection, kv_format, quantize_k_cache
-from mla_tune.shape import Shape, Workload, compressed_row_counts, window_row_counts, workload
+from mla_tune.shape import AnyShape, Workload, compressed_row_counts, window_row_counts, workload
 from mla_tune.site import SWA_PAGE_SIZE, SWA_WINDOW, LayerType, Site
 
 _TILE_TOKENS = 1 << 15
@@ -36,7 +36,7 @@ class AttentionInputs:
     """What an engine hands to either attention candidate. Tensors are named by their shapes; R is ``num_reqs``."""
 
     site: Site
-    shape: Shape
+    shape: AnyShape
     work: Workload
     q: torch.Tensor  # (num_qo_tokens, h_q, head_dim) bf16
     attn_sink: torch.Tensor | None  # (h_q,) float32, V4 only
@@ -107,7 +107,7 @@ class AttentionInputs:
         return PagedSelection(cache.data, cache.fmt, cache.page_size, slot_ids, lengths)
 
 
-def required_bytes(site: Site, shape: Shape) -> int:
+def required_bytes(site: Site, shape: AnyShape) -> int:
     """Device memory that one point takes at most: caches, queries, indices, the workspace, two outputs and slack."""
     work, fmt = workload(site, shape), kv_format(site.layer)
     caches = (work.rows + shape.num_reqs * 2 * SWA_PAGE_SIZE) * (fmt.bytes_per_token + 8)
@@ -137,7 +137,7 @@ class InputBuilder:
         self._pools.clear()
         self._queries.clear()
 
-    def attention(self, site: Site, shape: Shape) -> AttentionInputs:
+    def attention(self, site: Site, shape: AnyShape) -> AttentionInputs:
         """Inputs of ``site`` at ``shape``. Raises ``torch.OutOfMemoryError`` where they do not fit."""
         extends, seqs = shape.extend_lens(), shape.seq_lens()
         layer, fmt = site.layer, kv_format(site.layer)
@@ -165,7 +165,7 @@ class InputBuilder:
             token_to_req=token_to_req,
         )
 
-    def context_lens(self, site: Site, shape: Shape) -> torch.Tensor:
+    def context_lens(self, site: Site, shape: AnyShape) -> torch.Tensor:
         """Compressed context of every query token, (num_qo_tokens, 1) int32: what the indexer schedules over."""
         positions, _ = self._tokens(shape.extend_lens(), shape.seq_lens())
         return ((positions + 1) // site.layer.compress_ratio).unsqueeze(1)

@@ -9,7 +9,7 @@ from functools import lru_cache
 import numpy as np
 
 from mla_tune.errors import FitError
-from mla_tune.learn.bases import basis, whole_path_coordinates
+from mla_tune.learn.bases import Chip, basis, whole_path_coordinates
 from mla_tune.learn.curves import Correction, Curve, fit_correction, fit_curve
 from mla_tune.learn.observations import Observations, Shares, group
 from mla_tune.learn.work import Array, Work, work
@@ -34,13 +34,14 @@ class StageCost:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Path:
+class PathCosts:
     """The stages that one whole timing covers, and how far their sum is from it."""
 
     stages: tuple[tuple[Stage, Curve], ...]
     correction: Correction | None
 
     def latencies_us(self, work: Work) -> list[tuple[Stage, Array]]:
+        """Predicted latency of each stage, microseconds, (num_shapes,)."""
         return [(stage, curve.latency_us(work)) for stage, curve in self.stages]
 
     @property
@@ -69,7 +70,7 @@ class CandidateCosts:
 
     site: Site
     candidate: str
-    paths: tuple[_Path, ...]
+    paths: tuple[PathCosts, ...]
     """Per-layer stages first, if there are any."""
 
     @property
@@ -117,6 +118,9 @@ def _by_amortization(costs: CandidateCosts, work: Work) -> tuple[tuple[Amortizat
 class CostModel:
     """Cost curves of every site that was measured in one environment, fitted on the fit points alone."""
 
+    modelled = False
+    """Whether the curves are of another GPU than the observations; see :class:`mla_tune.learn.modelled.ModelledCosts`."""
+
     def __init__(
         self, environment: Environment, measurements: Iterable[Measurement], tries: Iterable[Try] = ()
     ) -> None:
@@ -144,20 +148,20 @@ class CostModel:
         totals = [name for name in _TOTALS if group(site, candidate, name)]
         return CandidateCosts(site, candidate, tuple(self._fit_path(site, candidate, name) for name in totals))
 
-    def _fit_path(self, site: Site, candidate: str, total: str) -> _Path:
+    def _fit_path(self, site: Site, candidate: str, total: str) -> PathCosts:
         names = group(site, candidate, total)
         members = tuple(s for s in stages(site, candidate) if s.name in names)
         if not all(self.observations.latencies(site, candidate, stage.name)[0] for stage in members):
             # The whole was timed and a stage was not: the whole has a curve of its own.
             members = (Stage(total, _TOTALS[total]),)
-        path = _Path(tuple((stage, self._fit_stage(site, candidate, stage)) for stage in members), None)
+        path = PathCosts(tuple((stage, self._fit_stage(site, candidate, stage)) for stage in members), None)
         shapes, measured_us = self.observations.latencies(site, candidate, total)
         if len(members) == 1 and members[0].name != total and not self._timed_apart(site, candidate, total):
             return path
         loads = work(site, shapes)
         predicted_us = sum((us for _, us in path.latencies_us(loads)), np.zeros(len(shapes)))
         ratios = np.log(np.array(measured_us) / predicted_us)
-        return _Path(path.stages, fit_correction(whole_path_coordinates(loads), ratios))
+        return PathCosts(path.stages, fit_correction(whole_path_coordinates(loads), ratios))
 
     def _timed_apart(self, site: Site, candidate: str, total: str) -> bool:
         """Whether the whole path has timings of its own, rather than those of its only stage."""
@@ -169,5 +173,5 @@ class CostModel:
 
     def _fit_stage(self, site: Site, candidate: str, stage: Stage) -> Curve:
         shapes, latencies_us = self.observations.latencies(site, candidate, stage.name)
-        stage_basis = basis(site, candidate, stage, max(self.environment.sm_count, 1))
+        stage_basis = basis(site, candidate, stage, Chip(max(self.environment.sm_count, 1)))
         return fit_curve(stage_basis, work(site, shapes), np.array(latencies_us))

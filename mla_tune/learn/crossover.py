@@ -17,7 +17,6 @@ from mla_tune.learn.costs import CostModel
 from mla_tune.learn.scope import Scope
 from mla_tune.learn.segments import COST_UNIT, Cells, few_groups
 from mla_tune.learn.training import (
-    QUERY_COUNTS,
     IntArray,
     bin_middle,
     bin_start,
@@ -32,12 +31,13 @@ from mla_tune.policy import Choice, Ineligible, Limit, Row
 from mla_tune.shape import Shape
 from mla_tune.store.measurement import Role
 
-_WORTH = 3e-4
-"""A step or threshold that changes a table's mean slowdown by less than 0.03 % is dropped. On an H200's 324 held-out pairs
-1e-4 gives the same slowdowns with twice the rows, 6e-4 a worst point of 1.14 instead of 1.05."""
-_FELT_SLOWDOWN = 1.1
-_FELT_WEIGHT = 10.0
-"""Beyond 1.1 each further unit of slowdown counts eleven times: a table answers for its worst shape as well as its mean."""
+_WORTH = 1e-3
+"""A step or threshold that changes the mean charge of a table's shapes by less is dropped. On 3000 random shapes at each of
+four of an H200's tables, by their cost curves: 1e-3 keeps 40 rows, of which 0.18 % of the shapes lose more than 10 %; 4e-3
+keeps 15, and 0.40 % do. A lookup takes as many comparisons as the logarithm of the rows."""
+_FELT_SLOWDOWN = 1.04
+_FELT_WEIGHT = 20.0
+"""Beyond 1.04 each further unit of slowdown counts 21 times: a table answers for its worst shapes as well as its mean."""
 _MEASURED_WEIGHT = 4
 """Predicted shapes that a measured one outweighs: the sum is an estimate, and where a timing contradicts it, that wins."""
 _MAX_CHARGE = 1000.0
@@ -65,6 +65,8 @@ class Candidates:
 class _Charged:
     """The training shapes inside the swept ranges, with predicted costs; measured ones count several times."""
 
+    tokens: tuple[int, ...]
+    """Query tokens of the columns."""
     bins: IntArray
     columns: IntArray
     groups: IntArray
@@ -75,7 +77,7 @@ class _Charged:
 def table_rows(costs: CostModel, scope: Scope, candidates: Candidates) -> tuple[Row, ...]:
     """Rows of the table of ``scope``; the incumbent alone where nothing can be compared."""
     swept = swept_shapes(costs, scope, candidates.names)
-    grid = training_grid(scope.model.max_context)
+    grid = training_grid(scope.model.max_context, costs.environment.sm_count)
     inside = grid.inside(swept)
     if len(candidates.names) < 2 or not inside.any():
         only = Choice(num_qo_tokens_from=0, candidate=candidates.names[0])
@@ -83,9 +85,10 @@ def table_rows(costs: CostModel, scope: Scope, candidates: Candidates) -> tuple[
     works = [grid.work(site) for site, _ in scope.parts]
     costs_us = np.stack([scope.predicted_us(costs, name, works)[inside] for name in candidates.names])
     measured = _measured(costs, scope, candidates, swept)
-    charged = _with_measured(_Charged(grid.bins[inside], grid.columns[inside], grid.groups[inside], costs_us), measured)
+    predicted_cells = grid.bins[inside], grid.columns[inside], grid.groups[inside]
+    charged = _with_measured(_Charged(grid.tokens, *predicted_cells, costs_us.copy()), measured)
     # Predicted or measured, what may not serve costs without bound.
-    tokens = np.array(QUERY_COUNTS)[charged.columns]
+    tokens = np.array(charged.tokens)[charged.columns]
     for index, name in enumerate(candidates.names):
         charged.costs_us[index, tokens > candidates.largest(name)] = np.inf
     groups = few_groups(_cells(charged, _handicaps(costs, scope, candidates)))
@@ -109,8 +112,9 @@ def _with_measured(charged: _Charged, measured: list[tuple[Shape, Array]]) -> _C
         return charged
     shapes = [shape for shape, _ in measured for _ in range(_MEASURED_WEIGHT)]
     costs_us = np.stack([us for _, us in measured for _ in range(_MEASURED_WEIGHT)], axis=1)
-    bins, columns, groups = cells_of(shapes)
+    bins, columns, groups = cells_of(shapes, charged.tokens)
     return _Charged(
+        tokens=charged.tokens,
         bins=np.concatenate([charged.bins, bins.clip(charged.bins.min(), charged.bins.max())]),
         columns=np.concatenate([charged.columns, columns]),
         groups=np.concatenate([charged.groups, groups.clip(charged.groups.min(), charged.groups.max())]),
@@ -149,10 +153,9 @@ def _cells(charged: _Charged, handicaps: Array) -> list[Cells]:
         where = charged.bins[here] - lowest, charged.columns[here]
         found.append(
             Cells(
-                costs=_summed(felt[:, here], *where, len(bins)),
-                slowdowns=_summed(slowdowns[:, here] - 1, *where, len(bins)),
+                costs=_summed(felt[:, here], *where, (len(bins), len(charged.tokens))),
                 counts=np.bincount(where[0], minlength=len(bins)),
-                tokens=np.array(QUERY_COUNTS, dtype=np.int64),
+                tokens=np.array(charged.tokens, dtype=np.int64),
                 starts=np.array([bin_start(index) for index in (*bins, highest + 1)], dtype=np.int64),
                 middles=np.array([bin_middle(index) for index in bins], dtype=np.int64),
                 worth=_WORTH,
@@ -162,10 +165,11 @@ def _cells(charged: _Charged, handicaps: Array) -> list[Cells]:
     return found
 
 
-def _summed(charges: Array, bins: IntArray, columns: IntArray, num_bins: int) -> IntArray:
+def _summed(charges: Array, bins: IntArray, columns: IntArray, size: tuple[int, int]) -> IntArray:
     """Charges (num_candidates, num_shapes) in units, summed by cell: (num_bins, num_candidates, num_columns)."""
+    num_bins, num_columns = size
     units = np.rint(np.minimum(charges, _MAX_CHARGE) / COST_UNIT).astype(np.int64)
-    cells = np.zeros((num_bins, len(charges), len(QUERY_COUNTS)), dtype=np.int64)
+    cells = np.zeros((num_bins, len(charges), num_columns), dtype=np.int64)
     for index in range(len(charges)):
         np.add.at(cells[:, index], (bins, columns), units[index])
     return cells
@@ -177,7 +181,10 @@ def _measured(
     """Fit shapes at which every candidate ran, with the measured cost of each.
 
     One that cannot be told from the incumbent there costs at least as much: what is ambiguous is no reason to switch.
+    None where the costs are modelled: what was measured is another GPU's.
     """
+    if costs.modelled:
+        return []
     points = []
     for shape in swept:
         row = [scope.measured_us(costs.observations, name, shape) for name in candidates.names]

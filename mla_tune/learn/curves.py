@@ -106,7 +106,7 @@ class Curve:
 
     def latency_us(self, work: Work) -> Array:
         """Predicted latency, microseconds, (num_shapes,)."""
-        law_us = _law_us(_terms(self.basis, work, self.break_at), self.coefficients, self.floor_us)
+        law_us = _law_us(terms_of(self.basis, work, self.break_at), self.coefficients, self.floor_us)
         return np.asarray(law_us * np.exp(self.correction.log_factor(_coordinates(self.basis, work, self.break_at))))
 
     def error_at(self, work: Work) -> Array:
@@ -118,14 +118,14 @@ def fit_curve(basis: Basis, work: Work, latencies_us: Array) -> Curve:
     """Fit one stage. ``latencies_us`` (num_shapes,) are measured, positive and at least one."""
     floor_us = float(latencies_us.min()) / 2
     break_at, coefficients = _fit_law(basis, work, latencies_us, floor_us)
-    law_us = _law_us(_terms(basis, work, break_at), coefficients, floor_us)
+    law_us = _law_us(terms_of(basis, work, break_at), coefficients, floor_us)
     correction = fit_correction(_coordinates(basis, work, break_at), np.log(latencies_us / law_us))
     return Curve(basis, coefficients, break_at, floor_us, correction)
 
 
 def _fit_law(basis: Basis, work: Work, latencies_us: Array, floor_us: float) -> tuple[float | None, tuple[float, ...]]:
     def attempt(break_at: float | None) -> tuple[float, tuple[float, ...]]:
-        terms = _terms(basis, work, break_at)
+        terms = terms_of(basis, work, break_at)
         coefficients = fit_nonnegative(terms, latencies_us)
         return float(np.abs(np.log(latencies_us / _law_us(terms, coefficients, floor_us))).mean()), coefficients
 
@@ -165,7 +165,8 @@ def _law_us(terms: Sequence[Array], coefficients: tuple[float, ...], floor_us: f
     return np.maximum(law_us, floor_us)
 
 
-def _terms(basis: Basis, work: Work, break_at: float | None) -> list[Array]:
+def terms_of(basis: Basis, work: Work, break_at: float | None) -> list[Array]:
+    """The terms of a law, each (num_shapes,); with a break, each a second time for the shapes above it."""
     terms = basis.terms(work)
     if break_at is None:
         return terms

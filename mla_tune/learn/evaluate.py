@@ -73,7 +73,7 @@ def _hand_written(table: Table) -> list[tuple[str, Rule]]:
 
 def held_out_points(observations: Observations, table: Table) -> list[HeldOutPoint]:
     """Every held-out point of a table at which all its candidates ran, in the order of the shapes."""
-    where = _scope(table)
+    where = table_scope(table)
     judged = rules(table)
     points = []
     for shape in where.swept(observations, Role.HELD_OUT):
@@ -104,18 +104,20 @@ def overall(observations: Observations, policy: Policy) -> HeldOut:
 
     Raises :class:`FitError` if there is no such table with two candidates.
     """
-    tables = [t for t in policy.tables if _is_single_layer_attention(t) and len(t.candidates) > 1]
+    tables = [t for t in policy.tables if is_single_layer_attention(t) and len(t.candidates) > 1]
     if not tables:
         raise FitError("an overall judgement needs an attention table with two candidates: got none; next: sweep both")
     slowdowns = [point.slowdowns for table in tables for point in held_out_points(observations, table)]
     return _summary([name for name, _ in rules(tables[0])], slowdowns)
 
 
-def _is_single_layer_attention(table: Table) -> bool:
+def is_single_layer_attention(table: Table) -> bool:
+    """Whether ``table`` chooses attention for one layer type."""
     return table.site == SiteName.PREFILL_ATTENTION and table.layer != FORWARD
 
 
-def _scope(table: Table) -> Scope:
+def table_scope(table: Table) -> Scope:
+    """What ``table`` chooses for."""
     return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q)
 
 

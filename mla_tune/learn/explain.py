@@ -72,7 +72,7 @@ def _candidate(costs: CostModel, where: Scope, name: str, shape: Shape) -> Candi
         stages=tuple(lines),
         correction=total_us / float(np.sum([line.latency_us for line in lines])),
         total_us=total_us,
-        measured_us=where.measured_us(costs.observations, name, shape),
+        measured_us=None if costs.modelled else where.measured_us(costs.observations, name, shape),
     )
 
 

@@ -6,7 +6,9 @@ the limits (a failure that was seen must not be served).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from statistics import median
 
 import msgspec
@@ -67,31 +69,49 @@ def fit_policy(
         gpu=Gpu(sku=environment.sku, sm_count=environment.sm_count),
         evidence="measured",
         regime=str(costs.observations.regime),
-        environment=PolicyEnvironment(
-            driver=environment.driver,
-            cuda=environment.cuda,
-            torch=environment.torch,
-            triton=environment.triton,
-            shared_memory_optin_bytes=environment.shared_memory_optin_bytes,
-            libraries=tuple(
-                Library(name=library.name, version=library.version, sha256=library.sha256)
-                for library in environment.libraries
-            ),
-        ),
+        environment=policy_environment(environment),
         source=source,
         tables=tuple(tables),
     )
 
 
+def policy_environment(environment: Environment) -> PolicyEnvironment:
+    """``environment`` as a policy states it."""
+    return PolicyEnvironment(
+        driver=environment.driver,
+        cuda=environment.cuda,
+        torch=environment.torch,
+        triton=environment.triton,
+        shared_memory_optin_bytes=environment.shared_memory_optin_bytes,
+        libraries=tuple(
+            Library(name=library.name, version=library.version, sha256=library.sha256)
+            for library in environment.libraries
+        ),
+    )
+
+
 def fit_table(costs: CostModel, scope: Scope, first_call_bound_s: float = FIRST_CALL_BOUND_S) -> Table | None:
     """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points."""
+    table = unjudged_table(costs, scope, first_call_bound_s)
+    if table is None or not held_out_points(costs.observations, table):
+        return None
+    return msgspec.structs.replace(table, held_out=held_out(costs.observations, table))
+
+
+def unjudged_table(costs: CostModel, scope: Scope, first_call_bound_s: float = FIRST_CALL_BOUND_S) -> Table | None:
+    """One table without its judgement; None where the incumbent never ran, or where a mix shares no points.
+
+    Of modelled costs its noise band is their uncertainty: the least relative difference that is beyond doubt.
+    """
     candidates = _candidates(costs.observations, scope, first_call_bound_s)
     if candidates is None:
         return None
     swept = swept_shapes(costs, scope, candidates.names)
     if len(scope.parts) > 1 and not (swept and scope.swept(costs.observations, Role.HELD_OUT)):
         return None
-    table = Table(
+    if costs.modelled:
+        candidates = replace(candidates, noise_band=_uncertainty(costs, scope, candidates))
+    return Table(
         site=str(scope.name),
         model=scope.model.name,
         h_q=scope.h_q,
@@ -105,9 +125,18 @@ def fit_table(costs: CostModel, scope: Scope, first_call_bound_s: float = FIRST_
         rows=table_rows(costs, scope, candidates),
         held_out=HeldOut(points=0, slowdown=()),
     )
-    if not held_out_points(costs.observations, table):
-        return None
-    return msgspec.structs.replace(table, held_out=held_out(costs.observations, table))
+
+
+def _uncertainty(costs: CostModel, scope: Scope, candidates: Candidates) -> float:
+    """How much slower another candidate must look than it does before its interval reaches the incumbent's.
+
+    Both predictions are uncertain, and both ways: the intervals are apart where the costs differ by more than both
+    half-widths together.
+    """
+    errors = {name: scope.error(costs, name) for name in candidates.names}
+    others = [error for name, error in errors.items() if name != candidates.incumbent]
+    apart = max(others, default=0.0) + errors[candidates.incumbent]
+    return max(candidates.noise_band, round(math.expm1(apart), 4))
 
 
 def left_out(measurements: Iterable[Measurement], policy: Policy) -> list[str]:

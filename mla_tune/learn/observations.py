@@ -85,6 +85,8 @@ class Observations:
         for attempt in sorted(tries, key=lambda attempt: attempt.key):
             self._tries.setdefault((attempt.site, attempt.candidate), []).append(attempt)
         ordered = sorted(measurements, key=_order)
+        self.measurements = len(ordered)
+        """How many there are, of any outcome and regime."""
         graph = any(m.regime is Regime.GRAPH and m.outcome is Outcome.OK for m in ordered)
         self.regime = Regime.GRAPH if graph else Regime.EAGER
         self._parts: dict[tuple[Site, str, Shape], dict[str, Measurement]] = {}

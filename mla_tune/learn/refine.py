@@ -12,7 +12,7 @@ from mla_tune.learn.costs import CostModel
 from mla_tune.learn.observations import shares
 from mla_tune.learn.work import Array, work
 from mla_tune.shape import Shape
-from mla_tune.site import ModelConfig, Site, SiteName
+from mla_tune.site import ModelConfig, Site, attention_sites
 from mla_tune.store.measurement import Role
 
 _PER_OCTAVE = 8
@@ -31,16 +31,6 @@ def crossover_shapes(costs: CostModel, models: Iterable[ModelConfig]) -> list[tu
         for site, model in attention_sites(models).items()
     ]
     return [found for row in zip_longest(*columns) for found in row if found is not None]
-
-
-def attention_sites(models: Iterable[ModelConfig]) -> dict[Site, ModelConfig]:
-    """Every attention site of ``models``, each with the last of them that has it."""
-    return {
-        model.site(SiteName.PREFILL_ATTENTION, layer, h_q): model
-        for model in models
-        for h_q in model.heads
-        for layer in model.site_layers(SiteName.PREFILL_ATTENTION)
-    }
 
 
 def _site_crossovers(costs: CostModel, model: ModelConfig, site: Site) -> Iterator[Shape]:

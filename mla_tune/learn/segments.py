@@ -18,7 +18,7 @@ import numpy.typing as npt
 IntArray = npt.NDArray[np.int64]
 
 COST_UNIT = 1e-9
-"""Slowdown that one unit of cost stands for."""
+"""What one unit of cost stands for."""
 _UNITS = 1_000_000_000
 _ROUNDS = 4
 """Times that every threshold of a row is looked at again after the others moved; it settles after two."""
@@ -45,9 +45,7 @@ class Band:
     segments: tuple[Segment, ...]
     """Thresholds ascend at both ends; the first is 0."""
     cost: int
-    """Of its shapes, by which thresholds are placed, in :data:`COST_UNIT`."""
-    slowdown: int
-    """Plain slowdown beyond 1, summed over its shapes, by which it is judged what a step is worth."""
+    """Summed over its shapes, in :data:`COST_UNIT`."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,9 +53,7 @@ class Cells:
     """What each choice costs in each cell. Candidate 0 is the incumbent: it wins every tie."""
 
     costs: IntArray
-    """(num_bins, num_candidates, num_columns) what thresholds are placed by, summed over the shapes of a cell."""
-    slowdowns: IntArray
-    """The same shape: the plain slowdown beyond 1."""
+    """(num_bins, num_candidates, num_columns), summed over the shapes of a cell."""
     counts: IntArray
     """(num_bins,) shapes of each bin."""
     tokens: IntArray
@@ -67,7 +63,7 @@ class Cells:
     middles: IntArray
     """(num_bins,) context tokens that stand for each bin."""
     worth: float
-    """Mean slowdown that a step must save: over the shapes of its bin to be placed, over the whole table's to stay."""
+    """Mean cost that a step must save: over the shapes of its bin to be placed, over the whole table's to stay."""
     shapes: int
     """Shapes of the whole table."""
 
@@ -75,22 +71,18 @@ class Cells:
         return replace(
             self,
             costs=self.costs + other.costs,
-            slowdowns=self.slowdowns + other.slowdowns,
             counts=self.counts + other.counts,
         )
 
     @cached_property
-    def _sums(self) -> tuple[IntArray, IntArray]:
-        """Costs and slowdowns of all columns below each, (num_bins, num_candidates, num_columns + 1)."""
-        pad = ((0, 0), (0, 0), (1, 0))
-        return np.pad(self.costs, pad).cumsum(axis=2), np.pad(self.slowdowns, pad).cumsum(axis=2)
+    def _sums(self) -> IntArray:
+        """Costs of all columns below each, (num_bins, num_candidates, num_columns + 1)."""
+        return np.pad(self.costs, ((0, 0), (0, 0), (1, 0))).cumsum(axis=2)
 
     def judged(self, first_bin: int, end_bin: int, segments: tuple[Segment, ...]) -> Band:
-        """A band with these segments and what it loses."""
-        costs, slowdowns = self._sums
+        """A band with these segments and what it costs."""
         columns = [self._columns(first_bin, end_bin, s.first, s.last) for s in segments]
-        cost, slowdown = (int(self._total(sums, first_bin, segments, columns).sum()) for sums in (costs, slowdowns))
-        return Band(first_bin, end_bin, segments, cost, slowdown)
+        return Band(first_bin, end_bin, segments, int(self._total(first_bin, segments, columns).sum()))
 
     def fitted(self, first_bin: int, end_bin: int, segments: tuple[Segment, ...], reach: int) -> Band:
         """``segments`` with their thresholds moved, by at most ``reach`` columns at each end, to where they cost least."""
@@ -113,7 +105,7 @@ class Cells:
         lasts = self._near(segment.last, reach, floor.last, ceiling.last if ceiling else None)
         if not (firsts.size and lasts.size):
             return segments
-        sums, _ = self._sums
+        sums = self._sums
         columns = self._columns(first_bin, end_bin, firsts[:, None], lasts[None, :])
         before = sums[first_bin:end_bin, segments[index - 1].candidate]
         after = sums[first_bin:end_bin, segment.candidate]
@@ -145,15 +137,13 @@ class Cells:
         share = share.reshape(-1, *(1 for _ in np.shape(np.add(first, last))))
         return np.asarray(np.searchsorted(self.tokens, first + (np.asarray(last) - first) * share))
 
-    def _total(
-        self, sums: IntArray, first_bin: int, segments: tuple[Segment, ...], columns: Sequence[IntArray]
-    ) -> IntArray:
+    def _total(self, first_bin: int, segments: tuple[Segment, ...], columns: Sequence[IntArray]) -> IntArray:
         """(num_bins of the band,) what the segments cost in each bin."""
         rows = np.arange(first_bin, first_bin + len(columns[0]))
         ends = [*columns[1:], np.full_like(columns[0], len(self.tokens))]
         total = np.zeros(len(rows), dtype=np.int64)
         for segment, start, end in zip(segments, columns, ends, strict=True):
-            of = sums[:, segment.candidate]
+            of = self._sums[:, segment.candidate]
             total += of[rows, np.maximum(end, start)] - of[rows, start]
         return total
 
@@ -209,7 +199,7 @@ def few_bands(cells: Cells) -> tuple[Band, ...]:
     """The rows of one range of requests: no step between two of them, and no threshold in one, is worth less than asked.
 
     One band per bin at first; then, always the cheapest first, neighbours are merged and thresholds dropped as long as
-    doing so changes the mean slowdown by less than :attr:`Cells.worth`.
+    doing so changes the mean cost by less than :attr:`Cells.worth`.
     """
     bands = cells.cell_bands()
     before: list[Band] = []
@@ -255,7 +245,7 @@ def _worth(cells: Cells) -> int:
 
 
 def _lost(bands: Sequence[Band]) -> int:
-    return sum(band.slowdown for band in bands)
+    return sum(band.cost for band in bands)
 
 
 _REACH = 3
@@ -267,7 +257,7 @@ def _merge(cells: Cells, bands: list[Band]) -> None:
     joined = [_joined(cells, a, b) for a, b in pairwise(bands)]
     worth = _worth(cells)
     while joined:
-        losses = [joined[i].slowdown - bands[i].slowdown - bands[i + 1].slowdown for i in range(len(joined))]
+        losses = [joined[i].cost - bands[i].cost - bands[i + 1].cost for i in range(len(joined))]
         index = losses.index(min(losses))
         if losses[index] >= worth:
             return
@@ -295,15 +285,15 @@ def _joints(one: Band, other: Band) -> Iterator[tuple[Segment, ...]]:
 
 
 def _without_idle_thresholds(cells: Cells, band: Band) -> Band:
-    """``band`` less the segments that hardly change the mean slowdown, the least useful first."""
+    """``band`` less the segments that hardly change the mean cost, the least useful first."""
     worth = _worth(cells)
     while len(band.segments) > 1:
         shorter = [
             cells.judged(band.first_bin, band.end_bin, _without(band.segments, index))
             for index in range(len(band.segments))
         ]
-        best = min(shorter, key=lambda candidate: candidate.slowdown)
-        if best.slowdown - band.slowdown >= worth:
+        best = min(shorter, key=lambda candidate: candidate.cost)
+        if best.cost - band.cost >= worth:
             break
         band = best
     return band

@@ -1,7 +1,7 @@
 """The shapes that a table is learned for: a dense regular grid, spread evenly over the logarithm of each axis.
 
-A table knows query tokens and context tokens alone. What it cannot see, how the tokens fall into requests, is averaged
-over: every cell of the grid holds all the request counts that fit there, with equal weight.
+A table knows query tokens, context tokens and requests, and one row serves a range of each: every cell of the grid holds
+the shapes that fall into it, with equal weight.
 """
 
 from __future__ import annotations
@@ -29,12 +29,21 @@ _MIN_CONTEXT = 64
 REQUEST_COUNTS: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
 """Request counts of the grid; 64 is the largest that is swept."""
 
-QUERY_COUNTS: tuple[int, ...] = tuple(
-    sorted(
-        {round(2 ** (step / _QUERY_STEPS_PER_OCTAVE)) for step in range(_QUERY_OCTAVES * _QUERY_STEPS_PER_OCTAVE + 1)}
-    )
-)
-"""Query token counts of the grid, 1 .. 65536."""
+_WAVES = (0.5, 1, 2, 4)
+"""Multiples of the SM count where the grid has the counts on both sides: with 128 heads a query fills two blocks, with 64
+one, and a wave that is just over costs the most of one more."""
+_FEWEST_SMS = 16
+"""What has fewer is a CPU, whose threads make no waves."""
+
+
+@lru_cache(maxsize=8)
+def query_counts(sm_count: int) -> tuple[int, ...]:
+    """Query token counts of the grid, 1 .. 65536: six an octave, and where waves begin."""
+    steps = range(_QUERY_OCTAVES * _QUERY_STEPS_PER_OCTAVE + 1)
+    counts = {round(2 ** (step / _QUERY_STEPS_PER_OCTAVE)) for step in steps}
+    if sm_count >= _FEWEST_SMS:
+        counts |= {int(sm_count * wave) + side for wave in _WAVES for side in (0, 1)}
+    return tuple(sorted(counts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -44,8 +53,10 @@ class TrainingGrid:
     shapes: tuple[Shape, ...]
     bins: IntArray
     """(num_shapes,) bin of context tokens, see :func:`bin_start`."""
+    tokens: tuple[int, ...]
+    """Query token counts, see :func:`query_counts`."""
     columns: IntArray
-    """(num_shapes,) index into :data:`QUERY_COUNTS`."""
+    """(num_shapes,) index into :attr:`tokens`."""
     groups: IntArray
     """(num_shapes,) index into :data:`REQUEST_COUNTS`."""
     _works: dict[tuple[str, int | None], Work] = field(default_factory=dict)
@@ -94,24 +105,26 @@ def group_start(index: int) -> int:
 
 
 @lru_cache(maxsize=4)
-def training_grid(max_context: int) -> TrainingGrid:
-    """The grid for models of one context length. Shapes, bins and columns are in one fixed order."""
+def training_grid(max_context: int, sm_count: int) -> TrainingGrid:
+    """The grid for models of one context length on one GPU. Shapes, bins and columns are in one fixed order."""
+    counts = query_counts(sm_count)
     steps = int(np.log2(max_context / _MIN_CONTEXT) * _CONTEXT_STEPS_PER_OCTAVE)
     contexts = {round(_MIN_CONTEXT * 2 ** (step / _CONTEXT_STEPS_PER_OCTAVE)) for step in range(steps + 1)}
     shapes = tuple(
         Shape(num_reqs, tokens, num_reqs * context)
         for num_reqs in REQUEST_COUNTS
         for context in sorted(contexts | {max_context})
-        for tokens in QUERY_COUNTS
+        for tokens in counts
         if num_reqs <= tokens <= num_reqs * context
     )
-    return TrainingGrid(shapes, *cells_of(shapes))
+    bins, columns, groups = cells_of(shapes, counts)
+    return TrainingGrid(shapes, bins, counts, columns, groups)
 
 
-def cells_of(shapes: Sequence[Shape]) -> tuple[IntArray, IntArray, IntArray]:
-    """Bin of context tokens, nearest column of query tokens and range of requests of each shape, three (num_shapes,)."""
+def cells_of(shapes: Sequence[Shape], tokens: Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
+    """Bin of context tokens, nearest of the columns ``tokens`` and range of requests of each shape, three (num_shapes,)."""
     kv_tokens = np.array([shape.kv_tokens for shape in shapes], dtype=np.float64)
-    columns = _nearest(QUERY_COUNTS, [shape.num_qo_tokens for shape in shapes])
+    columns = _nearest(tokens, [shape.num_qo_tokens for shape in shapes])
     groups = _nearest(REQUEST_COUNTS, [shape.num_reqs for shape in shapes])
     return np.rint(_BINS_PER_OCTAVE * np.log2(kv_tokens)).astype(np.int64), columns, groups
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mla_tune.shape import Shape, workload
+from mla_tune.shape import AnyShape, workload
 from mla_tune.site import Site
 
 Array = npt.NDArray[np.float64]
@@ -39,7 +39,7 @@ class Work:
         return self.compressed_rows + self.window_rows
 
 
-def work(site: Site, shapes: Sequence[Shape]) -> Work:
+def work(site: Site, shapes: Sequence[AnyShape]) -> Work:
     """Columns for ``shapes`` in their order."""
     loads = [workload(site, shape) for shape in shapes]
     return Work(

@@ -13,8 +13,8 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from mla_tune.shape import Shape, workload
-from mla_tune.site import MODELS, LayerType, ModelConfig, Site, SiteName
+from mla_tune.shape import AnyShape, RaggedShape, Shape, workload
+from mla_tune.site import MODELS, LayerType, ModelConfig, Site, SiteName, attention_sites
 from mla_tune.store.measurement import Role
 
 
@@ -25,6 +25,13 @@ class Point:
     site: Site
     shape: Shape
     role: Role = Role.FIT
+    ragged: RaggedShape | None = None
+    """Unequal requests of the same three integers, to build inputs of instead; measurements are filed under ``shape``."""
+
+    @property
+    def built(self) -> AnyShape:
+        """What inputs are built of."""
+        return self.ragged or self.shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +170,21 @@ def seed_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteN
     return grid_points(few, models, names, seed)
 
 
+def validation_points(grid: Grid, models: Iterable[ModelConfig], seed: int, count: int) -> list[Point]:
+    """``count`` fresh random shapes to judge a policy by, the attention sites in turns."""
+    sites = attention_sites(models)
+    each = replace(grid, held_out=-(-count // len(sites)))
+    columns = [
+        [
+            Point(site, shape, Role.HELD_OUT)
+            for shape in _random_shapes(each, model, each.held_out, seed, stream=site.key)
+            if attention_flops(site, shape) <= grid.max_attention_flops
+        ]
+        for site, model in sites.items()
+    ]
+    return [point for row in _round_robin(columns) for point in row][:count]
+
+
 def pool(grid: Grid, model: ModelConfig, site: Site) -> list[Shape]:
     """Shapes that an adaptive sweep may choose from at an attention site, regular on the logarithm of each axis."""
     low_q, high_q = grid.dense_query_tokens[0], grid.held_out_query_tokens[1]
@@ -192,12 +214,7 @@ def verification_points(models: Iterable[ModelConfig], names: Iterable[SiteName]
 
 
 def _attention_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Point]:
-    sites = {
-        model.site(SiteName.PREFILL_ATTENTION, layer, h_q): model
-        for model in models
-        for h_q in model.heads
-        for layer in model.site_layers(SiteName.PREFILL_ATTENTION)
-    }
+    sites = attention_sites(models)
     points = []
     for phase in ((_seeds, _coarse, _held_out), (_dense, _chunked)):
         rows: list[tuple[float, list[Point]]] = []
@@ -266,10 +283,18 @@ def _product(contexts: Iterable[tuple[int, int]], tokens: Iterable[int], model: 
 
 
 def _random_shapes(
-    grid: Grid, model: ModelConfig, count: int, seed: int, max_query_tokens: int | None = None
+    grid: Grid,
+    model: ModelConfig,
+    count: int,
+    seed: int,
+    max_query_tokens: int | None = None,
+    stream: str = "",
 ) -> list[Shape]:
-    """``count`` shapes, log-uniform in requests, context and query tokens, within the model's context."""
-    rng = random.Random(f"{seed}/{model.layers[0][0].has_window}")  # one stream for all V4 models, one for V3.2
+    """``count`` shapes, log-uniform in requests, context and query tokens, within the model's context.
+
+    Without a ``stream`` of its own a site shares one with all V4 models, or all of V3.2.
+    """
+    rng = random.Random(f"{seed}/{stream or model.layers[0][0].has_window}")
     low_q, high_q = grid.held_out_query_tokens
     low_c, high_c = grid.held_out_context
     shapes: list[Shape] = []

@@ -109,7 +109,7 @@ class PointMeasurer:
     def _require_memory(self, point: Point) -> None:
         if point.site.name is SiteName.INDEXER_METADATA:
             return
-        needed = required_bytes(point.site, point.shape)
+        needed = required_bytes(point.site, point.built)
         capacity = _memory_bytes(self.device)
         if needed > capacity:
             raise torch.OutOfMemoryError(f"needs {needed / 2**30:.1f} GiB, the device has {capacity / 2**30:.1f} GiB")
@@ -117,8 +117,8 @@ class PointMeasurer:
     def judge(self, point: Point) -> Judge:
         """Fresh inputs of ``point`` and the judge of what candidates make of them."""
         if point.site.name is SiteName.INDEXER_METADATA:
-            return IndexerJudge(point.site, self._builder.context_lens(point.site, point.shape), self.device)
-        return AttentionJudge(self._builder.attention(point.site, point.shape), self.device)
+            return IndexerJudge(point.site, self._builder.context_lens(point.site, point.built), self.device)
+        return AttentionJudge(self._builder.attention(point.site, point.built), self.device)
 
     def _prepare(self, point: Point, name: str, judge: Judge) -> _Ready | Failure:
         reason = candidates.unsupported(point.site, name, self.device)

@@ -52,6 +52,10 @@ USAGE = {
     "endless budget": ([*SWEEP, "--budget", "inf"], "got inf"),
     "budget that is no number": ([*SWEEP, "--budget", "nan"], "got nan"),
     "budget in words": ([*SWEEP, "--budget", "ten"], "'--budget'"),
+    "unknown effort": ([*SWEEP, "--effort", "heroic"], "got 'heroic'; accepted: quick, default, full"),
+    "validation of nothing": (["validate", "--gpu", "cpu", "--points", "0"], "got 0; accepted: 1 to 100000"),
+    "validation without patience": (["validate", "--gpu", "cpu", "--timeout", "0"], "--timeout must be a positive"),
+    "validation of an unknown model": (["validate", "--gpu", "cpu", "--model", "v4"], "got 'v4'; accepted: deepseek"),
     "unknown site of a lookup": (["lookup", "1", "1", *FLASH, "--site", "moe"], "got 'moe'; accepted: prefill"),
     "unknown layer": (["lookup", "1", "1", *PLACE, "--layer", "c5a"], "got 'c5a'; accepted: swa_only, c4a"),
     "layer of another model": (["lookup", "1", "1", *PLACE, "--layer", "dsa"], "got dsa; accepted: c4a"),
@@ -86,7 +90,7 @@ def test_a_wrong_argument_is_named_with_what_is_accepted(
 FAILURES = {
     "a gpu that is not in this machine": (["sweep", "--gpu", "b200"], "nvidia-b200 that is in this machine: found "),
     "verifying one": (["verify", "--gpu", "b200"], "accepted here: auto, "),
-    "a gpu without a policy": (["policy", "show", "--gpu", "gb300"], "got none for nvidia-gb300"),
+    "a gpu without a policy": (["policy", "show", "--gpu", "nvidia-l4"], "got none for nvidia-l4"),
     "a site that was not swept": (["lookup", "1", "1", *FLASH], "policies/cpu.yaml must have a table for prefill"),
     "an explanation of one": (["explain", "1", "1", *FLASH], "policies/cpu.yaml must have a table for prefill"),
     "a policy that is not there": (["policy", "show", "--policy", "no.yaml"], "no.yaml: No such file"),
@@ -199,8 +203,8 @@ def test_a_newer_database_asks_for_an_upgrade(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("schema: 1\n", "schema: 2\n", "upgrade mla-tune"),
-        ("schema: 1\n", "schema: one\n", "schema must be one that is read here: got 'one'"),
+        ("schema: 2\n", "schema: 3\n", "upgrade mla-tune"),
+        ("schema: 2\n", "schema: one\n", "schema must be one that is read here: got 'one'"),
         ("evidence: measured\n", "evidence: measured\nauthor: me\n", "author"),
         ("regime: eager\n", "", "regime"),
         ("noise_band: ", "noise_band: x", "noise_band"),

@@ -11,11 +11,11 @@ from mla_tune.kernels import candidates
 from mla_tune.kernels.formats import page_parts
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.shape import Shape
+from mla_tune.shape import AnyShape, RaggedShape, Shape
 from mla_tune.site import Site, SiteName
 from mla_tune.stages import Amortization, stages
 from mla_tune.sweep.judge import AttentionJudge, IndexerJudge, Judge
-from tests.shapes import every_site, shapes
+from tests.shapes import every_site, ragged_shapes, shapes
 
 CPU = torch.device("cpu")
 DEVICE = candidates.Device("cpu", 0, sm_count=7)  # seven unequal shares of the indexer's schedule
@@ -23,7 +23,7 @@ NAN_BYTE = 0xFF
 attention_sites = every_site(SiteName.PREFILL_ATTENTION)
 
 
-def judge_of(site: Site, shape: Shape) -> Judge:
+def judge_of(site: Site, shape: AnyShape) -> Judge:
     builder = InputBuilder(CPU)
     if site.name is SiteName.INDEXER_METADATA:
         return IndexerJudge(site, builder.context_lens(site, shape), DEVICE)
@@ -45,14 +45,15 @@ def poison_what_no_query_attends_to(inputs: AttentionInputs) -> int:
 
 
 @settings(max_examples=5)
-@given(shape=shapes(max_reqs=4, max_extend=6, max_context=1200))
+@given(shape=shapes(max_reqs=4, max_extend=6, max_context=1200) | ragged_shapes(4, 6, 1200))
 @example(shape=Shape(1, 1, 1))  # nothing to select, a window of one
 @example(shape=Shape(1, 5, 100))  # shorter than the window
 @example(shape=Shape(3, 3, 400))  # one query a request, as in decoding; requests of different lengths
 @example(shape=Shape(2, 7, 7))  # no context but the new tokens
 @example(shape=Shape(1, 2, 9000))  # more rows than top-k
+@example(shape=RaggedShape(((1, 2900), (9, 9), (2, 130))))  # a short extend, a fresh prompt, one in between
 @pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
-def test_every_candidate_gives_the_references_answer(site: Site, shape: Shape) -> None:
+def test_every_candidate_gives_the_references_answer(site: Site, shape: AnyShape) -> None:
     judge = judge_of(site, shape)
     for name in site.candidates:
         assert candidates.unsupported(site, name, DEVICE) is None

@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 
 from mla_tune.kernels import candidates
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder, PagedCache, required_bytes
-from mla_tune.shape import Shape
+from mla_tune.shape import AnyShape, Shape
 from mla_tune.site import SWA_WINDOW, LayerType, Site, SiteName
-from tests.shapes import every_site, shapes
+from tests.shapes import every_site, one_by_one, ragged_shapes, shapes
 
 CPU = torch.device("cpu")
 DEVICE = candidates.Device.current("cpu")
 attention_sites = st.sampled_from(every_site(SiteName.PREFILL_ATTENTION))
-small_shapes = shapes(max_reqs=4, max_extend=12, max_context=1500)
+small_shapes = shapes(max_reqs=4, max_extend=12, max_context=1500) | ragged_shapes(4, 12, 1500)
 
 
-def build(site: Site, shape: Shape, seed: int = 0) -> AttentionInputs:
+def build(site: Site, shape: AnyShape, seed: int = 0) -> AttentionInputs:
     return InputBuilder(CPU, seed).attention(site, shape)
 
 
@@ -41,7 +41,7 @@ def tensors(value: object) -> Iterator[torch.Tensor]:
 
 @settings(max_examples=25)
 @given(attention_sites, small_shapes)
-def test_a_selection_is_distinct_ascending_and_inside_the_querys_context(site: Site, shape: Shape) -> None:
+def test_a_selection_is_distinct_ascending_and_inside_the_querys_context(site: Site, shape: AnyShape) -> None:
     inputs = build(site, shape)
     if site.topk is None:
         assert inputs.topk_indices is None
@@ -69,7 +69,7 @@ def test_a_long_context_is_selected_from_all_over_with_one_row_a_stratum(seed: i
 
 @settings(max_examples=25)
 @given(attention_sites, small_shapes)
-def test_page_tables_are_a_permutation_of_the_pool_that_reaches_every_row_in_use(site: Site, shape: Shape) -> None:
+def test_page_tables_are_a_permutation_of_the_pool_that_reaches_every_row_in_use(site: Site, shape: AnyShape) -> None:
     inputs = build(site, shape)
     for cache in caches(inputs):
         pages = cache.page_table[cache.page_table >= 0]
@@ -84,7 +84,7 @@ def test_page_tables_are_a_permutation_of_the_pool_that_reaches_every_row_in_use
 
 @settings(max_examples=25)
 @given(attention_sites, small_shapes)
-def test_each_query_attends_to_its_window_and_selection_of_its_own_request(site: Site, shape: Shape) -> None:
+def test_each_query_attends_to_its_window_and_selection_of_its_own_request(site: Site, shape: AnyShape) -> None:
     inputs = build(site, shape)
     lengths = [part.lengths.tolist() for part in inputs.selections()]
     expected = []
@@ -104,8 +104,8 @@ def test_each_query_attends_to_its_window_and_selection_of_its_own_request(site:
 
 
 @settings(max_examples=25)
-@given(shapes(max_reqs=5, max_extend=30, max_context=2000))
-def test_positions_are_the_last_of_each_request(shape: Shape) -> None:
+@given(shapes(max_reqs=5, max_extend=30, max_context=2000) | ragged_shapes(5, 30, 2000))
+def test_positions_are_the_last_of_each_request(shape: AnyShape) -> None:
     inputs = build(Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64), shape)
     expected = [
         (request, position)
@@ -118,7 +118,7 @@ def test_positions_are_the_last_of_each_request(shape: Shape) -> None:
 
 @settings(max_examples=15)
 @given(attention_sites, small_shapes, st.integers(0, 1000))
-def test_the_same_seed_gives_the_same_inputs(site: Site, shape: Shape, seed: int) -> None:
+def test_the_same_seed_gives_the_same_inputs(site: Site, shape: AnyShape, seed: int) -> None:
     one, other = build(site, shape, seed), build(site, shape, seed)
     assert all(a.equal(b) for a, b in zip(tensors(one), tensors(other), strict=True))
 
@@ -154,8 +154,8 @@ def test_a_large_pool_repeats_its_tile_and_holds_only_finite_rows() -> None:
 
 
 @settings(max_examples=10)
-@given(attention_sites, shapes(max_reqs=20, max_extend=8, max_context=4000))
-def test_the_stated_memory_is_at_least_what_inputs_candidates_and_outputs_hold(site: Site, shape: Shape) -> None:
+@given(attention_sites, shapes(max_reqs=20, max_extend=8, max_context=4000) | ragged_shapes(20, 8, 4000))
+def test_the_stated_memory_is_at_least_what_inputs_candidates_and_outputs_hold(site: Site, shape: AnyShape) -> None:
     inputs = build(site, shape)
     held = sum(tensor.nbytes for tensor in tensors(inputs))
     held += sum(part.slot_ids.nbytes + part.lengths.nbytes for part in inputs.selections())
@@ -169,7 +169,7 @@ def test_the_stated_memory_is_at_least_what_inputs_candidates_and_outputs_hold(s
 
 @settings(max_examples=20)
 @given(st.sampled_from(every_site(SiteName.INDEXER_METADATA)), small_shapes)
-def test_the_indexers_context_is_counted_in_compressed_rows(site: Site, shape: Shape) -> None:
+def test_the_indexers_context_is_counted_in_compressed_rows(site: Site, shape: AnyShape) -> None:
     lens = InputBuilder(CPU).context_lens(site, shape)
     assert lens.dtype is torch.int32
     assert lens.shape == (shape.num_qo_tokens, 1)
@@ -179,3 +179,11 @@ def test_the_indexers_context_is_counted_in_compressed_rows(site: Site, shape: S
         for position in range(seq - extend, seq)
     ]
     assert lens.flatten().tolist() == expected
+
+
+@settings(max_examples=15)
+@given(attention_sites, shapes(max_reqs=4, max_extend=12, max_context=1500), st.integers(0, 1000))
+def test_requests_listed_one_by_one_give_the_inputs_of_an_equal_split(site: Site, shape: Shape, seed: int) -> None:
+    listed, even = build(site, one_by_one(shape), seed), build(site, shape, seed)
+    assert all(a.equal(b) for a, b in zip(tensors(listed), tensors(even), strict=True))
+    assert listed.work == even.work

@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from mla_tune.learn.acquire import SETTLED, _expected_loss, doubts
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.observations import Observations, shares
-from mla_tune.learn.refine import attention_sites
 from mla_tune.learn.work import work
 from mla_tune.shape import Shape
-from mla_tune.site import MODELS, ModelConfig, Site
+from mla_tune.site import MODELS, ModelConfig, Site, attention_sites
 from mla_tune.store.export import Export, read_export
 from mla_tune.store.measurement import Measurement, Role
 from mla_tune.sweep.grid import gpu_grid, pool, seed_points

@@ -14,7 +14,7 @@ from mla_tune.learn.training import bin_middle, bin_start
 
 WORTH = 1e-3
 UNIT = 1_000_000
-"""A mean slowdown of :data:`WORTH` of one shape, in units."""
+"""A mean cost of :data:`WORTH` of one shape, in units."""
 TOKENS = np.array([1, 2, 4, 8, 16, 32, 64], dtype=np.int64)
 
 
@@ -69,12 +69,11 @@ def test_a_threshold_that_gains_less_than_it_costs_is_left_out() -> None:
     assert best_segments(costs, 5) == ((0, 0), (2, 1))
 
 
-def _cells(slowdowns: np.ndarray, costs: np.ndarray | None = None, shapes: int | None = None) -> Cells:
-    """Bins 10, 11, ... of context tokens; ``slowdowns`` (num_bins, num_candidates, num_columns)."""
-    num_bins, _, num_columns = slowdowns.shape
+def _cells(costs: np.ndarray, shapes: int | None = None) -> Cells:
+    """Bins 10, 11, ... of context tokens; ``costs`` (num_bins, num_candidates, num_columns)."""
+    num_bins, _, num_columns = costs.shape
     return Cells(
-        costs=slowdowns if costs is None else costs,
-        slowdowns=slowdowns,
+        costs=costs,
         counts=np.full(num_bins, num_columns),
         tokens=TOKENS[:num_columns],
         starts=np.array([bin_start(10 + index) for index in range(num_bins + 1)]),
@@ -88,11 +87,11 @@ def _random_cells(num_bins: int, seed: int, groups: int = 1, candidates: int = 2
     random = np.random.default_rng(seed)
     shape = (num_bins, candidates, len(TOKENS))
     drawn = [random.integers(0, 20 * UNIT, shape) for _ in range(groups)]
-    return [_cells(slowdowns, 2 * slowdowns, groups * num_bins * len(TOKENS)) for slowdowns in drawn]
+    return [_cells(costs, groups * num_bins * len(TOKENS)) for costs in drawn]
 
 
 def _by_hand(cells: Cells, bands: tuple[Band, ...]) -> int:
-    """What the bands lose, threshold by threshold and cell by cell."""
+    """What the bands cost, threshold by threshold and cell by cell."""
     total = 0
     for band in bands:
         start, end = cells.starts[band.first_bin], cells.starts[band.end_bin]
@@ -100,7 +99,7 @@ def _by_hand(cells: Cells, bands: tuple[Band, ...]) -> int:
             share = (cells.middles[index] - start) / (end - start)
             for column, tokens in enumerate(cells.tokens):
                 chosen = [s.candidate for s in band.segments if tokens >= s.first + (s.last - s.first) * share][-1]
-                total += int(cells.slowdowns[index, chosen, column])
+                total += int(cells.costs[index, chosen, column])
     return total
 
 
@@ -109,12 +108,12 @@ seeds = st.integers(0, 2**32 - 1)
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 6), seeds, st.integers(2, 3))
-def test_rows_cover_every_bin_once_and_lose_what_they_say(num_bins: int, seed: int, candidates: int) -> None:
+def test_rows_cover_every_bin_once_and_cost_what_they_say(num_bins: int, seed: int, candidates: int) -> None:
     (cells,) = _random_cells(num_bins, seed, candidates=candidates)
     bands = few_bands(cells)
     assert [band.first_bin for band in bands] == [0, *(band.end_bin for band in bands)][: len(bands)]
     assert bands[-1].end_bin == num_bins
-    assert sum(band.slowdown for band in bands) == _by_hand(cells, bands)
+    assert sum(band.cost for band in bands) == _by_hand(cells, bands)
 
 
 @settings(max_examples=40, deadline=None)
@@ -138,7 +137,7 @@ def test_no_threshold_that_is_left_could_go_for_less_than_it_is_worth(num_bins: 
             kept = [segment for i, segment in enumerate(band.segments) if i != index]
             kept[0] = Segment(kept[0].candidate, 0, 0)
             shorter = cells.judged(band.first_bin, band.end_bin, tuple(kept))
-            assert shorter.slowdown - band.slowdown >= WORTH * 1e9 * cells.shapes
+            assert shorter.cost - band.cost >= WORTH * 1e9 * cells.shapes
 
 
 @settings(max_examples=20, deadline=None)
@@ -152,18 +151,18 @@ def test_groups_cover_every_range_of_requests_once(num_bins: int, seed: int, gro
 
 
 def test_bins_and_request_ranges_that_agree_become_one_row() -> None:
-    slowdowns = np.tile(np.array([[0, 0, 8], [8, 8, 0]]) * 100 * UNIT, (5, 1, 1))
-    ((first, bands),) = few_groups([_cells(slowdowns, shapes=45)] * 3)
+    costs = np.tile(np.array([[0, 0, 8], [8, 8, 0]]) * 100 * UNIT, (5, 1, 1))
+    ((first, bands),) = few_groups([_cells(costs, shapes=45)] * 3)
     assert first == 0
     assert len(bands) == 1
 
 
 def test_a_crossover_that_rises_with_the_context_is_one_slanted_row() -> None:
-    slowdowns = np.zeros((6, 2, len(TOKENS)), dtype=np.int64)
+    costs = np.zeros((6, 2, len(TOKENS)), dtype=np.int64)
     for index in range(6):
-        slowdowns[index, 0, bin_middle(10 + index) / 8 > TOKENS] = 50 * UNIT
-        slowdowns[index, 1, bin_middle(10 + index) / 8 <= TOKENS] = 50 * UNIT
-    (band,) = few_bands(_cells(slowdowns))
-    assert band.slowdown == 0
+        costs[index, 0, bin_middle(10 + index) / 8 > TOKENS] = 50 * UNIT
+        costs[index, 1, bin_middle(10 + index) / 8 <= TOKENS] = 50 * UNIT
+    (band,) = few_bands(_cells(costs))
+    assert band.cost == 0
     assert [segment.candidate for segment in band.segments] == [1, 0]
     assert band.segments[1].first < band.segments[1].last

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.learn.training import QUERY_COUNTS, bin_start, training_grid
+from mla_tune.learn.training import bin_start, training_grid
 from mla_tune.learn.work import work
 from mla_tune.shape import Shape
 from mla_tune.site import MODELS, SWA_WINDOW, LayerType, Site, SiteName
@@ -53,15 +53,15 @@ def test_columns_keep_the_order_of_the_shapes(site: Site, many: list[Shape]) -> 
 
 
 def test_every_shape_of_the_training_grid_is_in_its_cell() -> None:
-    grid = training_grid(163840)
+    grid = training_grid(163840, 132)
     for shape, bin_index, column in zip(grid.shapes, grid.bins, grid.columns, strict=True):
-        assert shape.num_qo_tokens == QUERY_COUNTS[column]
+        assert shape.num_qo_tokens == grid.tokens[column]
         assert bin_start(int(bin_index)) <= shape.kv_tokens < bin_start(int(bin_index) + 1)
     assert max(shape.context for shape in grid.shapes) == 163840
 
 
 def test_shapes_outside_what_was_swept_are_not_trained_on() -> None:
-    grid = training_grid(163840)
+    grid = training_grid(163840, 132)
     inside = grid.inside([Shape(1, 16, 4096), Shape(4, 256, 65536)])
     kept = [shape for shape, keep in zip(grid.shapes, inside, strict=True) if keep]
     assert kept
@@ -69,7 +69,7 @@ def test_shapes_outside_what_was_swept_are_not_trained_on() -> None:
 
 
 def test_heads_do_not_change_the_work() -> None:
-    grid = training_grid(163840)
+    grid = training_grid(163840, 132)
     model = MODELS["deepseek-v3.2"]
     few, many = (grid.work(model.site(SiteName.PREFILL_ATTENTION, LayerType.DSA, h_q)) for h_q in (64, 128))
     assert np.array_equal(few.attended, many.attended)

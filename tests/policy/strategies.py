@@ -22,6 +22,7 @@ from mla_tune.policy import (
     Source,
     Table,
 )
+from mla_tune.policy_evidence import Modelled, ScaledFrom, StageUncertainty, Uncertainty
 from mla_tune.policy_rules import accepted_heads, problems
 from mla_tune.site import CANDIDATES, FORWARD, MODELS, SiteName
 
@@ -121,6 +122,26 @@ def policy(*tables: Table, **changes: Any) -> Policy:
     return msgspec.structs.replace(base, **changes)
 
 
+MODELLED = Modelled(
+    scaled_from=ScaledFrom(sku="nvidia-h200", sm_count=132),
+    limits="carried over",
+    stages=(
+        StageUncertainty(
+            site="prefill_attention/c4a/h64/k512", candidate="sparse_fwd", stage="attention", measured=0.02, scaled=0.25
+        ),
+    ),
+)
+
+
+def modelled_policy(*tables: Table, **changes: Any) -> Policy:
+    """A policy of one B200, scaled from the H200, changed as asked."""
+    stated = (Uncertainty(candidate="sparse_fwd", relative=0.27), Uncertainty(candidate="with_kvcache", relative=0.5))
+    unjudged = HeldOut(points=0, slowdown=())
+    given = tables or (table(uncertainty=stated, noise_band=1.2, held_out=unjudged),)
+    target = Gpu(sku="nvidia-b200", sm_count=148)
+    return policy(*given, **{"gpu": target, "evidence": "modelled", "modelled": MODELLED, **changes})
+
+
 def full_policy() -> Policy:
     """A table for every site, model, head count and layer, a dozen rows each: what one GPU's file holds."""
     row = table().rows[1]
@@ -201,10 +222,10 @@ def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]
     )
 
 
-def without_crossing(**fields: Any) -> Table:
+def without_crossing(*, modelled: bool, **fields: Any) -> Table:
     """A table, with level thresholds where rounding would let slanted ones pass each other."""
     found = Table(**fields)
-    if not list(problems(policy(found))):
+    if not list(problems(modelled_policy(found) if modelled else policy(found))):
         return found
     rows = [
         msgspec.structs.replace(
@@ -215,8 +236,23 @@ def without_crossing(**fields: Any) -> Table:
     return msgspec.structs.replace(found, rows=tuple(rows))
 
 
+relative_errors = st.floats(0, 1e9, allow_nan=False)
+
+
 @st.composite
-def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]) -> Table:
+def stated(draw: st.DrawFn) -> Modelled:
+    stage = st.builds(
+        StageUncertainty, site=names, candidate=names, stage=names, measured=relative_errors, scaled=relative_errors
+    )
+    return Modelled(
+        scaled_from=ScaledFrom(sku=draw(names), sm_count=draw(counts)),
+        limits=draw(words),
+        stages=tuple(draw(st.lists(stage, max_size=2))),
+    )
+
+
+@st.composite
+def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0], *, modelled: bool = False) -> Table:
     site, model, h_q, layer = key
     candidates = tuple(sorted(draw(st.sets(st.sampled_from(CANDIDATES[site]), min_size=1))))
     ranges = st.tuples(counts, counts).map(lambda pair: (min(pair), max(pair)))
@@ -224,14 +260,17 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]
     barred = draw(ineligible([name for name in candidates if name != incumbent]))
     served = tuple(name for name in candidates if name not in {entry.candidate for entry in barred})
     rules = ["policy", *draw(st.lists(words.filter(lambda word: word != "policy"), unique=True, max_size=2))]
+    uncertain = draw(st.lists(st.sampled_from(candidates), unique=True)) if modelled else []
     return without_crossing(
+        modelled=modelled,
         site=site.value,
         model=model,
         h_q=h_q,
         layer=str(layer),
         incumbent=incumbent,
         candidates=candidates,
-        noise_band=draw(st.floats(0, 1, exclude_max=True)),
+        noise_band=draw(relative_errors if modelled else st.floats(0, 1, exclude_max=True)),
+        uncertainty=tuple(Uncertainty(candidate=name, relative=draw(relative_errors)) for name in uncertain),
         measured=Range(num_qo_tokens=draw(ranges), kv_tokens=draw(ranges), num_reqs=draw(ranges)),
         limits=draw(limits(candidates)),
         ineligible=barred,
@@ -251,6 +290,7 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
     keys = draw(st.lists(st.sampled_from(KEYS), unique=True, min_size=1, max_size=2))
+    modelled = draw(st.booleans())
     libraries = draw(st.lists(st.builds(Library, name=names, version=names, sha256=names), max_size=2))
     environment = st.builds(
         PolicyEnvironment,
@@ -264,9 +304,10 @@ def policies(draw: st.DrawFn) -> Policy:
     return Policy(
         schema=2,
         gpu=Gpu(sku=draw(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)), sm_count=draw(counts)),
-        evidence=draw(st.sampled_from(["measured", "modelled"])),
+        evidence="modelled" if modelled else "measured",
+        modelled=draw(stated()) if modelled else None,
         regime=draw(st.sampled_from(["graph", "eager"])),
         environment=draw(environment),
         source=draw(st.builds(Source, file=names, sha256=names, measurements=counts, command=names)),
-        tables=tuple(draw(tables(key)) for key in keys),
+        tables=tuple(draw(tables(key, modelled=modelled)) for key in keys),
     )

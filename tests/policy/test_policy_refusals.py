@@ -9,7 +9,7 @@ import pytest
 
 from mla_tune.errors import PolicyError
 from mla_tune.policy import MAX_POLICY_BYTES, dump_policy, parse_policy
-from tests.policy.strategies import policy
+from tests.policy.strategies import modelled_policy, policy, table
 
 GOOD = dump_policy(policy()).decode()
 
@@ -180,6 +180,40 @@ def test_a_broken_rule_names_its_place_value_and_next_step(old: str, new: str, p
     assert re.match(rf"p\.yaml:\d+: {re.escape(place)} ", message)
     assert rule in message
     assert message.endswith("; rebuild the file with `mla-tune fit`")
+
+
+MODELLED_GOOD = dump_policy(modelled_policy()).decode()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "place", "rule"),
+    [
+        ("\nevidence: modelled", "\nevidence: measured", "modelled", "exactly where evidence is modelled: got it"),
+        ("relative: 0.5", "relative: -0.5", "tables[0].uncertainty[1].relative", "at least 0: got -0.5"),
+        ("relative: 0.5", "relative: 1" + "0" * 400 + ".0", "tables[0].uncertainty[1].relative", "got inf"),
+        ("{candidate: with_kvcache, rel", "{candidate: jit, rel", "tables[0].uncertainty[1].candidate", "got 'jit'"),
+        ("{candidate: with_kvcache, rel", "{candidate: sparse_fwd, rel", "tables[0].uncertainty[1]", "not repeat"),
+        ("scaled: 0.25", "scaled: -0.25", "modelled.stages[0].scaled", "at least 0: got -0.25"),
+        ("measured: 0.02", "measured: -0.02", "modelled.stages[0].measured", "at least 0: got -0.02"),
+        ("{sku: nvidia-h200, sm_count: 132}", "{sku: x, sm_count: 0}", "modelled.scaled_from.sm_count", "at least 1"),
+    ],
+)
+def test_a_broken_rule_of_a_modelled_policy_names_its_place(old: str, new: str, place: str, rule: str) -> None:
+    assert MODELLED_GOOD.count(old) == 1
+    message = refusal(MODELLED_GOOD.replace(old, new))
+    assert re.match(rf"p\.yaml:\d+: {re.escape(place)} ", message)
+    assert rule in message
+
+
+def test_a_modelled_policy_must_state_what_it_was_scaled_from() -> None:
+    with pytest.raises(PolicyError, match="exactly where evidence is modelled: got none with evidence modelled"):
+        dump_policy(modelled_policy(modelled=None))
+
+
+def test_a_measured_table_states_no_uncertainty() -> None:
+    (uncertain,) = modelled_policy().tables
+    with pytest.raises(PolicyError, match=r"tables\[0\]\.uncertainty must be absent from a measured table"):
+        dump_policy(policy(table(uncertainty=uncertain.uncertainty)))
 
 
 def test_the_line_is_that_of_the_value() -> None:

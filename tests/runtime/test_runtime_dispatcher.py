@@ -15,7 +15,7 @@ from mla_tune.packaged import packaged_policies, packaged_policy
 from mla_tune.policy import Gpu, Library, Limit, Policy, PolicyEnvironment, digest, write_policy
 from mla_tune.runtime import Dispatcher, Reason
 from mla_tune.site import FORWARD, MODELS, SiteName
-from tests.policy.strategies import KEYS, full_policy, policy, table
+from tests.policy.strategies import KEYS, full_policy, modelled_policy, policy, table
 
 H200 = GpuIdentity("NVIDIA H200", "nvidia-h200", 132, "580.1")
 CHECKOUT = Path(__file__).parents[2]
@@ -179,10 +179,21 @@ def test_an_unknown_fallback_word_is_refused_everywhere(policy_file: Path) -> No
 
 
 def test_a_modelled_policy_says_so_at_load(caplog: pytest.LogCaptureFixture) -> None:
-    Dispatcher(policy(evidence="modelled"), source="p.yaml")
+    dispatcher = Dispatcher(modelled_policy(), source="p.yaml")
     assert [record.getMessage() for record in caplog.records] == [
-        "p.yaml is modelled: none of its thresholds was measured on nvidia-h200"
+        "p.yaml is modelled: none of its thresholds was measured on nvidia-b200"
     ]
+    assert dispatcher.evidence == "modelled"
+
+
+def test_a_measured_policy_says_so_without_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", logger="mla_tune"):
+        dispatcher = Dispatcher(policy(), source="p.yaml")
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "p.yaml is measured on nvidia-h200")
+    ]
+    assert dispatcher.evidence == "measured"
+    assert Dispatcher(None, source="off", fallback="incumbent").evidence == "none"
 
 
 def test_threads_that_miss_together_are_logged_once(caplog: pytest.LogCaptureFixture) -> None:

@@ -13,7 +13,7 @@ from mla_tune.bench.sampling import MIN_SAMPLES
 from mla_tune.kernels import candidates
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.shape import Shape
+from mla_tune.shape import RaggedShape, Shape
 from mla_tune.site import SiteName
 from mla_tune.stages import Amortization, stages
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role, fault
@@ -175,6 +175,22 @@ def test_a_check_compares_and_times_nothing(measurer: PointMeasurer, monkeypatch
     }
     assert all(row.latency_us is None for row in rows)
     assert TIMING not in entered
+
+
+def test_unequal_requests_are_what_runs_and_their_three_integers_what_is_recorded(
+    measurer: PointMeasurer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ragged, built = RaggedShape(((1, 260), (2, 40))), []
+    prepare = candidates.prepare_attention
+
+    def spy(inputs: AttentionInputs, name: str, device: candidates.Device) -> Prepared:
+        built.append(inputs.seq_lens.tolist())
+        return prepare(inputs, name, device)
+
+    monkeypatch.setattr(candidates, "prepare_attention", spy)
+    rows, _ = rows_of(measurer, Task(replace(POINT, ragged=ragged), POINT.site.candidates))
+    assert built == [[260, 40]] * len(POINT.site.candidates)
+    assert {(row.shape, row.outcome) for row in rows} == {(Shape(2, 3, 300), Outcome.OK)}
 
 
 def test_only_the_candidates_of_the_task_are_measured(measurer: PointMeasurer) -> None:

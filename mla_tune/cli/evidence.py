@@ -1,0 +1,101 @@
+"""The policy that options name, and the measurements behind it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mla_tune.cli.places import export_path, policy_path, policy_sku
+from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError
+from mla_tune.packaged import packaged_policy
+from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
+from mla_tune.runtime import Dispatcher
+from mla_tune.site import FORWARD, SiteName
+from mla_tune.site import model as find_model
+
+if TYPE_CHECKING:
+    from mla_tune.learn.costs import CostModel
+    from mla_tune.replay.prices import Pricer
+
+
+def named_policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
+    """The policy that the options name, and what to call it in messages."""
+    if path is not None:
+        return parse_policy(read_policy_file(path), str(path)), str(path)
+    sku = policy_sku(gpu)
+    local = policy_path(sku)
+    if local.is_file():
+        return parse_policy(read_policy_file(local), str(local)), str(local)
+    shipped = packaged_policy(sku)
+    return parse_policy(shipped.read_bytes(), shipped.name), shipped.name
+
+
+def measured_costs(policy: Policy, name: str, measurements: Path | None) -> CostModel:
+    """Cost curves of the measurements behind ``policy``, which messages call ``name``.
+
+    Raises :class:`StoreError` without them and :class:`EnvironmentMismatchError` for another GPU's.
+    """
+    from mla_tune.cli import render
+    from mla_tune.learn.costs import CostModel
+    from mla_tune.store.export import export_sha256, read_export
+
+    measured_sku = policy.modelled.scaled_from.sku if policy.modelled else policy.gpu.sku
+    export = measurements or export_path(measured_sku)
+    if measurements is None and not export.is_file():
+        raise StoreError(
+            f"a choice is explained by the measurements behind it: no file {export} here; run this in a checkout that has "
+            "it, or pass --measurements"
+        )
+    found = read_export(export)
+    environment = found.environment
+    if environment.sku != measured_sku:
+        raise EnvironmentMismatchError(
+            f"a choice is explained by the measurements behind it: {name} is for {policy.gpu.sku}, "
+            f"{export} was measured on {environment.sku}; pass the export of {measured_sku} with --measurements"
+        )
+    if export_sha256(export) != policy.source.sha256:
+        render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
+    costs = CostModel(environment, found.measurements)
+    if not policy.modelled:
+        return costs
+    from mla_tune.datasheet import datasheet
+    from mla_tune.learn.modelled import ModelledCosts
+
+    return ModelledCosts(costs, datasheet(policy.gpu.sku))
+
+
+@dataclass(frozen=True, slots=True)
+class Evidence:
+    """A policy's tables for one model, and what its choices cost."""
+
+    pricer: Pricer
+    policy: str
+    """Name of the policy, for messages."""
+    sku: str
+
+
+def evidence(model: str, h_q: int | None, gpu: str, policy: Path | None, measurements: Path | None) -> Evidence:
+    """Tables and prices of one model under the policy that the options name.
+
+    Raises :class:`PolicyError` where the policy lacks a table that a whole forward needs.
+    """
+    from mla_tune.replay.prices import Pricer, Tables
+
+    loaded, name = named_policy(policy, gpu)
+    dispatcher, config = Dispatcher(loaded, source=name), find_model(model)
+
+    def table(site: SiteName, layer: str) -> Table:
+        heads = h_q if site is SiteName.PREFILL_ATTENTION else None
+        found = dispatcher.resolve(site, model=model, layer=layer, h_q=heads).table
+        if found is None:
+            raise PolicyError(f"traffic is judged by a table: {name} has none for {site} of {model}, layer {layer}")
+        return found
+
+    attention = SiteName.PREFILL_ATTENTION
+    tables = Tables(
+        attention=table(attention, FORWARD),
+        layers=tuple(table(attention, layer) for layer in config.site_layers(attention)),
+        metadata=table(SiteName.INDEXER_METADATA, FORWARD),
+    )
+    return Evidence(Pricer(measured_costs(loaded, name, measurements), tables), name, loaded.gpu.sku)

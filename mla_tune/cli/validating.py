@@ -1,0 +1,81 @@
+"""The command ``validate``: a policy's choices against fresh measurements on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from mla_tune.cli import device_output
+from mla_tune.cli.evidence import named_policy
+from mla_tune.cli.options import (
+    DEFAULT_TIMEOUT_S,
+    GpuOption,
+    JsonOption,
+    ModelOption,
+    PolicyOption,
+    TimeoutOption,
+    chosen_models,
+    positive_seconds,
+)
+from mla_tune.cli.places import make_folder, this_device, validation_path
+from mla_tune.errors import GoalMissedError, UsageError
+
+if TYPE_CHECKING:
+    from mla_tune.learn.observations import Observations
+    from mla_tune.sweep.grid import Point
+
+_MOST_POINTS = 100_000
+
+
+def validate(
+    gpu: GpuOption = "auto",
+    points: Annotated[int, typer.Option("--points", help="Random shapes to measure, over all sites together.")] = 400,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the shapes; one that no fit has used.")] = 1,
+    policy: PolicyOption = None,
+    model: ModelOption = None,
+    db: Annotated[Path | None, typer.Option("--db", help="Its own database (default db/<sku>.validate.db).")] = None,
+    timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure random shapes and judge a policy by them; exit 3 if it misses its goal. Run again, it goes on."""
+    device = this_device(gpu)
+    if not 1 <= points <= _MOST_POINTS:
+        raise UsageError(f"--points must be a number of shapes: got {points}; accepted: 1 to {_MOST_POINTS}")
+    positive_seconds("--timeout", timeout)
+    loaded, _ = named_policy(policy, device.sku)
+    models = chosen_models(model)
+    from mla_tune.learn.validate import Goal
+    from mla_tune.learn.validate import validate as judge
+    from mla_tune.sweep.grid import cpu_grid, gpu_grid, validation_points
+
+    grid = cpu_grid() if device.kind == "cpu" else gpu_grid(device.sm_count)
+    path = db or validation_path(device.sku)
+    make_folder(path)
+    wanted = validation_points(grid, models, seed, points)
+    result = judge(_measured(device.kind, path, wanted, timeout, as_json), loaded)
+    missed = result.missed(Goal())
+    device_output.validation(result, missed, as_json)
+    if missed:
+        raise GoalMissedError(f"the policy misses its goal: {'; '.join(missed)}; next: sweep again and fit")
+
+
+def _measured(kind: str, path: Path, points: list[Point], timeout_s: float, quiet: bool) -> Observations:
+    """What was measured at ``points``, now or by an earlier call."""
+    from mla_tune.learn.observations import Observations
+    from mla_tune.store.database import Database
+    from mla_tune.store.lock import sweep_lock
+    from mla_tune.sweep.preset import DEFAULT
+    from mla_tune.sweep.runner import Sweep
+
+    places = {(point.site, point.shape) for point in points}
+    with (
+        sweep_lock(path),
+        Database.open(path) as database,
+        Sweep(kind, timeout_s, sampling_s=DEFAULT.sampling_s) as worker,
+        device_output.live_progress(quiet=quiet) as on_progress,
+    ):
+        worker.run(database, points, on_progress=on_progress)
+        rows = database.measurements(worker.environment.id)
+    return Observations(row for row in rows if (row.site, row.shape) in places)
