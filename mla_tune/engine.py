@@ -22,6 +22,8 @@ class Engine(StrEnum):
     """vLLM 0.33.0 with at least :data:`FEW_HEADS` query heads a rank."""
     VLLM_FEW_HEADS = "vllm-few-heads"
     """vLLM 0.33.0 with fewer: it then takes the KV-cache kernel for all tokens of V3.2."""
+    OWN = "mla-tune"
+    """Whoever runs this project's kernels: SGLang's choice, and the variants of ``sparse_fwd`` that no engine has."""
 
 
 FEW_HEADS = 32
@@ -38,8 +40,10 @@ class EngineChoice:
     """What it can take, sorted."""
 
 
+_SHARED = ("sparse_fwd", "with_kvcache")
+_VARIANTS = ("sparse_fwd_fused", "sparse_fwd_selected")
 _VLLM_DSA = ("sparse_fwd", WITH_KVCACHE_MIXED)
-_OWN = {
+_VLLM = {
     Engine.VLLM: EngineChoice("sparse_fwd", _VLLM_DSA),
     Engine.VLLM_FEW_HEADS: EngineChoice(WITH_KVCACHE_MIXED, _VLLM_DSA),
 }
@@ -49,9 +53,10 @@ def engine_choice(engine: Engine, name: SiteName, layer: LayerType) -> EngineCho
     """What ``engine`` takes, and can take, at a site of ``layer``."""
     if name is SiteName.INDEXER_METADATA:
         return EngineChoice(incumbent(name, layer), ("deep_gemm", "jit"))
-    if engine in _OWN and layer is LayerType.DSA:
-        return _OWN[engine]
-    return EngineChoice(incumbent(name, layer), ("sparse_fwd", "with_kvcache"))
+    if engine in _VLLM and layer is LayerType.DSA:
+        return _VLLM[engine]
+    variants = _VARIANTS if engine is Engine.OWN else ()
+    return EngineChoice(incumbent(name, layer), tuple(sorted((*_SHARED, *variants))))
 
 
 def table_engine(engine: Engine, name: SiteName, model: ModelConfig) -> Engine:

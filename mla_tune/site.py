@@ -74,14 +74,6 @@ CANDIDATES: dict[SiteName, tuple[str, ...]] = {
 }
 
 
-def engine_path(candidate: str) -> str:
-    """The path of an engine that ``candidate`` is a way to run: ``sparse_fwd`` for each of its variants, else itself.
-
-    An engine that lacks a variant's kernels takes its own ones on the same path.
-    """
-    return "sparse_fwd" if candidate.startswith("sparse_fwd") else candidate
-
-
 _SELECTS_FEW = frozenset({LayerType.C4A, LayerType.DSA})
 """Layer types with a top-k: only there can rows be left out, the others select all or nothing."""
 

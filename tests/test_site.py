@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
 from mla_tune.site import (
-    CANDIDATES,
     DEEPSEEK_V3_2,
     DEEPSEEK_V4_FLASH,
     DEEPSEEK_V4_PRO,
@@ -17,7 +16,6 @@ from mla_tune.site import (
     ModelConfig,
     Site,
     SiteName,
-    engine_path,
     model,
 )
 from mla_tune.stages import Amortization, stages
@@ -109,11 +107,6 @@ def test_stages_of_a_whole_forward_come_first(site: Site) -> None:
         ranks = [order.index(stage.amortization) for stage in stages(site, candidate)]
         assert ranks
         assert ranks == sorted(ranks)
-
-
-def test_an_engine_with_two_paths_knows_which_one_a_variant_is() -> None:
-    assert {engine_path(name) for name in CANDIDATES[SiteName.PREFILL_ATTENTION]} == {"sparse_fwd", "with_kvcache"}
-    assert engine_path("jit") == "jit"
 
 
 def test_a_site_says_the_overlap_of_its_inputs_only_where_there_is_one() -> None:

@@ -13,7 +13,7 @@ from statistics import median
 
 import msgspec
 
-from mla_tune.engine import Engine
+from mla_tune.engine import Engine, engine_choice
 from mla_tune.errors import FitError
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.crossover import Candidates, swept_shapes, table_rows
@@ -195,12 +195,15 @@ def _candidates(observations: Observations, scope: Scope, first_call_bound_s: fl
 
 
 def _incumbent_ran(observations: Observations, scope: Scope) -> bool:
-    """Whether there is something to switch from; in a table of another engine than SGLang, also something to switch to.
+    """Whether there is something to switch from; in a table of another engine than SGLang, also something of its own.
 
     A sweep from before that engine's candidates were known ran what the engines share, and says nothing about them.
     """
     ran = scope.candidates(observations)
-    return scope.incumbent in ran and (scope.engine is Engine.SGLANG or len(ran) > 1)
+    shared = {
+        name for site, _ in scope.parts for name in engine_choice(Engine.SGLANG, scope.name, site.layer).candidates
+    }
+    return scope.incumbent in ran and (scope.engine is Engine.SGLANG or bool(set(ran) - shared))
 
 
 def _noise_band(observations: Observations, scope: Scope, names: Sequence[str]) -> float:

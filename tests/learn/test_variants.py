@@ -4,12 +4,13 @@ from dataclasses import replace
 
 import pytest
 
+from mla_tune.engine import Engine
 from mla_tune.launch import CombineConfig, KernelLaunch
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.explain import explain
 from mla_tune.learn.fit import fit_policy
 from mla_tune.learn.usable import usable
-from mla_tune.policy import Policy, dump_policy, parse_policy
+from mla_tune.policy import Policy, Table, dump_policy, parse_policy
 from mla_tune.shape import Shape
 from mla_tune.site import LayerType, Site, SiteName
 from mla_tune.store.measurement import Measurement, Role
@@ -28,8 +29,14 @@ def fitted(rows: list[Measurement], tuned: tuple[Tuned, ...] = ()) -> Policy:
     return fit_policy(ENVIRONMENT, rows, source=SOURCE, tuned=tuned)
 
 
+def own_table(policy: Policy) -> Table:
+    """What whoever runs these kernels chooses by."""
+    (table,) = (t for t in policy.tables if (t.layer, t.model, t.engine) == ("c4a", "deepseek-v4-flash", Engine.OWN))
+    return table
+
+
 def chosen(policy: Policy) -> set[str]:
-    (table,) = (table for table in policy.tables if table.layer == "c4a" and table.model == "deepseek-v4-flash")
+    table = own_table(policy)
     return {choice.candidate for row in table.rows for choice in row.choices}
 
 
@@ -43,6 +50,12 @@ def test_dequantizing_the_selected_rows_alone_wins_where_neighbours_share_them(o
     assert overlapping.overlap == 95
     assert parse_policy(dump_policy(overlapping), "again") == overlapping
     assert b"\noverlap: 95\n" in dump_policy(overlapping)
+
+
+def test_no_engine_is_told_to_take_a_kernel_that_it_lacks(overlapping: Policy) -> None:
+    for table in overlapping.tables:
+        if table.engine is not Engine.OWN:
+            assert not any(name.startswith("sparse_fwd_") for name in table.candidates)
 
 
 def test_a_policy_is_of_one_overlap_and_independent_without_a_word() -> None:
@@ -66,8 +79,7 @@ def test_what_ran_with_other_launch_parameters_is_not_fitted() -> None:
 
 def test_every_stage_of_a_variant_is_explained(overlapping: Policy) -> None:
     costs = CostModel(ENVIRONMENT, measured(replace(C4A, overlap=95)))
-    (table,) = (table for table in overlapping.tables if table.layer == "c4a" and table.model == "deepseek-v4-flash")
-    explained = {c.candidate: c for c in explain(costs, table, Shape(1, 64, 1 << 20)).candidates}
+    explained = {c.candidate: c for c in explain(costs, own_table(overlapping), Shape(1, 64, 1 << 20)).candidates}
     assert [line.stage for line in explained["sparse_fwd_fused"].stages] == ["prepare", "attention"]
     assert {"mark", "compact", "dequantize_selected"} < {line.stage for line in explained["sparse_fwd_selected"].stages}
     selected, whole = (explained[name].total_us for name in ("sparse_fwd_selected", "sparse_fwd"))

@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import product
 from pathlib import Path
 
-import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,7 +15,7 @@ from mla_tune.policy import Limit, write_policy
 from mla_tune.runtime import Dispatcher, Reason, Rule
 from mla_tune.site import CANDIDATES, SiteName
 from mla_tune.switches import RankMismatch, Switches
-from tests.policy.strategies import full_policy, policy, table
+from tests.policy.strategies import full_policy, modelled_policy, policy, table
 
 H200 = GpuIdentity("NVIDIA H200", "nvidia-h200", 132, "580.1")
 VARIABLES = ("POLICY", "MODE", "ALLOW_MODELLED", "RANKS", "RECORD")
@@ -72,7 +71,7 @@ def test_a_modelled_policy_serves_where_it_is_allowed_or_named_and_not_forbidden
     allowed: str | None, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "shipped" / "nvidia-h200.yaml"
-    write_policy(path, msgspec.structs.replace(full_policy(), evidence="modelled"))
+    write_policy(path, modelled_policy(gpu=full_policy().gpu))
     if named:
         monkeypatch.setenv("MLA_TUNE_POLICY", str(path))
     if allowed is not None:
