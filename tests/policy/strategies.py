@@ -162,7 +162,9 @@ def full_policy() -> Policy:
     tables = []
     for site, model, h_q, layer, engine in KEYS:
         changes: dict[str, Any] = {"site": site.value, "model": model, "h_q": h_q, "layer": str(layer), "rows": rows}
-        if engine is not Engine.SGLANG:
+        if engine is Engine.OWN:
+            changes["engine"] = engine
+        elif engine is not Engine.SGLANG:
             changes |= {"engine": engine, "candidates": ("sparse_fwd", "with_kvcache_mixed"), "rows": mixed_rows}
         if site is SiteName.INDEXER_METADATA:
             changes |= {"incumbent": "jit", "candidates": ("deep_gemm", "jit"), "rows": indexer_rows}

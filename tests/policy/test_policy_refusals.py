@@ -126,7 +126,7 @@ CHOICES = f"{ROW}.choices"
             "[sparse_fwd, with_kvcache]",
             "[sparse_fwd, jit]",
             "tables[0].candidates[1]",
-            "accepted: sparse_fwd, sparse_",
+            "accepted: sparse_fwd, with_kv",
         ),
         ("[sparse_fwd, with_kvcache]", "[sparse_fwd, sparse_fwd]", "tables[0].candidates[1]", "must not repeat"),
         ("[sparse_fwd, with_kvcache]", "[with_kvcache]", "tables[0].incumbent", "got 'sparse_fwd'; accepted: with_kv"),

@@ -87,7 +87,7 @@ def test_a_modelled_policy_serves_where_it_is_allowed_or_named_and_not_forbidden
 @pytest.mark.parametrize(
     ("name", "value", "accepted"),
     [
-        ("MODE", "on", "accepted: auto, off, or pin: with one of sparse_fwd, with_kvcache, deep_gemm, jit"),
+        ("MODE", "on", "accepted: auto, off, or pin: with one of sparse_fwd, sparse_fwd_fused, "),
         ("MODE", "pin:", "got ''; accepted: sparse_fwd"),
         ("MODE", "pin:sparse", "got 'sparse'; accepted: sparse_fwd"),
         ("MODE", "pin:sparse_fwd,with_kvcache", "one candidate per site"),
@@ -122,7 +122,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
     assert Switches().on_rank_mismatch is RankMismatch.REFUSE
 
 
-@given(st.integers(-5, 1 << 62), st.integers(-5, 1 << 62), st.sampled_from(CANDIDATES[SiteName.PREFILL_ATTENTION]))
+@given(st.integers(-5, 1 << 62), st.integers(-5, 1 << 62), st.sampled_from(("sparse_fwd", "with_kvcache")))
 def test_a_pinned_candidate_is_answered_for_every_shape_up_to_its_limit(q: int, kv: int, pinned: str) -> None:
     limit = Limit(candidate=pinned, num_qo_tokens=9000, fails_at=9001, found_by="probe", reason="illegal memory")
     dispatcher = Dispatcher(policy(table(limits=(limit,))), source="test", switches=Switches(pins=(pinned,)))
