@@ -98,6 +98,7 @@ def _measured(
     from mla_tune.sweep.splitting import SplitMeasurer
 
     scopes = [table_scope(table) for table, _ in tables]
+    singles = [table.candidates for table, _ in tables]
     measurer = SplitMeasurer(device.kind, seed)
     for number, outlook in enumerate(predicted, 1):
         splits = [entry.split for entry in outlook.layers]
@@ -106,11 +107,10 @@ def _measured(
             continue
         shape = RaggedShape(tuple((r.num_qo_tokens, r.kv_tokens) for r in outlook.batch.requests))
         taken = []
-        for where, split in zip(scopes, splits, strict=True):
+        for where, names, split in zip(scopes, singles, splits, strict=True):
             cached = split.parts[1].requests if split else ()
-            taken.append(
-                timed(where, [row for site, _ in where.parts for row in measurer.measure(site, shape, cached)])
-            )
+            rows = [r for site, _ in where.parts for r in measurer.measure(site, shape, cached, names)]
+            taken.append(timed(where, names, rows))
         if not quiet:
             note(f"batch {number} of {len(predicted)}")
         yield tuple(taken)

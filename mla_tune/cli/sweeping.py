@@ -15,8 +15,10 @@ from mla_tune.cli.options import (
     GpuOption,
     JsonOption,
     ModelOption,
+    OverlapOption,
     SiteOption,
     TimeoutOption,
+    checked_overlap,
     chosen_models,
     chosen_sites,
     positive_seconds,
@@ -47,6 +49,7 @@ def sweep(
         int, typer.Option("--repeat", help="Sweep so many times, and report which choices differ from the first.")
     ] = 1,
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
+    overlap: OverlapOption = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its estimated time, measure nothing.")
     ] = False,
@@ -63,6 +66,8 @@ def sweep(
     from mla_tune.cli import pipeline
 
     plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset)
+    if checked_overlap(overlap):
+        plan = pipeline.overlapping(plan, overlap)
     if dry_run:
         device_output.plan(plan.points, device, as_json)
         return
@@ -74,7 +79,7 @@ def sweep(
             timeout_s=timeout,
             repeat=repeat,
             path=db or database_path(device.sku),
-            fits=not no_fit,
+            fits=not no_fit and not overlap,  # the committed policy is that of independent selections
             as_json=as_json,
         )
     )

@@ -6,7 +6,8 @@ that request's first token, which attends to itself alone: one tile each, and on
 Elsewhere both outputs are moved. The query rows of a part that do not lie together are gathered.
 
 As everywhere here, the selection is taken to be there for each path: rows for the workspace, slots for the cache. An
-engine's top-k transform has to write either by request.
+engine's top-k transform has to write either by request, and for V3.2, whose indices the kernel takes as they are, that
+first token's for a row of the other part.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from mla_tune.kernels import sparse_fwd, with_kvcache
 from mla_tune.kernels.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs, PagedCache
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.launch import DEFAULT_LAUNCHES, Launches
 from mla_tune.shape import RaggedShape, compressed_row_counts, fresh_request, window_row_counts, workload
 from mla_tune.stages import split_stages
 
@@ -28,12 +30,14 @@ NAME = "split"
 """What its measurements are called; no policy names it."""
 
 
-def prepare(inputs: AttentionInputs, cached: Sequence[int], kernels: FlashMla | None) -> Prepared:
+def prepare(
+    inputs: AttentionInputs, cached: Sequence[int], kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES
+) -> Prepared:
     """Bind a batch whose requests ``cached`` (indices) read the cache; the others get a workspace.
 
     ``kernels`` None means the torch implementations on the CPU. Raises :class:`UsageError` where a part has no request.
     """
-    split = _Split(inputs, _checked(cached, inputs.shape.num_reqs), kernels)
+    split = _Split(inputs, _checked(cached, inputs.shape.num_reqs), kernels, launches)
     return Prepared(
         candidate=NAME,
         stages=split.stages(),
@@ -84,7 +88,9 @@ class _Rows:
 class _Split:
     """Both parts, prepared, and what joins them."""
 
-    def __init__(self, inputs: AttentionInputs, cached: list[int], kernels: FlashMla | None) -> None:
+    def __init__(
+        self, inputs: AttentionInputs, cached: list[int], kernels: FlashMla | None, launches: Launches
+    ) -> None:
         others = sorted(set(range(inputs.shape.num_reqs)) - set(cached))
         is_cached = torch.zeros(inputs.shape.num_reqs, dtype=torch.bool)
         is_cached[cached] = True
@@ -103,7 +109,7 @@ class _Split:
             if rows.run is None and part.q.shape[0] == len(rows.index)
         ]
         self.gathered = [buffer for _, buffer in self._gathers]
-        self.workspace = sparse_fwd.prepare(workspace, kernels)
+        self.workspace = sparse_fwd.prepare(workspace, kernels, launches)
         self._from_cache = with_kvcache.prepare(from_cache, kernels)
 
     def stages(self) -> tuple[BoundStage, ...]:
@@ -132,7 +138,7 @@ class _Split:
 
 def _words(rows: torch.Tensor) -> torch.Tensor:
     """(n, heads, dim) bf16 as (n, words) int64: torch works out an address for every element that it moves."""
-    return rows.flatten(1).view(torch.int64)
+    return rows.view(rows.shape[0], -1).view(torch.int64)  # a view or an error: a copy would take the rows nowhere
 
 
 def _request(inputs: AttentionInputs, index: int) -> tuple[int, int]:
@@ -146,11 +152,12 @@ def _subset(inputs: AttentionInputs, requests: list[int], rows: _Rows) -> Attent
     shape = RaggedShape(tuple(_request(inputs, r) for r in requests))
     place = torch.full((inputs.shape.num_reqs,), -1, dtype=torch.int32, device=device)
     place[picks] = torch.arange(len(requests), dtype=torch.int32, device=device)
+    work = workload(inputs.site, shape)
     windows = window_row_counts(list(shape.requests)) if layer.has_window else [0] * len(requests)
     return replace(
         inputs,
         shape=shape,
-        work=workload(inputs.site, shape),
+        work=work,
         q=rows.taken(inputs.q),
         window=_pages_of(inputs.window, picks),
         compressed=_pages_of(inputs.compressed, picks),
@@ -162,6 +169,7 @@ def _subset(inputs: AttentionInputs, requests: list[int], rows: _Rows) -> Attent
         cu_window=_prefix(windows, device),
         positions=rows.taken(inputs.positions),
         token_to_req=place[rows.taken(inputs.token_to_req).long()],
+        workspace=inputs.workspace[: work.rows],
     )
 
 

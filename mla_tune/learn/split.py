@@ -187,6 +187,7 @@ class _Alone:
     window: Array
     selection_width: Array
     index_width: Array
+    distinct_rows: Array
 
     @classmethod
     def of(cls, site: Site, requests: Sequence[Request]) -> _Alone:
@@ -201,6 +202,7 @@ class _Alone:
             window=load.window * load.num_qo_tokens,
             selection_width=load.selection_width,
             index_width=load.index_width,
+            distinct_rows=load.distinct_rows,
         )
 
     def first(self, order: Sequence[int]) -> Work:
@@ -226,6 +228,7 @@ class _Alone:
             window=total(self.window) / tokens,
             selection_width=largest(self.selection_width),
             index_width=largest(self.index_width),
+            distinct_rows=total(self.distinct_rows),
         )
 
     def last(self, order: Sequence[int]) -> Work:

@@ -160,7 +160,11 @@ class Outlook:
 
 
 def outlooks(planners: Sequence[tuple[Planner, int]], batches: Iterable[Batch]) -> tuple[Outlook, ...]:
-    """Predictions for ``batches``, in their order, by planners with the layers that each counts for."""
+    """Predictions for ``batches``, in their order, by planners with the layers that each counts for.
+
+    Window ids count once a forward; layer types that split differently need them once each, which is left out: it is
+    microseconds of milliseconds.
+    """
 
     def seen(planner: Planner, layers: int, batch: Batch) -> LayerOutlook:
         plan, split = planner.plan(batch.requests), planner.best_split(batch.requests)
@@ -188,12 +192,11 @@ class Timed:
         return self.split_us if len(plan.parts) > 1 else dict(self.single_us)[plan.best_single]
 
 
-def timed(where: Scope, rows: Sequence[Measurement]) -> Timed:
-    """Whole times out of ``rows``, which hold each site of ``where`` at one batch and in one regime.
+def timed(where: Scope, names: Sequence[str], rows: Sequence[Measurement]) -> Timed:
+    """Whole times of the paths ``names`` and of the split; ``rows`` are of each site of ``where``, of one batch and regime.
 
     For every path alike: its per-layer sequence, and the stages of a whole forward one by one, spread over the layers.
     """
-    names = where.parts[0][0].candidates
     whole = {}
     for name in (*names, SPLIT):
         sites_us = [_site_us(where, site, layers, name, rows) for site, layers in where.parts]

@@ -15,8 +15,9 @@ from mla_tune.kernels.split import NAME
 from mla_tune.shape import RaggedShape
 from mla_tune.site import Site
 from mla_tune.store.measurement import Measurement
+from mla_tune.sweep.failure import DeviceLostError
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.measure import DeviceLostError, PointMeasurer
+from mla_tune.sweep.measure import PointMeasurer
 from mla_tune.sweep.messages import Task
 
 
@@ -29,14 +30,16 @@ class SplitMeasurer:
         self._cached: tuple[int, ...] = ()
         candidates.add(NAME, self._prepare)
 
-    def measure(self, site: Site, batch: RaggedShape, cached: Sequence[int]) -> list[Measurement]:
-        """Rows of every part of the two paths, and of ``split`` with the requests ``cached`` read from the cache.
+    def measure(
+        self, site: Site, batch: RaggedShape, cached: Sequence[int], singles: Sequence[str]
+    ) -> list[Measurement]:
+        """Rows of every part of ``singles``, and of ``split`` with the requests ``cached`` read from the cache.
 
         All are compared with the reference before and after they are timed; what is wrong or fails has a row that says so.
         They are of one regime: GPU time, or the CPU's. Raises :class:`MlaTuneError` if the device is lost.
         """
         self._cached = tuple(cached)
-        task = Task(Point(site, batch.evened(), ragged=batch), (*site.candidates, NAME))
+        task = Task(Point(site, batch.evened(), ragged=batch), (*singles, NAME))
         try:
             return list(self._measurer.measure(task, lambda name: None))
         except DeviceLostError as lost:

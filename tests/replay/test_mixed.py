@@ -20,6 +20,7 @@ from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Re
 from tests.replay.conftest import export, pricer
 
 FLASH = MODELS["deepseek-v4-flash"]
+NAMES = ("sparse_fwd", "with_kvcache")
 WHERE = scope(SiteName.PREFILL_ATTENTION, FLASH, FORWARD, 64)
 
 
@@ -138,7 +139,7 @@ def measured() -> list[Measurement]:
 
 
 def test_whole_times_are_the_layers_and_what_they_share() -> None:
-    found = timed(WHERE, measured())
+    found = timed(WHERE, NAMES, measured())
     assert found.faults == ()
     observations = Observations(measured()[: -sum(len(split_stages(site)) + 1 for site, _ in WHERE.parts)])
     for name, us in found.single_us:
@@ -171,7 +172,7 @@ def test_a_path_that_failed_in_one_layer_type_has_no_whole_time_and_says_why(can
         site, SHAPE, Role.FIT, candidate, PER_LAYER_TOTAL, Regime.GRAPH, Outcome.WRONG_RESULT, "row 3 differs"
     )
     rows = [m for m in measured() if (m.site, m.candidate) != (site, candidate)]
-    found = timed(WHERE, [*rows, failed])
+    found = timed(WHERE, NAMES, [*rows, failed])
     assert dict([*found.single_us, (SPLIT, found.split_us)])[candidate] is None
     assert found.faults == (f"{candidate} at {site.key}: wrong_result: row 3 differs",)
     assert (found.split_us is None) == (candidate == SPLIT)

@@ -19,6 +19,7 @@ from mla_tune.sweep.splitting import SplitMeasurer
 from tests.shapes import every_site
 
 BATCH = RaggedShape(((2, 900), (6, 6), (1, 300)))
+SINGLES = ("sparse_fwd", "with_kvcache")
 C4A = next(site for site in every_site() if site.layer == "c4a" and site.h_q == 64)
 
 
@@ -28,8 +29,8 @@ def of_split(rows: Sequence[Measurement]) -> list[Measurement]:
 
 @pytest.mark.parametrize("site", [s for s in every_site() if s.h_q == 64], ids=lambda site: site.key)
 def test_both_paths_and_the_split_are_timed_in_every_stage(site: Site) -> None:
-    rows = SplitMeasurer("cpu", 0).measure(site, BATCH, [0, 2])
-    assert {row.candidate for row in rows} == {*site.candidates, split.NAME}
+    rows = SplitMeasurer("cpu", 0).measure(site, BATCH, [0, 2], SINGLES)
+    assert {row.candidate for row in rows} == {*SINGLES, split.NAME}
     assert [fault(row) for row in rows] == [None] * len(rows)
     assert {(row.shape, row.regime, row.outcome) for row in rows} == {(BATCH.evened(), Regime.EAGER, Outcome.OK)}
     parts = {row.part for row in of_split(rows)}
@@ -39,7 +40,7 @@ def test_both_paths_and_the_split_are_timed_in_every_stage(site: Site) -> None:
 def test_a_wrong_split_is_not_timed_and_the_single_paths_are(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = split.prepare
 
-    def spoiled(inputs: AttentionInputs, cached: Sequence[int], kernels: object) -> Prepared:
+    def spoiled(inputs: AttentionInputs, cached: Sequence[int], kernels: object, launches: object) -> Prepared:
         prepared = prepare(inputs, cached, None)
         *others, merge = prepared.stages
 
@@ -50,15 +51,15 @@ def test_a_wrong_split_is_not_timed_and_the_single_paths_are(monkeypatch: pytest
         return replace(prepared, stages=(*others, replace(merge, run=run)))
 
     monkeypatch.setattr(split, "prepare", spoiled)
-    rows = SplitMeasurer("cpu", 0).measure(C4A, BATCH, [0, 2])
+    rows = SplitMeasurer("cpu", 0).measure(C4A, BATCH, [0, 2], SINGLES)
     (wrong,) = of_split(rows)
     assert (wrong.outcome, wrong.latency_us) == (Outcome.WRONG_RESULT, None)
     assert "relative error" in wrong.detail
-    assert {row.candidate for row in rows if row.outcome is Outcome.OK} == set(C4A.candidates)
+    assert {row.candidate for row in rows if row.outcome is Outcome.OK} == set(SINGLES)
 
 
 def test_a_split_of_nothing_is_an_outcome_of_its_own() -> None:
-    (failed,) = of_split(SplitMeasurer("cpu", 0).measure(C4A, BATCH, []))
+    (failed,) = of_split(SplitMeasurer("cpu", 0).measure(C4A, BATCH, [], SINGLES))
     assert failed.outcome is Outcome.RUNTIME_ERROR
     assert "a split needs requests in both parts" in failed.detail
 
