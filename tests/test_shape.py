@@ -9,7 +9,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.shape import AnyShape, RaggedShape, Shape, compressed_row_counts, selection_width, workload
+from mla_tune.shape import AnyShape, RaggedShape, Shape, compressed_row_counts, fresh_request, selection_width, workload
 from mla_tune.site import SWA_WINDOW, LayerType, Site, SiteName
 from tests.shapes import every_site, one_by_one, ragged_shapes, shapes
 
@@ -167,3 +167,10 @@ def test_requests_that_no_server_batches_are_refused_in_one_line(
     with pytest.raises(UsageError, match=said) as caught:
         RaggedShape(requests)
     assert len(str(caught.value)) < 200
+
+
+@given(ragged_shapes(5, 20, 20))
+def test_a_fresh_request_is_the_first_without_a_cached_token(shape: RaggedShape) -> None:
+    cached = [seq - extend for extend, seq in shape.requests]
+    found = fresh_request(shape.requests)
+    assert found == (cached.index(0) if 0 in cached else None)
