@@ -47,7 +47,7 @@ LAYERS: dict[str, set[str]] = {
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
     "sweep": {"kernels", "bench", "store"} | WORDS,
-    "learn": {"store", "lookup", "threshold"} | POLICY | WORDS,
+    "learn": {"store", "lookup", "threshold", "traffic"} | POLICY | WORDS,
     "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
     "integrations": {"runtime", "policy", "errors", "site"},

@@ -39,6 +39,7 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
     from mla_tune.cli import render
     from mla_tune.learn.costs import CostModel
     from mla_tune.store.export import export_sha256, read_export
+    from mla_tune.store.measurement import Regime
 
     measured_sku = policy.modelled.scaled_from.sku if policy.modelled else policy.gpu.sku
     export = measurements or export_path(measured_sku)
@@ -56,7 +57,7 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
         )
     if export_sha256(export) != policy.source.sha256:
         render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    costs = CostModel(environment, found.measurements)
+    costs = CostModel(environment, found.measurements, regime=Regime(policy.regime))
     if not policy.modelled:
         return costs
     from mla_tune.datasheet import datasheet

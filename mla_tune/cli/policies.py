@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mla_tune.cli.evidence import measured_costs, named_policy
-from mla_tune.cli.options import PolicyOption
+from mla_tune.cli.options import PolicyOption, TrafficOption, byte_count, chosen_regime
 from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.policy import Table
@@ -41,6 +41,13 @@ def fit(
     first_call_bound: Annotated[
         float, typer.Option("--first-call-bound", help="Longest first call on a new shape, s, of a served candidate.")
     ] = 1.0,
+    regime: Annotated[
+        str | None, typer.Option("--regime", help="Time to minimize: graph (the GPU's) or eager (the host's too).")
+    ] = None,
+    traffic: TrafficOption = None,
+    cap: Annotated[
+        str | None, typer.Option("--max-workspace-bytes", help="Most workspace of a choice, for example 512MiB.")
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
@@ -51,12 +58,18 @@ def fit(
     from mla_tune.cli import pipeline, render
     from mla_tune.store.export import read_export
 
+    wishes = pipeline.Wishes(
+        regime=chosen_regime(regime),
+        traffic=traffic,
+        max_workspace_bytes=None if cap is None else byte_count("--max-workspace-bytes", cap),
+    )
     source = measurements or export_path(policy_sku(gpu))
     target = out or policy_path(read_export(source).environment.sku)
-    fitted = pipeline.fit(source, target, first_call_bound)
+    fitted = pipeline.fit(source, target, first_call_bound, wishes=wishes)
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
+        render.weighted(fitted.weighted)
         render.next_command(fitted.policy, target)
 
 

@@ -17,6 +17,7 @@ from mla_tune.cli.options import (
     ModelOption,
     SiteOption,
     TimeoutOption,
+    TrafficOption,
     chosen_models,
     chosen_sites,
     positive_seconds,
@@ -46,6 +47,7 @@ def sweep(
     repeat: Annotated[
         int, typer.Option("--repeat", help="Sweep so many times, and report which choices differ from the first.")
     ] = 1,
+    traffic: TrafficOption = None,
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its estimated time, measure nothing.")
@@ -62,7 +64,7 @@ def sweep(
         raise UsageError(f"--repeat must be a number of sweeps: got {repeat}; accepted: 1 to {_MOST_REPEATS}")
     from mla_tune.cli import pipeline
 
-    plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset)
+    plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset, traffic)
     if dry_run:
         device_output.plan(plan.points, device, as_json)
         return
@@ -117,7 +119,7 @@ def _sweep(request: _Request) -> None:
     fitted = None
     try:
         if request.fits:
-            fitted = pipeline.fit(export, policy)
+            fitted = pipeline.fit(export, policy, wishes=pipeline.Wishes(traffic=request.plan.recorded))
     finally:
         if request.as_json:
             repeats = [pipeline.compare(first, other) for other in others]
@@ -127,6 +129,7 @@ def _sweep(request: _Request) -> None:
     if fitted:
         render.policy_summary(fitted.policy, policy, as_json=False)
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
+        render.weighted(fitted.weighted)
     for other in others:
         device_output.repetition(pipeline.compare(first, other), other.path)
     if fitted:
