@@ -67,7 +67,8 @@ def beside_a_threshold(inside: Table, kv_tokens: int, num_reqs: int, rng: random
 
 def random_shapes(where: Scope, inside: Table, count: int, seed: int) -> list[Shape]:
     """Inside the measured ranges, where rows decide: half of them beside a threshold, at any request count."""
-    rng, measured, found = random.Random(seed), inside.measured, []
+    rng, measured = random.Random(seed), inside.measured
+    found: list[Shape] = []
     while len(found) < count:
         reqs = round(measured.num_reqs[1] ** rng.random())
         kv_tokens = round(reqs * 64 * (where.model.max_context / 64) ** rng.random())
@@ -229,7 +230,7 @@ def test_a_row_that_answers_a_barred_candidate_anywhere_is_found_out(data: st.Da
     )
     kv_end = int(frame.kv_ends[last]) + 1
     line = Threshold.through((row.kv_tokens_from, kv_end), (ends[0], ends[1]))
-    barred = cells.barred[members.start : members.stop].any(axis=0)
+    barred = np.asarray(cells.barred[members.start : members.stop].any(axis=0))
 
     def answers_a_barred(kv_tokens: int, tokens: int, name: str) -> bool:
         at = int(np.searchsorted(frame.kv_ends, kv_tokens)), cells.names.index(name)
