@@ -27,8 +27,8 @@ from mla_tune.traffic import Shape as Recorded
 from mla_tune.traffic import Traffic, dump_traffic
 
 UNIFORM_SHARE = 0.1
-"""Part of the weight that stays evenly spread. No optimum: a shape that the traffic lacks counts a tenth, so a loss there
-must be ten times as large as before to keep a threshold."""
+"""Part of the weight that stays evenly spread. No optimum: with traffic at two shapes alone, the held-out points of an
+H200's c4a and dsa tables lose 1.002 on average at most with 0.02, 0.1 and 0.3 alike, against 1.000 without weights."""
 _WEIGHT_STEP = 1 / 1024
 """Weights are rounded to it, so that they depend neither on the order of a sum nor on a library's rounding."""
 
