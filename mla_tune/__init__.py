@@ -4,4 +4,4 @@ Importing this package loads nothing else. A server imports :mod:`mla_tune.runti
 lives behind the ``mla-tune`` command and the ``tune`` extra.
 """
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -31,6 +31,7 @@ class Reason(StrEnum):
     OUTSIDE = "outside measured range"
     LIMIT = "limit"
     FALLBACK = "fallback"
+    PIN = "pin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,19 +139,31 @@ def compile_table(table: Table) -> Choose:
 
 
 def _group_tree(table: Table, group: list[Span], outside: str) -> str:
-    rows = [(span.row.kv_tokens_from, _row_tree(table, span)) for span in group]
+    rows = [(span.row.kv_tokens_from, _row_tree(table, span, outside)) for span in group]
     return _bounded("kv_tokens", rows, table.measured.kv_tokens, outside)
 
 
-def _row_tree(table: Table, span: Span) -> str:
+def _row_tree(table: Table, span: Span, outside: str) -> str:
     q_low, q_high = table.measured.num_qo_tokens
+    if not table.limits and _inside(table, span):
+        choices = [(span.threshold(choice).below(), repr(choice.candidate)) for choice in span.row.choices]
+        return _cut("num_qo_tokens", choices, (q_low, q_high), outside)
 
-    def inside(tokens: int) -> str:
-        if q_low <= tokens <= q_high:
-            return _choices_tree(table, span, tokens)
-        return repr(_answer(table, table.incumbent, tokens))
+    def at(tokens: int) -> str:
+        if not q_low <= tokens <= q_high:
+            return repr(_answer(table, table.incumbent, tokens))
+        choices = span.row.choices
+        return _tree([(span.threshold(c).below(), repr(_answer(table, c.candidate, tokens))) for c in choices])
 
-    return _by_counts(table, inside)
+    return _by_counts(table, at)
+
+
+def _inside(table: Table, span: Span) -> bool:
+    """Whether every threshold of a row lies inside the measured counts, all along the row."""
+    q_low, q_high = table.measured.num_qo_tokens
+    thresholds = [span.threshold(choice) for choice in span.row.choices[1:]]
+    start, end = span.row.kv_tokens_from, max(span.kv_tokens_end, span.row.kv_tokens_from)
+    return all(q_low <= line.at(start) and line.at(end) <= q_high for line in thresholds)
 
 
 def _by_counts(table: Table, expression: Callable[[int], str]) -> str:
@@ -160,19 +173,24 @@ def _by_counts(table: Table, expression: Callable[[int], str]) -> str:
     return _tree([(f"num_qo_tokens < {start}", expression(start)) for start in sorted(starts)])
 
 
-def _choices_tree(table: Table, span: Span, tokens: int) -> str:
-    """The choices of one row, where the same limits apply as at ``tokens``; the thresholds ascend."""
-    choices = span.row.choices
-    return _tree([(span.threshold(c).below(), repr(_answer(table, c.candidate, tokens))) for c in choices])
-
-
 def _bounded(variable: str, segments: list[tuple[int, str]], measured: tuple[int, int], outside: str) -> str:
     """A tree over ``segments``, cut to the measured range."""
     low, high = measured
     first = [expression for start, expression in segments if start <= low][-1]
     inside = [(low, first), *((start, expression) for start, expression in segments if low < start <= high)]
-    bounds = [(low - 1, outside), *inside, (high + 1, outside)]
-    return _tree([(f"{variable} < {start}", expression) for start, expression in bounds])
+    return _cut(variable, [(f"{variable} < {start}", expression) for start, expression in inside], measured, outside)
+
+
+def _cut(variable: str, segments: Sequence[tuple[str, str]], measured: tuple[int, int], outside: str) -> str:
+    """A tree over segments inside a measured range whose ends only the outer segments ask for."""
+    found = list(segments)
+    test, expression = found[0]
+    if expression != outside:
+        found[0] = (test, f"({outside} if {variable} < {measured[0]} else {expression})")
+    test, expression = found[-1]
+    if expression != outside:
+        found[-1] = (test, f"({expression} if {variable} < {measured[1] + 1} else {outside})")
+    return _tree(found)
 
 
 def _tree(segments: Sequence[tuple[str, str]]) -> str:

@@ -17,8 +17,10 @@ from typing import Any
 import msgspec
 
 from mla_tune import __version__
+from mla_tune.engine import Engine
 from mla_tune.errors import PolicyError
 from mla_tune.policy_evidence import Modelled, TrafficWeights, Uncertainty, WorkspaceCap, header_lines
+from mla_tune.policy_kernels import KernelConfig
 from mla_tune.policy_rules import problems
 from mla_tune.policy_yaml import REBUILD, line_of, read_yaml, shown, write_yaml
 
@@ -119,7 +121,7 @@ class Range(_Record, frozen=True):
     num_reqs: tuple[int, int]
 
 
-class Table(_Record, frozen=True, omit_defaults=True):
+class Table(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """The dispatch table of one site, model, head count and layer type."""
 
     site: str
@@ -128,6 +130,8 @@ class Table(_Record, frozen=True, omit_defaults=True):
     """Query heads per rank as the kernel sees them; null where heads play no role."""
     layer: str
     """A layer type, or ``forward``: one choice for the whole mix of layers."""
+    engine: Engine = Engine.SGLANG
+    """The engine that chooses; written only where it is another than SGLang."""
     incumbent: str
     candidates: tuple[str, ...]
     """Every candidate that was measured, sorted; choices and limits name only these."""
@@ -180,7 +184,7 @@ class Source(_Record, frozen=True):
     command: str
 
 
-class Policy(_Record, frozen=True, omit_defaults=True):
+class Policy(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """One policy file."""
 
     schema: int
@@ -191,6 +195,10 @@ class Policy(_Record, frozen=True, omit_defaults=True):
     """The timing regime that the thresholds minimize: ``graph`` on a GPU, ``eager`` on the CPU."""
     environment: PolicyEnvironment
     source: Source
+    overlap: int = 0
+    """Percent of its selection that a query was assumed to share with the one before it, where there is a top-k."""
+    kernel_config: tuple[KernelConfig, ...] = ()
+    """Launch parameters of our own kernels that were tuned on this GPU; the others keep their defaults."""
     tables: tuple[Table, ...]
     modelled: Modelled | None = None
     """Of a modelled policy, which it must state; otherwise None."""
@@ -198,7 +206,7 @@ class Policy(_Record, frozen=True, omit_defaults=True):
 
 
 _ONE_LINE = frozenset({"gpu", "scaled_from", "measured", "choices", "workspace_cap", "objective"})
-_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown", "uncertainty", "stages"})
+_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown", "uncertainty", "stages", "kernel_config"})
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
+from mla_tune.engine import Engine, engine_choice, engine_heads, table_engine
+from mla_tune.policy_kernels import kernel_config_fault
 from mla_tune.policy_yaml import MAX_INT64, shown
-from mla_tune.site import CANDIDATES, FORWARD, MODELS, ModelConfig, SiteName
+from mla_tune.site import FORWARD, MODELS, OVERLAPS, ModelConfig, SiteName
 from mla_tune.threshold import Threshold
 
 if TYPE_CHECKING:
@@ -46,12 +48,22 @@ def problems(policy: Policy) -> Iterator[Problem]:
             yield Problem(f"environment.libraries[{index}].name", "must be a distribution name: got ''")
     yield from _unique("environment.libraries", [library.name for library in policy.environment.libraries])
     yield from _number("source.measurements", policy.source.measurements, low=1)
+    if policy.overlap not in OVERLAPS:
+        accepted = ", ".join(map(str, OVERLAPS))
+        yield Problem("overlap", f"must be one that inputs are built with: got {policy.overlap}; accepted: {accepted}")
+    for index, entry in enumerate(policy.kernel_config):
+        reason = kernel_config_fault(entry)
+        if reason is not None:
+            yield Problem(f"kernel_config[{index}]", f"must be launch parameters of a kernel: {reason}")
+    yield from _unique("kernel_config", [(entry.kernel, entry.size_from) for entry in policy.kernel_config])
     yield from _modelled(policy)
     if policy.objective is not None:
         yield from _weights(policy.objective)
     if not policy.tables:
         yield Problem("tables", "must hold at least one table: got none")
-    yield from _unique("tables", [(table.site, table.model, table.h_q, table.layer) for table in policy.tables])
+    yield from _unique(
+        "tables", [(table.site, table.model, table.h_q, table.layer, table.engine) for table in policy.tables]
+    )
     for index, table in enumerate(policy.tables):
         yield from _table(f"tables[{index}]", table, measured=policy.evidence == "measured")
 
@@ -94,7 +106,7 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
     yield from wrong_keys
     if wrong_keys:  # the rules below need a known site and model
         return
-    known = CANDIDATES[SiteName(table.site)]
+    known = accepted_candidates(SiteName(table.site), MODELS[table.model], table.engine)
     if not table.candidates:
         yield Problem(f"{path}.candidates", f"must name at least one: got none; accepted: {', '.join(known)}")
     for index, candidate in enumerate(table.candidates):
@@ -131,15 +143,30 @@ def _keys(path: str, table: Table) -> Iterator[Problem]:
         return
     site, model = SiteName(table.site), MODELS[table.model]
     yield from _one_of(f"{path}.layer", table.layer, [*model.site_layers(site), FORWARD])
-    heads = accepted_heads(site, model)
+    engines = accepted_engines(site, model)
+    yield from _one_of(f"{path}.engine", str(table.engine), engines)
+    if table.engine not in engines:
+        return
+    heads = accepted_heads(site, model, table.engine)
     if table.h_q not in heads:
         accepted = ", ".join("null" if h_q is None else str(h_q) for h_q in heads)
         yield Problem(f"{path}.h_q", f"must be one that {model.name} has there: got {table.h_q}; accepted: {accepted}")
 
 
-def accepted_heads(site: SiteName, model: ModelConfig) -> tuple[int | None, ...]:
+def accepted_engines(site: SiteName, model: ModelConfig) -> tuple[Engine, ...]:
+    """Engines that may have tables of their own for ``site`` and ``model``."""
+    return tuple(engine for engine in Engine if table_engine(engine, site, model) is engine)
+
+
+def accepted_heads(site: SiteName, model: ModelConfig, engine: Engine = Engine.SGLANG) -> tuple[int | None, ...]:
     """Head counts that tables of ``site`` and ``model`` may have; the one None where heads play no role."""
-    return (None,) if site is SiteName.INDEXER_METADATA else model.heads
+    return (None,) if site is SiteName.INDEXER_METADATA else engine_heads(engine, model)
+
+
+def accepted_candidates(site: SiteName, model: ModelConfig, engine: Engine) -> tuple[str, ...]:
+    """Candidates that ``engine`` can take somewhere in ``model``, sorted."""
+    names = {name for layer in model.site_layers(site) for name in engine_choice(engine, site, layer).candidates}
+    return tuple(sorted(names))
 
 
 def _measured(path: str, measured: Range) -> Iterator[Problem]:

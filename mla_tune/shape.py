@@ -132,6 +132,8 @@ class Workload:
     """Columns of the selection as the KV-cache kernel takes it (padded to 64 for c128a)."""
     index_width: int
     """Columns of the index matrix that ``flash_mla_sparse_fwd`` takes: selection and window, padded to 128."""
+    distinct_rows: float
+    """Compressed rows that some query selects, expected under the site's overlap of neighbouring selections."""
 
     @property
     def attended(self) -> float:
@@ -166,6 +168,7 @@ def workload(site: Site, shape: AnyShape) -> Workload:
         window=window / shape.num_qo_tokens,
         selection_width=width,
         index_width=_pad(width + SWA_WINDOW, 128) if layer.has_window else width,
+        distinct_rows=sum(count * _distinct(site, *request) for request, count in Counter(requests).items()),
     )
 
 
@@ -200,6 +203,25 @@ def _selected_upto(site: Site, tokens: int) -> int:
         return 0
     cap = site.topk if site.topk is not None else tokens
     return _sum_min_floor(tokens, site.layer.compress_ratio, cap)
+
+
+def _distinct(site: Site, extend: int, seq: int) -> float:
+    """Rows of one request that its ``extend`` queries select together, expected.
+
+    Inputs draw each of the top-k entries from a stratum of its own, ``width`` rows wide. A query draws the part of its
+    entries anew that it does not share with the query before it, so a stratum is drawn from ``draws`` times, and a row of
+    it is missed by all of them with probability ``(1 - 1 / width) ** draws``.
+    """
+    if site.topk is None:
+        return float(seq // site.layer.compress_ratio) if site.layer.compress_ratio else 0.0
+    rows = seq // site.layer.compress_ratio
+    if rows <= site.topk:
+        return float(rows)
+    width = rows / site.topk
+    # Strata move with the context, by half a row for every new row on average: what leaves its own is drawn anew.
+    left = min(1.0, 0.5 / (site.layer.compress_ratio * width))
+    draws = 1 + (extend - 1) * (1 - site.overlap / 100 * (1 - left))
+    return float(rows * (1 - (1 - 1 / width) ** draws))
 
 
 def _sum_min_floor(tokens: int, ratio: int, cap: int) -> int:

@@ -10,7 +10,7 @@ a serving process imports this module.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mla_tune.errors import UsageError
@@ -59,10 +59,26 @@ _PAGE_SIZE = {LayerType.SWA_ONLY: 256, LayerType.C4A: 64, LayerType.C128A: 2, La
 SWA_PAGE_SIZE = 256
 """Tokens per page of the V4 sliding-window cache (the engine's page size; the window itself is 128)."""
 
+WITH_KVCACHE_MIXED = "with_kvcache_mixed"
+"""``with_kvcache`` as vLLM launches it for V3.2: all query tokens of the forward as the sequence of one batch entry."""
+
 CANDIDATES: dict[SiteName, tuple[str, ...]] = {
-    SiteName.PREFILL_ATTENTION: ("sparse_fwd", "with_kvcache"),
+    SiteName.PREFILL_ATTENTION: (
+        "sparse_fwd",
+        "sparse_fwd_fused",
+        "sparse_fwd_selected",
+        "with_kvcache",
+        WITH_KVCACHE_MIXED,
+    ),
     SiteName.INDEXER_METADATA: ("deep_gemm", "jit"),
 }
+
+
+_SELECTS_FEW = frozenset({LayerType.C4A, LayerType.DSA})
+"""Layer types with a top-k: only there can rows be left out, the others select all or nothing."""
+
+OVERLAPS = (0, 50, 80, 95)
+"""Percent of its selection that a query shares with the query before it, as inputs are built: 0 is independent."""
 
 
 def incumbent(site: SiteName, layer: LayerType) -> str:
@@ -86,6 +102,9 @@ class Site:
     """Query heads per rank as the kernel sees them (64 or 128); None where heads play no role."""
     topk: int | None = None
     """Selected entries per query without the window; None where the layer selects everything or nothing."""
+    overlap: int = 0
+    """Percent of its selection that a query shares with the one before it, where there is a top-k: what the inputs of a
+    measurement assume, and no engine knows of. 0, independent selections, is what every measurement without it means."""
 
     @property
     def key(self) -> str:
@@ -95,6 +114,8 @@ class Site:
             parts.append(f"h{self.h_q}")
         if self.topk is not None:
             parts.append(f"k{self.topk}")
+        if self.overlap:
+            parts.append(f"o{self.overlap}")
         return "/".join(parts)
 
     @classmethod
@@ -102,10 +123,14 @@ class Site:
         """Read :attr:`key` back. Raises ``ValueError`` on anything that :attr:`key` cannot have written."""
         name, layer, *rest = key.split("/")
         numbers = {part[:1]: int(part[1:]) for part in rest}
-        site = cls(SiteName(name), LayerType(layer), numbers.get("h"), numbers.get("k"))
+        site = cls(SiteName(name), LayerType(layer), numbers.get("h"), numbers.get("k"), numbers.get("o", 0))
         if site.key != key:
             raise ValueError(f"not a site key: {key!r}")
         return site
+
+    def overlapping(self, overlap: int) -> Site:
+        """The same site with inputs whose neighbours share so much; unchanged where there is no top-k."""
+        return self if self.topk is None else replace(self, overlap=overlap)
 
     @property
     def incumbent(self) -> str:
@@ -114,8 +139,13 @@ class Site:
 
     @property
     def candidates(self) -> tuple[str, ...]:
-        """Names of everything that can serve this site, sorted."""
-        return CANDIDATES[self.name]
+        """Names of everything that can serve this site, sorted; which of them an engine has, its table says.
+
+        Only V3.2 has :data:`WITH_KVCACHE_MIXED`: V4's call takes its lengths per batch entry, so one entry a token.
+        """
+        elsewhere = set() if self.layer in _SELECTS_FEW else {"sparse_fwd_selected"}
+        elsewhere |= set() if self.layer is LayerType.DSA else {WITH_KVCACHE_MIXED}
+        return tuple(name for name in CANDIDATES[self.name] if name not in elsewhere)
 
 
 @dataclass(frozen=True, slots=True)

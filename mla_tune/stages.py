@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mla_tune.errors import UsageError
-from mla_tune.site import LayerType, Site, SiteName
+from mla_tune.site import WITH_KVCACHE_MIXED, LayerType, Site, SiteName
 
 
 class Amortization(StrEnum):
@@ -42,10 +42,37 @@ def stages(site: Site, candidate: str) -> tuple[Stage, ...]:
         raise UsageError(f"candidate must be one that serves {site.name}: got {candidate!r}; accepted: {accepted}")
     if site.name is SiteName.INDEXER_METADATA:
         return (Stage("metadata", Amortization.PER_LAYER_TYPE),)
-    if candidate == "with_kvcache":
+    if candidate in ("with_kvcache", WITH_KVCACHE_MIXED):
         return (Stage("schedule", Amortization.PER_LAYER_TYPE), Stage("attention", Amortization.PER_LAYER))
-    return _SPARSE_FWD[site.layer]
+    return _BY_CANDIDATE.get(candidate, _SPARSE_FWD)[site.layer]
 
+
+def kernels(site: Site, candidate: str) -> tuple[str, ...]:
+    """Names (see :data:`mla_tune.launch.KERNELS`) of the project's own kernels that ``candidate`` runs at ``site``."""
+    if site.name is SiteName.INDEXER_METADATA:
+        return ("metadata",) if candidate == "jit" else ()
+    if not candidate.startswith("sparse_fwd"):
+        return ()
+    fmt = "dsa" if site.layer is LayerType.DSA else "v4"
+    combine = "combine_topk" if site.topk is not None else "combine_all"
+    names = {
+        stage.name: (combine,) if stage.name == "combine" else _KERNELS_OF.get(stage.name, ())
+        for stage in stages(site, candidate)
+    }
+    used = {name.format(fmt=fmt) for found in names.values() for name in found}
+    return tuple(sorted(used))
+
+
+_KERNELS_OF: dict[str, tuple[str, ...]] = {
+    "window_ids": ("slot_ids",),
+    "row_ids": ("slot_ids",),
+    "dequantize_compressed": ("dequantize_{fmt}",),
+    "dequantize_window": ("dequantize_{fmt}",),
+    "dequantize_selected": ("dequantize_{fmt}",),
+    "mark": ("select",),
+    "compact": ("select",),
+    "prepare": ("prepare",),
+}
 
 _WINDOW_IDS = Stage("window_ids", Amortization.PER_FORWARD)
 _ROW_IDS = Stage("row_ids", Amortization.PER_LAYER_TYPE)
@@ -62,4 +89,32 @@ _SPARSE_FWD: dict[LayerType, tuple[Stage, ...]] = {
     LayerType.C4A: (_WINDOW_IDS, _ROW_IDS, _DEQUANTIZE_COMPRESSED, _DEQUANTIZE_WINDOW, _COMBINE_EACH, _ATTENTION),
     LayerType.C128A: (_WINDOW_IDS, _ROW_IDS, _COMBINE_ONCE, _DEQUANTIZE_COMPRESSED, _DEQUANTIZE_WINDOW, _ATTENTION),
     LayerType.DSA: (_ROW_IDS, _DEQUANTIZE_COMPRESSED, _ATTENTION),
+}
+
+_PREPARE = Stage("prepare", Amortization.PER_LAYER)
+"""One launch for what the layer dequantizes and, in c4a, combines; it looks the slots up itself."""
+
+_SPARSE_FWD_FUSED: dict[LayerType, tuple[Stage, ...]] = {
+    LayerType.SWA_ONLY: (_COMBINE_ONCE, _PREPARE, _ATTENTION),
+    LayerType.C4A: (_PREPARE, _ATTENTION),
+    LayerType.C128A: (_COMBINE_ONCE, _PREPARE, _ATTENTION),
+    LayerType.DSA: (_PREPARE, _ATTENTION),
+}
+
+_MARK = Stage("mark", Amortization.PER_LAYER)
+_COMPACT = Stage("compact", Amortization.PER_LAYER)
+_DEQUANTIZE_SELECTED = Stage("dequantize_selected", Amortization.PER_LAYER)
+
+_SPARSE_FWD_SELECTED: dict[LayerType, tuple[Stage, ...]] = {
+    LayerType.C4A: (
+        *(_WINDOW_IDS, _ROW_IDS),
+        *(_MARK, _COMPACT, _DEQUANTIZE_SELECTED, _DEQUANTIZE_WINDOW, _COMBINE_EACH, _ATTENTION),
+    ),
+    LayerType.DSA: (_ROW_IDS, _MARK, _COMPACT, _DEQUANTIZE_SELECTED, _COMBINE_EACH, _ATTENTION),
+}
+
+_BY_CANDIDATE = {
+    "sparse_fwd": _SPARSE_FWD,
+    "sparse_fwd_fused": _SPARSE_FWD_FUSED,
+    "sparse_fwd_selected": _SPARSE_FWD_SELECTED,
 }

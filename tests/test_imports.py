@@ -18,31 +18,46 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 SERVING_MODULES = {
     "mla_tune",
     *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime", "threshold")),
-    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_rules", "policy_yaml")),
-    *("mla_tune.site", "mla_tune.sku", "mla_tune.gpu", "mla_tune.packaged"),
+    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_kernels", "policy_rules", "policy_yaml")),
+    *(f"mla_tune.{name}" for name in ("site", "engine", "sku", "gpu", "packaged", "pins", "switches", "builds")),
 }
+SERVICE_MODULES = {f"mla_tune.{name}" for name in ("serving", "ranks", "counters", "recording", "traffic")}
 
-WORDS = {"errors", "files", "site", "shape", "sku", "stages", "datasheet"}
+WORDS = {"engine", "errors", "files", "launch", "site", "shape", "sku", "stages", "datasheet"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
-POLICY = {"policy", "policy_evidence", "policy_rules", "policy_yaml"}
+POLICY = {"policy", "policy_evidence", "policy_kernels", "policy_rules", "policy_yaml"}
+SWITCHING = {"switches", "pins", "builds"}
+SERVICE = {"runtime", "serving", "ranks", "counters", "switches"}
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
+    "launch": {"errors"},
     "site": {"errors"},
+    "engine": {"site"},
     "shape": {"errors", "site"},
     "sku": {"errors"},
     "stages": {"errors", "site"},
     "datasheet": {"errors"},
-    "policy": {"site", "sku", "shape", "errors", "files"} | POLICY,
+    "policy": {"engine", "site", "sku", "shape", "errors", "files"} | POLICY,
     "threshold": set(),
     "policy_evidence": set(),
-    "policy_rules": {"site", "errors", "threshold"} | POLICY,
+    "policy_rules": {"engine", "site", "errors", "threshold"} | POLICY,
+    "policy_kernels": {"errors", "launch"},
     "policy_yaml": {"errors"},
-    "lookup": {"policy", "site", "errors", "threshold"},
+    "lookup": {"engine", "policy", "site", "errors", "threshold"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},
-    "runtime": {"lookup", "policy", "packaged", "gpu", "site", "sku", "shape", "errors", "files"},
+    "switches": {"site", "errors"},
+    "pins": {"lookup", "policy", "errors"},
+    "builds": {"gpu", "policy"},
+    "runtime": {"engine", "lookup", "policy_kernels", "launch", "packaged", "gpu", "errors", "files"}
+    | {"policy", "site", "sku", "shape"}
+    | SWITCHING,
     "traffic": {"errors", "files"},
+    "recording": {"traffic"},
+    "counters": set(),
+    "serving": {"engine", "runtime", "counters", "recording", "site", "switches"},
+    "ranks": {"runtime", "switches", "errors"},
     "kernels": WORDS,
     "bench": {"sku", "errors", "files"},
     "store": WORDS,
@@ -50,7 +65,7 @@ LAYERS: dict[str, set[str]] = {
     "learn": {"store", "lookup", "threshold", "traffic"} | POLICY | WORDS,
     "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
-    "integrations": {"runtime", "policy", "errors", "site"},
+    "integrations": {"engine", "policy", "errors", "site"} | SERVICE,
 }
 """What each part may import of the others; ``cli`` and ``__main__`` may import everything, inside their commands."""
 ANYTHING = {"cli", "__main__"}
@@ -109,14 +124,17 @@ def loaded_by(statement: str) -> set[str]:
         "import mla_tune.runtime",
         "from mla_tune.runtime import Dispatcher; Dispatcher.for_this_gpu(fallback='incumbent').resolve("
         "'prefill_attention', model='deepseek-v4-pro', layer='forward').choose(8192, 1 << 20, 4)",
+        "from mla_tune.runtime import Dispatcher; from mla_tune.serving import Service; from mla_tune.ranks import agree; "
+        "Service(agree(Dispatcher.for_this_gpu(fallback='incumbent'))).prometheus_text()",
     ],
-    ids=["import", "serve"],
+    ids=["import", "serve", "service"],
 )
 def test_serving_loads_the_standard_library_yaml_and_msgspec_only(statement: str) -> None:
     loaded = loaded_by(statement)
     top = {name.split(".")[0] for name in loaded if not name.startswith("_cython_")}
     assert top - set(sys.stdlib_module_names) <= SERVING_PACKAGES
-    assert {name for name in loaded if part_of(name) and name.startswith("mla_tune")} <= SERVING_MODULES
+    ours = SERVING_MODULES | (SERVICE_MODULES if "serving" in statement else set())
+    assert {name for name in loaded if part_of(name) and name.startswith("mla_tune")} <= ours
 
 
 def test_importing_the_package_loads_nothing_else() -> None:

@@ -107,3 +107,13 @@ def test_stages_of_a_whole_forward_come_first(site: Site) -> None:
         ranks = [order.index(stage.amortization) for stage in stages(site, candidate)]
         assert ranks
         assert ranks == sorted(ranks)
+
+
+def test_a_site_says_the_overlap_of_its_inputs_only_where_there_is_one() -> None:
+    site = Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 512)
+    assert site.key == "prefill_attention/c4a/h64/k512"
+    assert site.overlapping(80).key == "prefill_attention/c4a/h64/k512/o80"
+    assert Site.parse(site.overlapping(80).key) == site.overlapping(80)
+    assert site.overlapping(80).overlapping(0) == site
+    windowed = Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64)
+    assert windowed.overlapping(80) == windowed

@@ -17,6 +17,7 @@ from mla_tune.cli import (
     spotting,
     sweeping,
     traffic,
+    tuning,
     validating,
 )
 from mla_tune.errors import UsageError
@@ -38,6 +39,7 @@ app.command()(modelling.model)
 app.command()(policies.lookup)
 app.command()(policies.explain)
 app.command()(probing.probe)
+app.command()(tuning.tune)
 app.command()(validating.validate)
 app.command()(traffic.traffic)
 app.command()(spotting.spot_check)

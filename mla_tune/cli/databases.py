@@ -57,7 +57,8 @@ def import_(
     make_folder(path)
     with Database.open(path) as database:
         new = database.merge(found)
-    print(f"{new} of {len(found.measurements) + len(found.tries)} measurements and tries were new: {path}")
+    total = len(found.measurements) + len(found.tries) + len(found.tuned)
+    print(f"{new} of {total} measurements, tries and launches were new: {path}")
 
 
 def ls(gpu: GpuOption = "auto", db: DbOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:

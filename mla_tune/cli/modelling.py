@@ -97,6 +97,7 @@ def _refuse_measured(path: Path) -> None:
 
 def _costs(export: Path, sku: str) -> CostModel:
     from mla_tune.learn.costs import CostModel
+    from mla_tune.learn.usable import usable
     from mla_tune.store.export import read_export
 
     found = read_export(export)
@@ -105,7 +106,7 @@ def _costs(export: Path, sku: str) -> CostModel:
             f"--measurements must be of the GPU that --from names: {export} was measured on {found.environment.sku}, "
             f"not on {sku}; name that one with --from"
         )
-    return CostModel(found.environment, found.measurements, found.tries)
+    return CostModel(found.environment, usable(found.measurements, found.tuned), found.tries)
 
 
 def _policy(costs: CostModel, export: Path, target: Datasheet, path: Path) -> Policy:

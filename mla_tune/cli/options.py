@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from mla_tune.errors import UsageError
-from mla_tune.site import MODELS, ModelConfig, SiteName
+from mla_tune.site import MODELS, OVERLAPS, ModelConfig, SiteName
 from mla_tune.site import model as find_model
 from mla_tune.store.measurement import Regime
 
@@ -33,6 +33,18 @@ DbOption = Annotated[Path | None, typer.Option("--db", help="Working database (d
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", help="Longest that one point may take, s; then its worker is replaced.")
 ]
+
+
+OverlapOption = Annotated[
+    int, typer.Option("--overlap", help="Percent of its selection that a query shares with the one before it.")
+]
+
+
+def checked_overlap(overlap: int) -> int:
+    """``overlap``, if inputs can be built with it. Raises :class:`UsageError`."""
+    if overlap not in OVERLAPS:
+        raise UsageError(f"--overlap must be a known model: got {overlap}; accepted: {', '.join(map(str, OVERLAPS))}")
+    return overlap
 
 
 def chosen_models(names: list[str] | None) -> list[ModelConfig]:

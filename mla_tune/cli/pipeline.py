@@ -10,16 +10,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mla_tune.cli.places import make_folder
+from mla_tune.cli.wishes import NO_WISHES, Wishes
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.learn.acquire import doubts
 from mla_tune.learn.costs import CostModel
-from mla_tune.learn.evaluate import Weighted, by_traffic, overall
+from mla_tune.learn.evaluate import Weighted, by_traffic, is_single_layer_attention, overall
 from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.learn.objective import PLAIN, Objective, shape_weights
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.refine import crossover_shapes
 from mla_tune.learn.repeat import Repetition
 from mla_tune.learn.repeat import compare as compare_sweeps
+from mla_tune.learn.usable import usable
 from mla_tune.learn.work import Array
 from mla_tune.policy import HeldOut, Policy, Source, load_policy, write_policy
 from mla_tune.shape import Shape
@@ -27,8 +29,9 @@ from mla_tune.site import ModelConfig, Site, SiteName, attention_sites
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_sha256, read_export, write_export
-from mla_tune.store.measurement import Regime
+from mla_tune.store.measurement import Measurement, Regime
 from mla_tune.store.probe import Try
+from mla_tune.store.tuned import Tuned
 from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points, pool, seed_points
 from mla_tune.sweep.preset import FULL, Preset
 from mla_tune.sweep.probe import Bound, Known, Prober, known_counts, unclosed
@@ -81,18 +84,24 @@ def make_plan(
     return Plan(grid, preset, tuple(models), tuple(names), points, recorded, objective)
 
 
+def overlapping(plan: Plan, overlap: int) -> Plan:
+    """The points of ``plan`` that have a top-k, with inputs whose neighbours share so much of their selection."""
+    points = (replace(p, site=p.site.overlapping(overlap)) for p in plan.points if p.site.topk is not None)
+    return replace(plan, points=tuple(points))
+
+
 def run_sweep(
     plan: Plan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
 ) -> list[Report]:
     """Measure the plan, then where its curves say that more is worth knowing; a report for each round."""
     first = sweep.run(database, plan.points, budget_s, on_progress)
-    if first.left:
+    if first.left or any(point.site.overlap for point in plan.points):  # what follows is of independent selections
         return [first]
     if not plan.preset.dense:
         return [first, *_adaptive_rounds(plan, sweep, database, budget_s - first.elapsed_s, on_progress)]
     known = {(point.site, point.shape) for point in plan.points}
     # Only of the plan: with the crossovers' own timings in it, each further sweep would place new ones.
-    measured = database.measurements(sweep.environment.id)
+    measured = _usable(database, sweep.environment)
     costs = CostModel(sweep.environment, [m for m in measured if (m.site, m.shape) in known])
     crossovers = [
         Point(site, shape)
@@ -108,7 +117,7 @@ def _adaptive_rounds(
     """Fit, measure where a wrong choice is expected to cost most, and again, until nothing is left in doubt or no time."""
     deadline = time.monotonic() + budget_s
     while (left_s := deadline - time.monotonic()) > 0:
-        costs = CostModel(sweep.environment, database.measurements(sweep.environment.id))
+        costs = CostModel(sweep.environment, _usable(database, sweep.environment))
         points = doubtful_points(costs, plan)
         if not points:
             return
@@ -154,7 +163,7 @@ class Measured:
     def observations(self) -> Observations:
         """What its database holds of its environment."""
         with Database.open(self.path, create=False) as database:
-            return Observations(database.measurements(self.environment.id))
+            return Observations(_usable(database, self.environment))
 
 
 def compare(first: Measured, second: Measured) -> Repetition:
@@ -201,7 +210,17 @@ def export(database: Path, environment: Environment, path: Path) -> None:
     """Write the measurements and tries of one environment for committing."""
     make_folder(path)
     with Database.open(database, create=False) as opened:
-        write_export(path, environment, opened.measurements(environment.id), opened.tries(environment.id))
+        write_export(path, environment, *_stored(opened, environment))
+
+
+def _usable(database: Database, environment: Environment) -> tuple[Measurement, ...]:
+    """What a policy of independent selections would be fitted on."""
+    return usable(database.measurements(environment.id), database.tuned(environment.id))
+
+
+def _stored(database: Database, environment: Environment) -> tuple[list[Measurement], list[Try], list[Tuned]]:
+    key = environment.id
+    return database.measurements(key), database.tries(key), database.tuned(key)
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,41 +238,26 @@ class Fitted:
     """Every rule by the recorded traffic; None without any."""
 
 
-@dataclass(frozen=True, slots=True)
-class Wishes:
-    """What a fit was asked to minimize, as options; see :class:`mla_tune.learn.objective.Objective`."""
-
-    regime: Regime | None = None
-    traffic: Path | None = None
-    max_workspace_bytes: int | None = None
-
-    def words(self) -> list[str]:
-        """The options again."""
-        given = {
-            "--regime": self.regime,
-            "--traffic": self.traffic.as_posix() if self.traffic else None,
-            "--max-workspace-bytes": self.max_workspace_bytes,
-        }
-        return [word for option, value in given.items() if value is not None for word in (option, str(value))]
-
-    def objective(self) -> Objective:
-        """With the traffic read. Raises :class:`StoreError`."""
-        return Objective(self.regime, read_traffic(self.traffic) if self.traffic else None, self.max_workspace_bytes)
-
-
-NO_WISHES = Wishes()
-
-
 def fit(
-    measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BOUND_S, *, wishes: Wishes = NO_WISHES
+    measurements: Path,
+    out: Path,
+    first_call_bound_s: float = FIRST_CALL_BOUND_S,
+    overlap: int = 0,
+    *,
+    wishes: Wishes = NO_WISHES,
 ) -> Fitted:
-    """Fit the policy of an export and write it. Nothing is written unless the fit succeeds."""
+    """Fit the policy of an export and write it. Nothing is written unless the fit succeeds.
+
+    ``overlap`` chooses the measurements: of inputs whose neighbouring selections overlap by so many percent.
+    """
     found = read_export(measurements)
-    rows = found.measurements
+    rows = usable(found.measurements, found.tuned, overlap)
     words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
     if first_call_bound_s != FIRST_CALL_BOUND_S:
         words += ["--first-call-bound", repr(first_call_bound_s)]
     words += wishes.words()
+    if overlap:
+        words += ["--overlap", str(overlap)]
     source = Source(
         file=measurements.as_posix(),
         sha256=export_sha256(measurements),
@@ -268,12 +272,13 @@ def fit(
         source=source,
         first_call_bound_s=first_call_bound_s,
         objective=objective,
+        tuned=found.tuned,
     )
     observations = Observations(rows, regime=Regime(policy.regime))
     make_folder(out)
     before = _keys(out)
     write_policy(out, policy)
-    comparable = any(t.site == SiteName.PREFILL_ATTENTION and len(t.candidates) > 1 for t in policy.tables)
+    comparable = any(is_single_layer_attention(t) and len(t.candidates) > 1 for t in policy.tables)
     return Fitted(
         policy=policy,
         overall=overall(observations, policy) if comparable else None,
@@ -283,11 +288,11 @@ def fit(
     )
 
 
-def _table_keys(policy: Policy) -> set[tuple[str, str, int | None, str]]:
-    return {(table.site, table.model, table.h_q, table.layer) for table in policy.tables}
+def _table_keys(policy: Policy) -> set[tuple[str, str, int | None, str, str]]:
+    return {(table.site, table.model, table.h_q, table.layer, table.engine) for table in policy.tables}
 
 
-def _keys(path: Path) -> set[tuple[str, str, int | None, str]]:
+def _keys(path: Path) -> set[tuple[str, str, int | None, str, str]]:
     """Tables of the policy at ``path``; none where there is no readable one."""
     try:
         return _table_keys(load_policy(path))

@@ -10,8 +10,16 @@ from typing import Annotated
 import typer
 
 from mla_tune.cli.evidence import measured_costs, named_policy
-from mla_tune.cli.options import PolicyOption, TrafficOption, byte_count, chosen_regime
+from mla_tune.cli.options import (
+    OverlapOption,
+    PolicyOption,
+    TrafficOption,
+    byte_count,
+    checked_overlap,
+    chosen_regime,
+)
 from mla_tune.cli.places import export_path, policy_path, policy_sku
+from mla_tune.engine import Engine
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.policy import Table
 from mla_tune.runtime import Dispatcher
@@ -25,6 +33,7 @@ MeasurementsOption = Annotated[
 SiteOption = Annotated[str, typer.Option("--site", help="prefill_attention or indexer_metadata.")]
 ModelOption = Annotated[str, typer.Option("--model", help="deepseek-v4-flash, deepseek-v4-pro or deepseek-v3.2.")]
 LayerOption = Annotated[str, typer.Option("--layer", help="A layer type of the model, or forward for its whole mix.")]
+EngineOption = Annotated[Engine, typer.Option("--engine", help="The engine that chooses, where engines differ (V3.2).")]
 HeadsOption = Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")]
 TokensArgument = Annotated[int, typer.Argument(help="Query tokens of the forward.")]
 ContextArgument = Annotated[int, typer.Argument(help="Context tokens of all requests together.")]
@@ -48,6 +57,7 @@ def fit(
     cap: Annotated[
         str | None, typer.Option("--max-workspace-bytes", help="Most workspace of a choice, for example 512MiB.")
     ] = None,
+    overlap: OverlapOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
@@ -56,16 +66,17 @@ def fit(
             f"--first-call-bound must be seconds, at least 0: got {first_call_bound}; accepted: 1.0, or inf"
         )
     from mla_tune.cli import pipeline, render
+    from mla_tune.cli.wishes import Wishes
     from mla_tune.store.export import read_export
 
-    wishes = pipeline.Wishes(
+    wishes = Wishes(
         regime=chosen_regime(regime),
         traffic=traffic,
         max_workspace_bytes=None if cap is None else byte_count("--max-workspace-bytes", cap),
     )
     source = measurements or export_path(policy_sku(gpu))
     target = out or policy_path(read_export(source).environment.sku)
-    fitted = pipeline.fit(source, target, first_call_bound, wishes=wishes)
+    fitted = pipeline.fit(source, target, first_call_bound, checked_overlap(overlap), wishes=wishes)
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
@@ -82,13 +93,14 @@ def lookup(
     site: SiteOption = "prefill_attention",
     layer: LayerOption = FORWARD,
     h_q: HeadsOption = None,
+    engine: EngineOption = Engine.SGLANG,
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Print the candidate that a policy answers for one forward."""
     Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
     loaded, name = named_policy(policy, gpu)
-    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
+    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
     print(json.dumps(asdict(answer)) if as_json else answer.candidate)
 
@@ -103,13 +115,14 @@ def explain(
     site: SiteOption = "prefill_attention",
     layer: LayerOption = FORWARD,
     h_q: HeadsOption = None,
+    engine: EngineOption = Engine.SGLANG,
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
     loaded, name = named_policy(policy, gpu)
-    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q)
+    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     from mla_tune.cli import render
     from mla_tune.learn.explain import explain as explain_choice
 

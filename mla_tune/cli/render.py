@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from mla_tune.cli.places import export_path
+from mla_tune.engine import Engine
 from mla_tune.policy import HeldOut, Policy, Row, Table
 from mla_tune.sku import CPU
 
@@ -111,7 +112,12 @@ def policy_json(policy: Policy, path: Path) -> dict[str, object]:
 
 
 def _head(table: Table) -> tuple[str, str, str, str]:
-    return table.site, table.model, str(table.h_q or "-"), table.layer
+    return table.site, model_text(table), str(table.h_q or "-"), table.layer
+
+
+def model_text(table: Table) -> str:
+    """``deepseek-v3.2 (vllm)`` where the table is another engine's than SGLang's."""
+    return table.model if table.engine is Engine.SGLANG else f"{table.model} ({table.engine})"
 
 
 def choices_text(row: Row) -> str:
@@ -141,7 +147,7 @@ def held_out(policy: Policy) -> None:
     for entry in policy.tables:
         if not entry.held_out.points:
             continue
-        where = f"{entry.site}, {entry.model}, h_q {entry.h_q or '-'}, {entry.layer}"
+        where = f"{entry.site}, {model_text(entry)}, h_q {entry.h_q or '-'}, {entry.layer}"
         console.print(_rules_table(entry.held_out, f"{where}: {entry.held_out.points} held-out points"))
 
 
@@ -217,6 +223,7 @@ def next_command(policy: Policy, path: Path) -> None:
         words += ["--measurements", policy.source.file]
     words += ["--site", table.site, "--model", table.model, "--layer", table.layer]
     words += [] if table.h_q is None else ["--h-q", str(table.h_q)]
+    words += [] if table.engine is Engine.SGLANG else ["--engine", table.engine.value]
     words += [] if num_reqs == 1 else ["--num-reqs", str(num_reqs)]
     print(f"policy written to {path}")
     print(f"next: {shlex.join([*words, str(tokens), str(max(kv_tokens, tokens))])}")
@@ -229,8 +236,8 @@ def explanation(result: Explanation, table: Table, as_json: bool) -> None:
         return
     shape, decision = result.shape, result.decision
     console.print(
-        f"{table.site} of {table.model}, layer {table.layer}, h_q {table.h_q or '-'}: {shape.num_qo_tokens} query tokens, "
-        f"{shape.kv_tokens} context tokens in {shape.num_reqs} requests",
+        f"{table.site} of {model_text(table)}, layer {table.layer}, h_q {table.h_q or '-'}: "
+        f"{shape.num_qo_tokens} query tokens, {shape.kv_tokens} context tokens in {shape.num_reqs} requests",
         highlight=False,
     )
     console.print(f"choice: {decision.candidate}, because: {_because(decision)}", highlight=False)

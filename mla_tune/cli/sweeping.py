@@ -15,9 +15,11 @@ from mla_tune.cli.options import (
     GpuOption,
     JsonOption,
     ModelOption,
+    OverlapOption,
     SiteOption,
     TimeoutOption,
     TrafficOption,
+    checked_overlap,
     chosen_models,
     chosen_sites,
     positive_seconds,
@@ -49,6 +51,7 @@ def sweep(
     ] = 1,
     traffic: TrafficOption = None,
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
+    overlap: OverlapOption = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its estimated time, measure nothing.")
     ] = False,
@@ -65,6 +68,8 @@ def sweep(
     from mla_tune.cli import pipeline
 
     plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset, traffic)
+    if checked_overlap(overlap):
+        plan = pipeline.overlapping(plan, overlap)
     if dry_run:
         device_output.plan(plan.points, device, as_json)
         return
@@ -76,7 +81,7 @@ def sweep(
             timeout_s=timeout,
             repeat=repeat,
             path=db or database_path(device.sku),
-            fits=not no_fit,
+            fits=not no_fit and not overlap,  # the committed policy is that of independent selections
             as_json=as_json,
         )
     )
@@ -107,6 +112,7 @@ class _Request:
 
 def _sweep(request: _Request) -> None:
     from mla_tune.cli import pipeline
+    from mla_tune.cli.wishes import Wishes
 
     for output in request.outputs():  # now, not after minutes of measuring
         make_folder(output)
@@ -119,7 +125,7 @@ def _sweep(request: _Request) -> None:
     fitted = None
     try:
         if request.fits:
-            fitted = pipeline.fit(export, policy, wishes=pipeline.Wishes(traffic=request.plan.recorded))
+            fitted = pipeline.fit(export, policy, wishes=Wishes(traffic=request.plan.recorded))
     finally:
         if request.as_json:
             repeats = [pipeline.compare(first, other) for other in others]

@@ -12,10 +12,11 @@ from functools import lru_cache
 
 import torch
 
-from mla_tune.kernels import flash_mla, indexer, sparse_fwd, with_kvcache
+from mla_tune.kernels import flash_mla, indexer, sparse_fwd, sparse_fwd_fused, sparse_fwd_selected, with_kvcache
 from mla_tune.kernels.formats import kv_format
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
+from mla_tune.launch import DEFAULT_LAUNCHES, Launches
 from mla_tune.site import CANDIDATES, Site, SiteName
 
 
@@ -29,14 +30,16 @@ class Device:
     """Major compute capability; 0 for the CPU."""
     sm_count: int
     """Streaming multiprocessors, or CPU threads."""
+    launches: Launches = DEFAULT_LAUNCHES
+    """Launch parameters of our own kernels there."""
 
     @classmethod
-    def current(cls, kind: str) -> Device:
+    def current(cls, kind: str, launches: Launches = DEFAULT_LAUNCHES) -> Device:
         """The device of this process. ``kind`` is ``cpu`` or ``cuda``."""
         if kind == "cpu":
-            return cls("cpu", 0, torch.get_num_threads())
+            return cls("cpu", 0, torch.get_num_threads(), launches)
         properties = torch.cuda.get_device_properties(0)
-        return cls("cuda", properties.major, properties.multi_processor_count)
+        return cls("cuda", properties.major, properties.multi_processor_count, launches)
 
     @property
     def torch_device(self) -> torch.device:
@@ -71,7 +74,7 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
     if missing is not None:
         return missing
     head_dim = kv_format(site.layer).head_dim
-    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate == "with_kvcache")
+    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate != "sparse_fwd")
 
 
 def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:
@@ -79,14 +82,21 @@ def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -
     if candidate in _ADDED:
         return _ADDED[candidate](inputs, device)
     kernels = None if device.kind == "cpu" else _flash_mla(device.major)
-    if candidate == "sparse_fwd":
-        return sparse_fwd.prepare(inputs, kernels)
-    return with_kvcache.prepare(inputs, kernels)
+    if candidate in _SPARSE:
+        return _SPARSE[candidate](inputs, kernels, device.launches)
+    return with_kvcache.prepare(inputs, kernels, candidate)
+
+
+_SPARSE = {
+    "sparse_fwd": sparse_fwd.prepare,
+    "sparse_fwd_fused": sparse_fwd_fused.prepare,
+    "sparse_fwd_selected": sparse_fwd_selected.prepare,
+}
 
 
 def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, device: Device) -> Prepared:
     """Bind an indexer metadata candidate to ``context_lens`` (num_qo_tokens, 1) int32."""
-    return indexer.prepare(context_lens, site, candidate, device.sm_count)
+    return indexer.prepare(context_lens, site, candidate, device.sm_count, device.launches)
 
 
 @lru_cache(maxsize=1)

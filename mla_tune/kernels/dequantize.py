@@ -8,7 +8,8 @@ import torch
 
 from mla_tune.errors import UsageError
 from mla_tune.kernels.formats import KVFormat, check_cache
-from mla_tune.kernels.launch import Backend, DequantizeConfig, choose_backend
+from mla_tune.kernels.launch import Backend, choose_backend
+from mla_tune.launch import DEFAULT_LAUNCHES, DequantizeConfig
 
 _CPU_ROWS = 4096
 """Rows that the CPU version converts at once: its temporaries (about 2 KB a row) then stay in the caches."""
@@ -22,13 +23,19 @@ def dequantize_k_cache_paged(
     page_size: int,
     config: DequantizeConfig | None = None,
     backend: Backend | None = None,
+    count: torch.Tensor | None = None,
 ) -> None:
     """Write row ``slot_ids[i]`` of ``cache`` to ``out[i]``; a slot of -1 gives zeros.
 
     ``cache`` is uint8 ``(num_pages, fmt.page_bytes(page_size))``, ``slot_ids`` int32 or int64 ``(rows,)``, ``out`` bf16
     ``(rows, fmt.head_dim)`` and contiguous, for example a slice of a workspace. Slots are not checked against the
-    cache. No rows means no launch. On a GPU it needs e4m3 conversion (compute capability 8.9 or later). Raises
-    :class:`UsageError` on other shapes or types.
+    cache. No rows means no launch. With ``count``, int32 ``(1,)`` on the same device, only the first ``count[0]`` rows are
+    written: the host need not know how many there are. On a GPU it needs e4m3 conversion (compute capability 8.9 or
+    later). Raises :class:`UsageError` on other shapes or types.
+
+    A V4 row moves 584 + 1024 bytes and a DSA row 656 + 1152, all of them once, and 4 to 8 of its slot: the bound is the
+    memory's copy bandwidth. 16384 V4 rows are 26 MB, 6.3 us at an H200's 4.2 TB/s, to which two dependent loads (the slot,
+    then the row) and the launch come on top; 2M rows are 3.4 GB, 0.80 ms.
     """
     check_cache(cache, fmt, page_size)
     rows = slot_ids.shape[0]
@@ -44,11 +51,12 @@ def dequantize_k_cache_paged(
     if rows == 0:
         return
     if choose_backend(cache, backend) is Backend.TORCH:
-        _dequantize_torch(cache, slot_ids, out, fmt, page_size)
+        kept = rows if count is None else min(rows, int(count))
+        _dequantize_torch(cache, slot_ids[:kept], out[:kept], fmt, page_size)
         return
     from mla_tune.kernels.device import dequantize as device
 
-    device.launch(cache, slot_ids, out, fmt, page_size, config or DequantizeConfig())
+    device.launch(cache, slot_ids, out, fmt, page_size, config or DEFAULT_LAUNCHES.dequantize(fmt.name, rows), count)
 
 
 def _dequantize_torch(

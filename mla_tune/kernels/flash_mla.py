@@ -41,6 +41,9 @@ class KvCacheCall:
     extra_lengths: torch.Tensor | None
     sm_scale: float
     attn_sink: torch.Tensor | None  # (h_q,) float32
+    one_entry: bool = False
+    """All query tokens as the sequence of one batch entry, instead of an entry each. V3.2 only: V4's lengths are per entry.
+    The kernel then splits no context among blocks, and its scheduler has one entry to plan for."""
 
 
 def missing() -> str | None:
@@ -105,9 +108,10 @@ class FlashMla:
         return self._module.get_mla_metadata()[0]
 
     def with_kvcache(self, call: KvCacheCall, schedule: object) -> torch.Tensor:
-        """Sparse decode kernel over the paged FP8 cache, one query token a batch entry -> (n, h_q, 512) bf16."""
+        """Sparse decode kernel over the paged FP8 cache -> (n, h_q, 512) bf16."""
+        tokens = 0 if call.one_entry else 1  # where the new axis goes: (1, n, ...), or (n, 1, ...)
         out: torch.Tensor = self._module.flash_mla_with_kvcache(
-            call.q.unsqueeze(1),
+            call.q.unsqueeze(tokens),
             call.cache,
             None,
             None,
@@ -117,7 +121,7 @@ class FlashMla:
             call.sm_scale,
             False,
             True,
-            call.slots.unsqueeze(1),
+            call.slots.unsqueeze(tokens),
             call.attn_sink,
             call.extra_cache,
             None if call.extra_slots is None else call.extra_slots.unsqueeze(1),
@@ -125,7 +129,7 @@ class FlashMla:
             call.extra_lengths,
             **self._switch(True),  # only the legacy half knows the 584 and 656 byte formats
         )[0]
-        return out.squeeze(1)
+        return out.squeeze(tokens)
 
     def _needs_legacy(self, head_dim: int) -> bool:
         return self._major == 9 or head_dim != V_DIM  # the current half is SM100 with 512 dimensions only

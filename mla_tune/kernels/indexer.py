@@ -14,6 +14,7 @@ import torch
 
 from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.launch import DEFAULT_LAUNCHES, Launches
 from mla_tune.site import Site
 from mla_tune.stages import stages
 
@@ -35,11 +36,13 @@ def deep_gemm_missing() -> str | None:
     return None
 
 
-def prepare(context_lens: torch.Tensor, site: Site, candidate: str, num_sms: int) -> Prepared:
+def prepare(
+    context_lens: torch.Tensor, site: Site, candidate: str, num_sms: int, launches: Launches = DEFAULT_LAUNCHES
+) -> Prepared:
     """Bind ``candidate`` to ``context_lens`` (num_qo_tokens, 1) int32."""
     (stage,) = stages(site, candidate)
     output = Output()
-    make = _maker(context_lens, candidate, num_sms)
+    make = _maker(context_lens, candidate, num_sms, launches)
 
     def run() -> None:
         output.tensor = make()
@@ -47,9 +50,10 @@ def prepare(context_lens: torch.Tensor, site: Site, candidate: str, num_sms: int
     return Prepared(candidate=candidate, stages=(BoundStage(stage, run),), output=output)
 
 
-def _maker(context_lens: torch.Tensor, candidate: str, num_sms: int) -> Callable[[], torch.Tensor]:
+def _maker(context_lens: torch.Tensor, candidate: str, num_sms: int, launches: Launches) -> Callable[[], torch.Tensor]:
     if candidate == "jit":
-        return lambda: paged_mqa_logits_metadata(context_lens, BLOCK_KV, num_sms)
+        config = launches.metadata(context_lens.numel())
+        return lambda: paged_mqa_logits_metadata(context_lens, BLOCK_KV, num_sms, config=config)
     if context_lens.device.type == "cpu":
         return lambda: paged_mqa_logits_metadata_serial(context_lens, BLOCK_KV, num_sms)
     metadata = importlib.import_module("deep_gemm").get_paged_mqa_logits_metadata

@@ -13,7 +13,8 @@ from itertools import accumulate
 import torch
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.launch import Backend, MetadataConfig, choose_backend
+from mla_tune.kernels.launch import Backend, choose_backend
+from mla_tune.launch import DEFAULT_LAUNCHES, MetadataConfig
 
 SPLIT_TOKENS = 256
 """Context tokens of one split, fixed in DeepGEMM."""
@@ -31,9 +32,10 @@ def paged_mqa_logits_metadata(
     """Schedule of ``context_lens`` int32 ``(rows,)`` or ``(rows, 1)``: int32 ``(num_sms + 1, 2)``, written to ``out``.
 
     An SM without work, and the last entry, start at ``(rows, 0)``. ``block_kv`` (32 or 64 tokens a page) is only
-    checked: a split is a whole number of either. One launch and one compiled kernel for any number of rows: each of the
-    ``num_sms + 1`` programs reads all ``4 * rows`` bytes (from L2 but for the first; 17 MB in all for 32768 rows and 132
-    SMs), finds its own entry, and writes 8 bytes: 5.9 us on an H200 with a warm L2. Raises :class:`UsageError`.
+    checked: a split is a whole number of either. One launch, and one compiled kernel for any number of rows above 256: each
+    of the ``num_sms + 1`` programs reads all ``4 * rows`` bytes (from the L2 but for the first; 17 MB in all for 32768
+    rows and 132 SMs, 1.2 us at 64 bytes a clock and SM), finds its own entry, and writes 8 bytes. Latency is the bound:
+    the launch, one round of loads up to 32768 rows, a scan. Raises :class:`UsageError`.
     """
     out = _checked_out(context_lens, block_kv, num_sms, out)
     if choose_backend(context_lens, backend) is Backend.TORCH:
@@ -41,7 +43,7 @@ def paged_mqa_logits_metadata(
         return out
     from mla_tune.kernels.device import indexer_metadata as device
 
-    device.launch(context_lens, num_sms, out, SPLIT_TOKENS, config or MetadataConfig())
+    device.launch(context_lens, num_sms, out, SPLIT_TOKENS, config or DEFAULT_LAUNCHES.metadata(context_lens.numel()))
     return out
 
 
@@ -84,7 +86,9 @@ def _checked_out(context_lens: torch.Tensor, block_kv: int, num_sms: int, out: t
 
 
 def _metadata_torch(context_lens: torch.Tensor, num_sms: int) -> torch.Tensor:
-    ends = ((context_lens + (SPLIT_TOKENS - 1)) // SPLIT_TOKENS).cumsum(0, dtype=torch.int64)
+    ends = ((context_lens.long() + (SPLIT_TOKENS - 1)) // SPLIT_TOKENS).cumsum(
+        0
+    )  # the longest contexts pass 2**31 here
     bounds = torch.nn.functional.pad(ends, (1, 0))  # bounds[i]: splits of the rows before row i
     total = bounds[-1]
     sm = torch.arange(num_sms + 1, device=context_lens.device)

@@ -1,9 +1,10 @@
 """Inputs of one point, built on the device that will run it.
 
 Caches hold quantized random normals, page tables are a random permutation of the pool (as after hours of serving), and
-each query's selection is spread evenly over its context: one row drawn from each of top-k equal strata, independently
-per query, so neighbouring queries share rows only by chance. That is the least cache-friendly selection and the stated
-overlap model of every figure measured with it.
+each query's selection is spread evenly over its context: one row drawn from each of top-k equal strata. The site says how
+much of it neighbours share (its ``overlap``): 0 draws independently per query, so that they share rows only by chance, the
+least cache-friendly selection; 80 lets every entry be that of the query before it with probability 0.8, unless the row has
+left its stratum, which grows with the context.
 
 Large pools are one quantized tile repeated: a kernel's time depends on where rows lie, not on which values they hold.
 """
@@ -50,6 +51,7 @@ class AttentionInputs:
     cu_window: torch.Tensor  # (R + 1,) int64
     positions: torch.Tensor  # (num_qo_tokens,) int32, in the request
     token_to_req: torch.Tensor  # (num_qo_tokens,) int32
+    workspace: torch.Tensor  # (work.rows, head_dim) bf16, where candidates dequantize to: as in an engine they share it
 
     @property
     def head_dim(self) -> int:
@@ -108,16 +110,24 @@ class AttentionInputs:
 
 
 def required_bytes(site: Site, shape: AnyShape) -> int:
-    """Device memory that one point takes at most: caches, queries, indices, the workspace, two outputs and slack."""
+    """Device memory that one point takes at most: caches, queries, indices, the workspace, outputs, partial sums and slack.
+
+    FlashMLA's KV-cache kernel keeps float32 partial outputs of every batch entry and of every part that its scheduler cuts:
+    one per query token, or two where all of them are one entry's sequence (``with_kvcache_mixed``).
+    """
     work, fmt = workload(site, shape), kv_format(site.layer)
     caches = (work.rows + shape.num_reqs * 2 * SWA_PAGE_SIZE) * (fmt.bytes_per_token + 8)
     if site.layer is LayerType.C128A:
         caches *= 2  # a page of two rows is padded from 1168 to 1728 bytes
-    queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + 2 * 512) * 2
-    indices = shape.num_qo_tokens * (work.selection_width + work.index_width) * 4
-    index_scratch = shape.num_qo_tokens * work.selection_width * 16
-    workspace = work.rows * fmt.head_dim * 2
-    return caches + queries + indices + index_scratch + workspace + (1 << 30)
+    paged = sum(name.startswith("with_kvcache") for name in site.candidates)
+    outputs, matrices = len(site.candidates), len(site.candidates) - paged  # the paged ones have no index matrix
+    queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + outputs * 512) * 2
+    partials = shape.num_qo_tokens * (site.h_q or 0) * 512 * 4 * paged
+    indices = shape.num_qo_tokens * (work.selection_width + matrices * (work.index_width + 1)) * 4
+    index_scratch = shape.num_qo_tokens * work.selection_width * (64 if site.overlap else 16)
+    # Beside the workspace: a slot a row for sparse_fwd, two, a mark and a place for sparse_fwd_selected.
+    workspace = work.rows * (fmt.head_dim * 2 + 4 + 13) + 4
+    return caches + queries + partials + indices + index_scratch + workspace + (1 << 30)
 
 
 class InputBuilder:
@@ -155,7 +165,7 @@ class InputBuilder:
             attn_sink=self._normal(h_q) if layer.has_window else None,
             window=window,
             compressed=compressed,
-            topk_indices=self._topk(site, positions),
+            topk_indices=self._topk(site, positions, token_to_req),
             seq_lens=self._ints(seqs),
             window_start=self._ints([seq - rows for seq, rows in zip(seqs, windows, strict=True)]),
             row_counts=self._ints(counts),
@@ -163,6 +173,7 @@ class InputBuilder:
             cu_window=self._prefix(windows if layer.has_window else [0] * len(seqs)),
             positions=positions,
             token_to_req=token_to_req,
+            workspace=torch.empty(workload(site, shape).rows, fmt.head_dim, dtype=torch.bfloat16, device=self._device),
         )
 
     def context_lens(self, site: Site, shape: AnyShape) -> torch.Tensor:
@@ -226,8 +237,12 @@ class InputBuilder:
             self._pools[key] = pool
         return pool[:num_pages]
 
-    def _topk(self, site: Site, positions: torch.Tensor) -> torch.Tensor | None:
-        """Stratified selection: column j is drawn from stratum j of ``available`` rows; all of them where few."""
+    def _topk(self, site: Site, positions: torch.Tensor, token_to_req: torch.Tensor) -> torch.Tensor | None:
+        """Stratified selection: column j is drawn from stratum j of ``available`` rows; all of them where few.
+
+        Where neighbours overlap, a query takes over the row of the query before it, entry by entry, with that probability,
+        unless its own stratum no longer holds that row.
+        """
         if site.topk is None:
             return None
         available = ((positions + 1) // site.layer.compress_ratio)[:, None].float()  # exact below 2**24
@@ -237,4 +252,25 @@ class InputBuilder:
         low = (column * stride).floor()
         width = ((column + 1) * stride).floor() - low
         chosen = low + (jitter * width).floor().minimum(width - 1).clamp_min(0)
+        if site.overlap:
+            chosen = self._shared(chosen, low, low + width, token_to_req, site.overlap / 100)
         return torch.where(chosen < available, chosen, -1.0).int()
+
+    def _shared(
+        self, chosen: torch.Tensor, low: torch.Tensor, end: torch.Tensor, token_to_req: torch.Tensor, part: float
+    ) -> torch.Tensor:
+        """``chosen`` (num_qo_tokens, topk), each entry with probability ``part`` that of the query before it.
+
+        Not where the request has none before it, or where that row lies outside the query's own ``low .. end``.
+        """
+        fresh = torch.rand(chosen.shape, generator=self._generator, device=self._device) >= part
+        fresh[1:] |= (token_to_req[1:] != token_to_req[:-1])[:, None]
+        fresh[0] = True
+        token = torch.arange(len(chosen), device=self._device)[:, None]
+        while True:
+            taken = chosen.gather(0, torch.where(fresh, token, 0).cummax(dim=0).values)
+            left = (taken < low) | (taken >= end)
+            if not bool(left.any()):
+                return taken
+            left[1:] &= ~left[:-1].clone()  # the first query that has lost the row draws anew; those behind it follow
+            fresh |= left

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.launch import Backend, SlotIdsConfig, choose_backend
+from mla_tune.kernels.launch import Backend, choose_backend
+from mla_tune.launch import DEFAULT_LAUNCHES, SlotIdsConfig
 
 
 def build_swa_token_ids(
@@ -74,7 +75,9 @@ def _request_slots(
         return
     from mla_tune.kernels.device import slot_ids as device
 
-    device.launch(page_table, lens, cu_rows, out, page_size, from_end, config or SlotIdsConfig())
+    device.launch(
+        page_table, lens, cu_rows, out, page_size, from_end, config or DEFAULT_LAUNCHES.slot_ids(out.shape[0])
+    )
 
 
 def _request_slots_torch(

@@ -1,4 +1,7 @@
-"""Candidate ``with_kvcache``: FlashMLA's sparse decode kernel over the paged FP8 cache, every query token a batch entry.
+"""FlashMLA's sparse decode kernel over the paged FP8 cache, in the two ways in which engines launch it.
+
+Candidate ``with_kvcache``, as in SGLang: every query token is a batch entry. Candidate ``with_kvcache_mixed``, as vLLM does
+for V3.2: one batch entry with all query tokens of the forward as its sequence.
 
 Its scheduler runs inside the first call of a forward, so the ``schedule`` stage is that call less a call whose schedule is
 already there. The selection arrives as cache slots, which is what the engine's top-k transform writes for this path.
@@ -13,18 +16,19 @@ from mla_tune.kernels.flash_mla import FlashMla, KvCacheCall
 from mla_tune.kernels.formats import PagedSelection, paged_view
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.site import WITH_KVCACHE_MIXED
 from mla_tune.stages import stages
 
 
-def prepare(inputs: AttentionInputs, kernels: FlashMla | None) -> Prepared:
-    """Bind both stages. ``kernels`` None means the torch implementation on the CPU."""
-    return _prepare_cpu(inputs) if kernels is None else _prepare_gpu(inputs, kernels)
+def prepare(inputs: AttentionInputs, kernels: FlashMla | None, candidate: str = "with_kvcache") -> Prepared:
+    """Bind both stages of ``candidate``. ``kernels`` None means the torch implementation on the CPU."""
+    return _prepare_cpu(inputs, candidate) if kernels is None else _prepare_gpu(inputs, kernels, candidate)
 
 
-def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla) -> Prepared:
-    schedule_stage, attention_stage = stages(inputs.site, "with_kvcache")
+def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla, candidate: str) -> Prepared:
+    schedule_stage, attention_stage = stages(inputs.site, candidate)
     output = Output()
-    call = _call(inputs)
+    call = _call(inputs, one_entry=candidate == WITH_KVCACHE_MIXED)
     filled = kernels.new_schedule()
 
     def attention() -> None:
@@ -34,7 +38,7 @@ def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla) -> Prepared:
         output.tensor = kernels.with_kvcache(call, kernels.new_schedule())
 
     return Prepared(
-        candidate="with_kvcache",
+        candidate=candidate,
         stages=(
             BoundStage(schedule_stage, attention_with_schedule, baseline=attention),
             BoundStage(attention_stage, attention),
@@ -43,11 +47,13 @@ def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla) -> Prepared:
     )
 
 
-def _prepare_cpu(inputs: AttentionInputs) -> Prepared:
-    schedule_stage, attention_stage = stages(inputs.site, "with_kvcache")
+def _prepare_cpu(inputs: AttentionInputs, candidate: str) -> Prepared:
+    schedule_stage, attention_stage = stages(inputs.site, candidate)
     output = Output()
     selections = inputs.selections()
     lengths = torch.stack([part.lengths for part in selections]).sum(0)
+    if candidate == WITH_KVCACHE_MIXED:  # one entry has one length: every query is taken to be as wide as the indices
+        lengths = torch.full_like(lengths, sum(part.slot_ids.shape[1] for part in selections))
     h_q, head_dim = inputs.q.shape[1:]
     plan = schedule_cpu(lengths, h_q, head_dim)
 
@@ -59,13 +65,13 @@ def _prepare_cpu(inputs: AttentionInputs) -> Prepared:
         output.tensor = with_kvcache_cpu(inputs.q, plan, selections, inputs.sm_scale, inputs.attn_sink)
 
     return Prepared(
-        candidate="with_kvcache",
+        candidate=candidate,
         stages=(BoundStage(schedule_stage, schedule), BoundStage(attention_stage, attention)),
         output=output,
     )
 
 
-def _call(inputs: AttentionInputs) -> KvCacheCall:
+def _call(inputs: AttentionInputs, *, one_entry: bool) -> KvCacheCall:
     """The kernel's arguments: V4 has the window first and the selection as extra cache, V3.2 the selection only."""
     first, *more = inputs.selections()
     extra = more[0] if more else None
@@ -79,6 +85,7 @@ def _call(inputs: AttentionInputs) -> KvCacheCall:
         extra_lengths=None if extra is None else extra.lengths,
         sm_scale=inputs.sm_scale,
         attn_sink=inputs.attn_sink,
+        one_entry=one_entry,
     )
 
 

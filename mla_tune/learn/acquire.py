@@ -20,6 +20,7 @@ import numpy as np
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.interval import LEAST_DIFFERENCE
 from mla_tune.learn.observations import shares
+from mla_tune.learn.refine import engine_choices
 from mla_tune.learn.work import Array, work
 from mla_tune.shape import Shape
 from mla_tune.site import ModelConfig, Site
@@ -58,7 +59,7 @@ def doubts(
     """
     names = costs.candidates(site)
     measured = costs.observations.shapes(site, Role.FIT)
-    if len(names) < 2 or not shapes:
+    if not any(engine_choices(costs, site)) or not shapes:
         return []
     gains = _gains(costs, model, site, shapes)
     errors = np.stack([costs.costs(site, name).error_at(work(site, shapes)) for name in names])
@@ -77,11 +78,14 @@ def doubts(
 
 
 def _gains(costs: CostModel, model: ModelConfig, site: Site, shapes: Sequence[Shape]) -> Array:
-    """(num_shapes,) logarithm of the runner-up's predicted cost over the winner's."""
+    """(num_shapes,) logarithm of the runner-up's predicted cost over the winner's, for the engine with the closest call."""
     load, share = work(site, shapes), shares(model, site)
-    us = np.stack([costs.costs(site, name).amortized_us(load, share) for name in costs.candidates(site)])
-    ordered = np.sort(np.log(us), axis=0)
-    return np.asarray(ordered[1] - ordered[0])
+    gains = []
+    for names in engine_choices(costs, site):
+        us = np.stack([costs.costs(site, name).amortized_us(load, share) for name in names])
+        ordered = np.sort(np.log(us), axis=0)
+        gains.append(ordered[1] - ordered[0])
+    return np.asarray(np.min(gains, axis=0))
 
 
 def _expected_loss(gains: Array, sigma: Array) -> Array:

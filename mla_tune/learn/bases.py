@@ -13,7 +13,7 @@ from enum import StrEnum
 import numpy as np
 
 from mla_tune.learn.work import Array, Work
-from mla_tune.site import LayerType, Site
+from mla_tune.site import WITH_KVCACHE_MIXED, LayerType, Site
 from mla_tune.stages import Stage
 
 _HEADS_PER_BLOCK = 64
@@ -83,7 +83,8 @@ def _attention(site: Site, candidate: str, chip: Chip) -> Basis:
         # One block per query and 64 heads: a staircase in waves, each as long as the tiles of one query, as far as the
         # blocks do not overtake each other. Gathers that miss the L2 add their bytes.
         tiles = np.ceil(work.attended / _ENTRIES_PER_TILE)
-        missed = work.num_qo_tokens * work.attended * _miss_rate(work.rows * 1024, chip)
+        rows = work.distinct_rows + work.window_rows if candidate == "sparse_fwd_selected" else work.rows
+        missed = work.num_qo_tokens * work.attended * _miss_rate(rows * 1024, chip)
         return [_ones(work), queries(work), waves(work), waves(work) * tiles, missed]
 
     def with_kvcache(work: Work) -> list[Array]:
@@ -96,17 +97,24 @@ def _attention(site: Site, candidate: str, chip: Chip) -> Basis:
         merge = [split, queries(work) * split]
         return [_ones(work), queries(work), queries(work) * tiles, busiest, *merge, waves(work) * tiles, missed]
 
+    def mixed(work: Work) -> list[Array]:
+        # One entry: a block per query and 64 heads, in waves. With fewer queries than SMs the context is split as well.
+        return [*with_kvcache(work), waves(work)]
+
     def coordinates(work: Work) -> list[Array]:
         # Where the rows lie matters less than how many a query reads. What a law misses goes with the waves, so another
         # device is corrected as the measured one is at as many waves.
         waves_alike = (chip.measured_sm_count or chip.sm_count) / chip.sm_count
         return [_octaves(work.num_qo_tokens * waves_alike), _octaves(work.attended), 0.5 * _octaves(work.rows)]
 
-    if candidate == "sparse_fwd":
+    if candidate != "with_kvcache":
         return Basis(sparse_fwd, coordinates, (Resource.CLOCK, *[Resource.SM] * 3, Resource.MEMORY))
     # The merge of the splits is a launch of its own, and reads what the splits wrote.
     merge = (Resource.CLOCK, Resource.SM)
-    return Basis(with_kvcache, coordinates, (Resource.CLOCK, *[Resource.SM] * 3, *merge, Resource.SM, Resource.MEMORY))
+    paged = (Resource.CLOCK, *[Resource.SM] * 3, *merge, Resource.SM, Resource.MEMORY)
+    if candidate == WITH_KVCACHE_MIXED:
+        return Basis(mixed, coordinates, (*paged, Resource.SM))
+    return Basis(with_kvcache, coordinates, paged)
 
 
 def _schedule(queries: Array, tiles: Array) -> tuple[Array, Array]:
@@ -152,6 +160,26 @@ _BY_NAME = {
     "dequantize_window": Basis(
         lambda w: [_ones(w), w.window_rows],
         lambda w: [_octaves(w.window_rows)],
+        _BYTES,
+    ),
+    "prepare": Basis(
+        lambda w: [_ones(w), w.rows, w.num_qo_tokens * w.index_width],
+        lambda w: [_octaves(w.rows), _octaves(w.num_qo_tokens)],
+        (*_BYTES, Resource.MEMORY),
+    ),
+    "mark": Basis(
+        lambda w: [_ones(w), w.num_qo_tokens * w.selection_width],
+        lambda w: [_octaves(w.num_qo_tokens)],
+        _BYTES,
+    ),
+    "compact": Basis(
+        lambda w: [_ones(w), w.compressed_rows, w.distinct_rows],
+        lambda w: [_octaves(w.compressed_rows), _octaves(w.distinct_rows)],
+        (*_BYTES, Resource.MEMORY),
+    ),
+    "dequantize_selected": Basis(
+        lambda w: [_ones(w), w.distinct_rows],
+        lambda w: [_octaves(w.distinct_rows)],
         _BYTES,
     ),
     "row_ids": Basis(

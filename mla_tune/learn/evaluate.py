@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mla_tune.engine import Engine
 from mla_tune.errors import FitError
 from mla_tune.learn.objective import Objective, inside, shares_near
 from mla_tune.learn.observations import Observations
@@ -74,7 +75,7 @@ def _hand_written(table: Table) -> list[tuple[str, Rule]]:
 
 def held_out_points(observations: Observations, table: Table) -> list[HeldOutPoint]:
     """Every held-out point of a table at which all its candidates ran, in the order of the shapes."""
-    where = table_scope(table)
+    where = table_scope(table, observations.overlap)
     judged = rules(table)
     points = []
     for shape in where.swept(observations, Role.HELD_OUT):
@@ -101,7 +102,7 @@ def held_out(observations: Observations, table: Table) -> HeldOut:
 
 
 def overall(observations: Observations, policy: Policy) -> HeldOut:
-    """The judgement over all attention tables of one layer type, each point of each table with equal weight.
+    """The judgement over all of SGLang's attention tables of one layer type, each point of each table with equal weight.
 
     Raises :class:`FitError` if there is no such table with two candidates.
     """
@@ -147,13 +148,13 @@ def by_traffic(observations: Observations, policy: Policy, objective: Objective)
 
 
 def is_single_layer_attention(table: Table) -> bool:
-    """Whether ``table`` chooses attention for one layer type."""
-    return table.site == SiteName.PREFILL_ATTENTION and table.layer != FORWARD
+    """Whether ``table`` is SGLang's and chooses attention for one layer type."""
+    return table.site == SiteName.PREFILL_ATTENTION and table.layer != FORWARD and table.engine is Engine.SGLANG
 
 
-def table_scope(table: Table) -> Scope:
-    """What ``table`` chooses for."""
-    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q)
+def table_scope(table: Table, overlap: int = 0) -> Scope:
+    """What ``table`` chooses for; ``overlap`` is that of its policy's inputs."""
+    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, table.engine, overlap)
 
 
 def _summary(names: Iterable[str], slowdowns: Sequence[tuple[float, ...]]) -> HeldOut:

@@ -51,7 +51,8 @@ def explain(costs: CostModel, table: Table, shape: Shape) -> Explanation:
 
     Raises :class:`mla_tune.errors.FitError` if ``costs`` lacks a candidate of the table.
     """
-    where = scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q)
+    overlap = costs.observations.overlap
+    where = scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, table.engine, overlap)
     explained = (_candidate(costs, where, name, shape) for name in table.candidates)
     return Explanation(
         shape=shape,
@@ -65,7 +66,9 @@ def _candidate(costs: CostModel, where: Scope, name: str, shape: Shape) -> Candi
     works = [work(site, [shape]) for site, _ in where.parts]
     lines: list[StageCost] = []
     for (site, layers), load in zip(where.parts, works, strict=True):
-        lines += _in_running_order(costs.costs(site, name).breakdown(load, shares(where.model, site), layers), site)
+        lines += _in_running_order(
+            costs.costs(site, name).breakdown(load, shares(where.model, site), layers), site, name
+        )
     total_us = float(where.predicted_us(costs, name, works)[0])
     return CandidateExplanation(
         candidate=name,
@@ -76,7 +79,7 @@ def _candidate(costs: CostModel, where: Scope, name: str, shape: Shape) -> Candi
     )
 
 
-def _in_running_order(lines: list[StageCost], site: Site) -> list[StageCost]:
-    """The lines of one site as its stages run: those of a whole forward first."""
-    order = {stage.name: index for name in site.candidates for index, stage in enumerate(stages(site, name))}
+def _in_running_order(lines: list[StageCost], site: Site, candidate: str) -> list[StageCost]:
+    """The lines of one site as the candidate's stages run: those of a whole forward first."""
+    order = {stage.name: index for index, stage in enumerate(stages(site, candidate))}
     return sorted(lines, key=lambda line: order.get(line.stage, len(order)))

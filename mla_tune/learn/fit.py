@@ -13,6 +13,7 @@ from statistics import median
 
 import msgspec
 
+from mla_tune.engine import Engine, engine_choice
 from mla_tune.errors import FitError
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.crossover import Candidates, swept_shapes, table_rows
@@ -34,9 +35,11 @@ from mla_tune.policy import (
     Source,
     Table,
 )
+from mla_tune.policy_kernels import kernel_configs
 from mla_tune.sku import Environment
 from mla_tune.store.measurement import Measurement, Role
 from mla_tune.store.probe import Try
+from mla_tune.store.tuned import Tuned
 
 FIRST_CALL_BOUND_S = 1.0
 """Longest first call on a new shape that a served candidate may cost: a request that waits for it misses any deadline."""
@@ -52,8 +55,11 @@ def fit_policy(
     source: Source,
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
     objective: Objective = PLAIN,
+    tuned: Iterable[Tuned] = (),
 ) -> Policy:
     """The policy that ``measurements`` of one environment, and a probe's ``tries`` there, support.
+
+    ``tuned`` are the launch parameters that the measurements were taken with; the policy carries them.
 
     A site, or a model, that was not swept has no table; nor has one whose incumbent never ran, since there is nothing
     to switch from; nor a mix of layer types that share no points; nor a site without a held-out point to judge it by
@@ -61,7 +67,8 @@ def fit_policy(
     """
     costs = CostModel(environment, measurements, tries, objective.regime)
     require_regime(costs.observations)
-    fitted = (fit_table(costs, scope, first_call_bound_s, objective) for scope in scopes())
+    overlap = costs.observations.overlap
+    fitted = (fit_table(costs, scope, first_call_bound_s, objective) for scope in scopes(overlap))
     tables = [table for table in fitted if table is not None]
     if not tables:
         raise FitError(
@@ -76,6 +83,8 @@ def fit_policy(
         regime=str(costs.observations.regime),
         environment=policy_environment(environment),
         source=source,
+        overlap=overlap,
+        kernel_config=kernel_configs(entry.launch for entry in tuned),
         tables=tuple(tables),
         objective=objective.stated(),
     )
@@ -133,6 +142,7 @@ def unjudged_table(
         model=scope.model.name,
         h_q=scope.h_q,
         layer=str(scope.layer),
+        engine=scope.engine,
         incumbent=candidates.incumbent,
         candidates=tuple(sorted(candidates.names)),
         noise_band=candidates.noise_band,
@@ -160,23 +170,31 @@ def _uncertainty(costs: CostModel, scope: Scope, candidates: Candidates) -> floa
 def left_out(measurements: Iterable[Measurement], policy: Policy) -> list[str]:
     """Tables that ``policy``, fitted on ``measurements``, lacks although their incumbent ran, as ``site, model, ...``."""
     observations = Observations(measurements)
-    there = {(table.site, table.model, table.h_q, table.layer) for table in policy.tables}
+    there = {(table.site, table.model, table.h_q, table.layer, table.engine) for table in policy.tables}
     return [
         ", ".join(
-            str(part) for part in (scope.name, scope.model.name, scope.h_q and f"h_q {scope.h_q}", scope.layer) if part
+            str(part)
+            for part in (
+                scope.name,
+                scope.model.name,
+                scope.h_q and f"h_q {scope.h_q}",
+                scope.layer,
+                scope.engine is not Engine.SGLANG and scope.engine,
+            )
+            if part
         )
-        for scope in scopes()
-        if scope.model.incumbent(scope.name) in scope.candidates(observations)
-        and (scope.name, scope.model.name, scope.h_q, scope.layer) not in there
+        for scope in scopes(observations.overlap)
+        if _incumbent_ran(observations, scope)
+        and (scope.name, scope.model.name, scope.h_q, scope.layer, scope.engine) not in there
     ]
 
 
 def _candidates(observations: Observations, scope: Scope, first_call_bound_s: float) -> Candidates | None:
     """The candidates that a table may choose from, the incumbent first; None if that never ran."""
-    incumbent = scope.model.incumbent(scope.name)
+    incumbent = scope.incumbent
     sites = [site for site, _ in scope.parts]
     ran = scope.candidates(observations)
-    if incumbent not in ran or is_unsafe(observations, sites, incumbent):
+    if not _incumbent_ran(observations, scope) or is_unsafe(observations, sites, incumbent):
         return None
     others = [name for name in ran if name != incumbent and not is_unsafe(observations, sites, name)]
     names = (incumbent, *others)
@@ -192,6 +210,18 @@ def _candidates(observations: Observations, scope: Scope, first_call_bound_s: fl
         if (seconds := round(observations.first_call_s(sites[0], name), 3)) > first_call_bound_s
     )
     return Candidates(names, incumbent, _noise_band(observations, scope, names), found, slow)
+
+
+def _incumbent_ran(observations: Observations, scope: Scope) -> bool:
+    """Whether there is something to switch from; in a table of another engine than SGLang, also something of its own.
+
+    A sweep from before that engine's candidates were known ran what the engines share, and says nothing about them.
+    """
+    ran = scope.candidates(observations)
+    shared = {
+        name for site, _ in scope.parts for name in engine_choice(Engine.SGLANG, scope.name, site.layer).candidates
+    }
+    return scope.incumbent in ran and (scope.engine is Engine.SGLANG or bool(set(ran) - shared))
 
 
 def _noise_band(observations: Observations, scope: Scope, names: Sequence[str]) -> float:

@@ -87,6 +87,7 @@ class Observations:
     def __init__(
         self, measurements: Iterable[Measurement], tries: Iterable[Try] = (), regime: Regime | None = None
     ) -> None:
+        """``measurements`` share one overlap of selections, as :func:`mla_tune.learn.usable.usable` sees to."""
         self._tries: dict[tuple[Site, str], list[Try]] = {}
         for attempt in sorted(tries, key=lambda attempt: attempt.key):
             self._tries.setdefault((attempt.site, attempt.candidate), []).append(attempt)
@@ -109,6 +110,11 @@ class Observations:
                     self._failures[point] = m
             elif m.regime is self.regime or (self.regime is Regime.EAGER and (m.site, m.shape) not in asked):
                 self._parts.setdefault(point, {})[m.part] = m
+
+    @property
+    def overlap(self) -> int:
+        """The overlap of neighbouring selections that the measurements assume."""
+        return max((site.overlap for site in self._roles), default=0)
 
     def shapes(self, site: Site, role: Role | None = None) -> list[Shape]:
         """Shapes at which anything was attempted, sorted."""

@@ -8,6 +8,7 @@ from itertools import zip_longest
 
 import numpy as np
 
+from mla_tune.engine import Engine, engine_choice
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.observations import shares
 from mla_tune.learn.work import Array, work
@@ -27,16 +28,25 @@ def crossover_shapes(costs: CostModel, models: Iterable[ModelConfig]) -> list[tu
     axis. The sites take turns in the result, so that all get some of a budget that ends early.
     """
     columns = [
-        [(site, shape) for shape in _site_crossovers(costs, model, site)]
+        [
+            (site, shape)
+            for names in engine_choices(costs, site)
+            for shape in _site_crossovers(costs, model, site, names)
+        ]
         for site, model in attention_sites(models).items()
     ]
     return [found for row in zip_longest(*columns) for found in row if found is not None]
 
 
-def _site_crossovers(costs: CostModel, model: ModelConfig, site: Site) -> Iterator[Shape]:
-    names = costs.candidates(site)
-    if len(names) < 2:
-        return
+def engine_choices(costs: CostModel, site: Site) -> Iterator[tuple[str, ...]]:
+    """What each engine chooses from at this site, as far as it ran: a crossover that one of them has is looked for."""
+    ran = costs.candidates(site)
+    sets = (engine_choice(engine, site.name, site.layer).candidates for engine in Engine)
+    names = dict.fromkeys(tuple(name for name in candidates if name in ran) for candidates in sets)
+    yield from (candidates for candidates in names if len(candidates) > 1)
+
+
+def _site_crossovers(costs: CostModel, model: ModelConfig, site: Site, names: tuple[str, ...]) -> Iterator[Shape]:
     swept = Counter((s.num_reqs, s.kv_tokens) for s in costs.observations.shapes(site, Role.FIT))
     contexts = sorted(context for context, counts in swept.items() if counts >= _AXIS)
     largest = max((s.num_qo_tokens for s in costs.observations.shapes(site, Role.FIT)), default=0)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mla_tune.engine import Engine
 from mla_tune.errors import FitError
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.scope import Scope, scopes
@@ -54,8 +55,8 @@ class Repetition:
 
 def compare(first: Observations, second: Observations) -> Repetition:
     """Compare two sweeps. Raises :class:`FitError` if they have no comparison in common."""
-    pairs = [pair for scope in scopes() if scope.layer != FORWARD for pair in _verdicts(first, second, scope)]
-    differences = [d for scope in scopes() if scope.layer != FORWARD for d in _differences(first, second, scope)]
+    pairs = [pair for scope in scopes() if _compared(scope) for pair in _verdicts(first, second, scope)]
+    differences = [d for scope in scopes() if _compared(scope) for d in _differences(first, second, scope)]
     if not pairs:
         raise FitError(
             "two sweeps are compared where both measured every candidate: got no such point; "
@@ -75,10 +76,15 @@ def compare(first: Observations, second: Observations) -> Repetition:
     )
 
 
+def _compared(scope: Scope) -> bool:
+    """Each site once: not the whole forward, nor the same measurements as another engine sees them."""
+    return scope.layer != FORWARD and scope.engine is Engine.SGLANG
+
+
 def _names(observations: Observations, scope: Scope) -> list[str]:
     """Candidates that ran, the incumbent first; empty where that did not run."""
     ran = scope.candidates(observations)
-    incumbent = scope.model.incumbent(scope.name)
+    incumbent = scope.incumbent
     return [incumbent, *(name for name in ran if name != incumbent)] if incumbent in ran else []
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mla_tune.engine import Engine, engine_choice, engine_heads, model_incumbent, table_engine
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.interval import Interval
 from mla_tune.learn.observations import Observations, shares
@@ -26,6 +27,13 @@ class Scope:
     h_q: int | None
     parts: tuple[tuple[Site, int], ...]
     """Each site that the choice covers, with the layers that it counts for (1 in a table of one layer type)."""
+    engine: Engine = Engine.SGLANG
+    """The engine that chooses."""
+
+    @property
+    def incumbent(self) -> str:
+        """What the engine takes today."""
+        return model_incumbent(self.engine, self.name, self.model)
 
     def measured_us(self, observations: Observations, candidate: str, shape: Shape) -> float | None:
         """Measured whole-path cost: per layer, or per forward; None if any part of it was not measured."""
@@ -60,8 +68,11 @@ class Scope:
         return sum(count * costs.costs(site, candidate).error for site, count in self.parts) / layers
 
     def candidates(self, observations: Observations) -> tuple[str, ...]:
-        """Candidates that ran at every site of the scope, sorted."""
-        ran = [set(observations.candidates(site)) for site, _ in self.parts]
+        """Candidates of the engine that ran at every site of the scope, sorted."""
+        ran = [
+            set(observations.candidates(site)) & set(engine_choice(self.engine, self.name, site.layer).candidates)
+            for site, _ in self.parts
+        ]
         return tuple(sorted(set.intersection(*ran)))
 
     def swept(self, observations: Observations, role: Role) -> list[Shape]:
@@ -69,23 +80,35 @@ class Scope:
         return sorted(set.intersection(*(set(observations.shapes(site, role)) for site, _ in self.parts)))
 
 
-def scopes() -> Iterator[Scope]:
-    """Every table that a policy can have, in the order of its file: site, model, heads, layer types, whole forward."""
+def scopes(overlap: int = 0) -> Iterator[Scope]:
+    """Every table that a policy can have, in the order of its file: site, model, engine, heads, layer types, forward.
+
+    ``overlap`` is that of the selections that it is for; see :attr:`mla_tune.site.Site.overlap`.
+    """
     for name in SiteName:
         for model in MODELS.values():
-            for h_q in model.heads if name is SiteName.PREFILL_ATTENTION else (None,):
-                yield from _layer_scopes(name, model, h_q)
+            for engine in Engine:
+                if table_engine(engine, name, model) is engine:
+                    for h_q in engine_heads(engine, model) if name is SiteName.PREFILL_ATTENTION else (None,):
+                        yield from _layer_scopes(name, model, h_q, engine, overlap)
 
 
-def scope(name: SiteName, model: ModelConfig, layer: str, h_q: int | None) -> Scope:
-    """The scope of one table; its key is taken to be valid."""
-    return next(found for found in _layer_scopes(name, model, h_q) if found.layer == layer)
+def scope(
+    name: SiteName,
+    model: ModelConfig,
+    layer: str,
+    h_q: int | None,
+    engine: Engine = Engine.SGLANG,
+    overlap: int = 0,
+) -> Scope:
+    """The scope of one table; its key is taken to be valid. ``overlap`` as in :func:`scopes`."""
+    return next(found for found in _layer_scopes(name, model, h_q, engine, overlap) if found.layer == layer)
 
 
-def _layer_scopes(name: SiteName, model: ModelConfig, h_q: int | None) -> Iterator[Scope]:
-    sites = [model.site(name, layer, h_q) for layer in model.site_layers(name)]
+def _layer_scopes(name: SiteName, model: ModelConfig, h_q: int | None, engine: Engine, overlap: int) -> Iterator[Scope]:
+    sites = [model.site(name, layer, h_q).overlapping(overlap) for layer in model.site_layers(name)]
     for site in sites:
-        yield Scope(name, model, site.layer, h_q, ((site, 1),))
+        yield Scope(name, model, site.layer, h_q, ((site, 1),), engine)
     # A forward computes metadata once for all layers of a type, and attention in each of them.
     counted = tuple((s, model.layer_count(s.layer) if name is SiteName.PREFILL_ATTENTION else 1) for s in sites)
-    yield Scope(name, model, FORWARD, h_q, counted)
+    yield Scope(name, model, FORWARD, h_q, counted, engine)

@@ -60,11 +60,11 @@ class TrainingGrid:
     """(num_shapes,) index into :attr:`tokens`."""
     groups: IntArray
     """(num_shapes,) index into :data:`REQUEST_COUNTS`."""
-    _works: dict[tuple[str, int | None], Work] = field(default_factory=dict)
+    _works: dict[tuple[str, int | None, int], Work] = field(default_factory=dict)
 
     def work(self, site: Site) -> Work:
         """Work of every shape at ``site``; heads play no role in it."""
-        key = (str(site.layer), site.topk)
+        key = (str(site.layer), site.topk, site.overlap)
         if key not in self._works:
             self._works[key] = work(site, self.shapes)
         return self._works[key]

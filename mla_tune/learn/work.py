@@ -27,6 +27,7 @@ class Work:
     window: Array
     selection_width: Array
     index_width: Array
+    distinct_rows: Array
 
     @property
     def attended(self) -> Array:
@@ -52,6 +53,7 @@ def work(site: Site, shapes: Sequence[AnyShape]) -> Work:
         window=_column([w.window for w in loads]),
         selection_width=_column([w.selection_width for w in loads]),
         index_width=_column([w.index_width for w in loads]),
+        distinct_rows=_column([w.distinct_rows for w in loads]),
     )
 
 

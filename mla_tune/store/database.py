@@ -21,7 +21,13 @@ from mla_tune.errors import StoreError, UsageError
 from mla_tune.shape import Shape
 from mla_tune.site import Site
 from mla_tune.sku import Environment
-from mla_tune.store.export import Export, attempt_to_export_precision, to_export_precision
+from mla_tune.store import queries
+from mla_tune.store.export import (
+    Export,
+    attempt_to_export_precision,
+    to_export_precision,
+    tuned_to_export_precision,
+)
 from mla_tune.store.measurement import Measurement, Outcome, QuarantinedTiming, fault
 from mla_tune.store.migrations import MIGRATIONS
 from mla_tune.store.probe import Try, try_fault
@@ -37,47 +43,15 @@ from mla_tune.store.rows import (
     quarantined_from,
     try_from,
     try_row,
+    tuned_from,
+    tuned_row,
 )
 from mla_tune.store.sqlite_file import check_file, connect, one_line_errors
+from mla_tune.store.tuned import Tuned, tuned_fault
 
 BUSY_TIMEOUT_S = 5.0
 """How long a write waits for another one; one point's commit takes milliseconds."""
 
-_MEASUREMENTS_SQL = """
-select p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, p.role, m.* from measurements m join points p on p.id = m.point
-where m.environment = :environment and (:site is null or p.site = :site)
-order by p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, m.candidate, m.part, m.regime
-"""
-_KEYS_SQL = """
-select p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, m.candidate, m.part, m.regime
-from measurements m join points p on p.id = m.point
-where m.environment = :environment and m.outcome <> 'disturbed'
-"""
-_QUARANTINE_SQL = """
-select p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, q.* from quarantine q join points p on p.id = q.point
-where q.environment = :environment order by q.id
-"""
-_TRIES_SQL = """
-select * from tries where environment = :environment order by site, candidate, num_reqs, num_qo_tokens, kv_tokens
-"""
-_OUTCOMES_SQL = """
-select outcome, count(*) as measurements from measurements
-where environment = :environment group by outcome order by outcome
-"""
-_SPAN_SQL = """
-select
-  (select count(distinct point) from measurements where environment = :environment) as points,
-  (select count(*) from tries where environment = :environment) as tries,
-  (select coalesce(sum(length(samples_us)) / 8, 0) from quarantine where environment = :environment) as quarantined,
-  (select min(finished_at) from all_times) as first,
-  (select max(finished_at) from all_times) as last
-"""
-_ALL_TIMES = """
-with all_times as (
-  select finished_at from measurements where environment = :environment
-  union all select finished_at from tries where environment = :environment
-)
-"""
 _T = TypeVar("_T")
 
 
@@ -183,6 +157,24 @@ class Database:
                 [try_row(attempt, environment=row["id"], finished_at=time) for attempt in rows], replace=True
             )
 
+    def record_tuned(
+        self, environment: Environment, tuned: Iterable[Tuned], finished_at: datetime | None = None
+    ) -> None:
+        """Store tuned launch parameters in one transaction, as :meth:`record` does measurements; a later one replaces."""
+        rows = list(tuned)
+        for entry in rows:
+            if reason := tuned_fault(entry):
+                raise StoreError(f"launch parameters must be sound: {entry.launch.kernel}: {reason}")
+        if not rows:
+            return
+        time = _utc(finished_at)
+        with one_line_errors(self.path), self._transaction():
+            row = environment_row(environment)
+            self._db.table("environments").insert(row, ignore=True)
+            self._db.table("launches").insert_all(
+                [tuned_row(entry, environment=row["id"], finished_at=time) for entry in rows], replace=True
+            )
+
     def merge(self, export: Export) -> int:
         """Record the measurements and tries that an export adds or changes and return how many that were.
 
@@ -193,9 +185,12 @@ class Database:
         news = [m for m in export.measurements if stored.get(m.key) != to_export_precision(m)]
         known = {attempt.key: attempt_to_export_precision(attempt) for attempt in self.tries(environment.id)}
         new_tries = [t for t in export.tries if known.get(t.key) != attempt_to_export_precision(t)]
+        tuned = {entry.key: tuned_to_export_precision(entry) for entry in self.tuned(environment.id)}
+        new_tuned = [entry for entry in export.tuned if tuned.get(entry.key) != tuned_to_export_precision(entry)]
         self.record(environment, news)
         self.record_tries(environment, new_tries)
-        return len(news) + len(new_tries)
+        self.record_tuned(environment, new_tuned)
+        return len(news) + len(new_tries) + len(new_tuned)
 
     def environments(self) -> list[Environment]:
         """Every environment that has measurements or tries, ordered by SKU and id."""
@@ -204,22 +199,30 @@ class Database:
     def measurements(self, environment_id: str, site: Site | None = None) -> list[Measurement]:
         """All measurements of one environment (of one site), ordered by their key, raw samples included."""
         parameters = {"environment": environment_id, "site": site.key if site else None}
-        return self._rows(_MEASUREMENTS_SQL, parameters, measurement_from)
+        return self._rows(queries.MEASUREMENTS, parameters, measurement_from)
 
     def quarantined(self, environment_id: str) -> list[QuarantinedTiming]:
         """All disturbed samples of one environment, in the order stored; nothing ever removes them."""
-        return self._rows(_QUARANTINE_SQL, {"environment": environment_id}, quarantined_from)
+        return self._rows(queries.QUARANTINE, {"environment": environment_id}, quarantined_from)
 
     def tries(self, environment_id: str) -> list[Try]:
         """All tries of one environment, ordered by their key."""
-        return self._rows(_TRIES_SQL, {"environment": environment_id}, try_from)
+        return self._rows(queries.TRIES, {"environment": environment_id}, try_from)
+
+    def tuned(self, environment_id: str) -> list[Tuned]:
+        """All tuned launch parameters of one environment, ordered by their key."""
+        return self._rows(queries.LAUNCHES, {"environment": environment_id}, tuned_from)
+
+    def done_candidates(self, environment_id: str) -> set[tuple[str, Shape, str, str]]:
+        """(site, shape, candidate, launches) of everything in :meth:`done_keys`: with what launch parameters it ran."""
+        return set(self._rows(queries.KEYS, {"environment": environment_id}, _timed_with))
 
     def done_keys(self, environment_id: str) -> set[tuple[str, Shape, str, str, str]]:
         """Keys (see :attr:`Measurement.key`) of everything stored for one environment, failures included.
 
         Not those without an undisturbed sample, which are to be measured again.
         """
-        return set(self._rows(_KEYS_SQL, {"environment": environment_id}, key_from))
+        return set(self._rows(queries.KEYS, {"environment": environment_id}, key_from))
 
     def summaries(self) -> list[EnvironmentSummary]:
         """What is stored, an environment each, in the order of :meth:`environments`."""
@@ -271,10 +274,10 @@ class Database:
     def _summary(self, environment: Environment) -> EnvironmentSummary:
         parameters = {"environment": environment.id}
         outcomes = self._rows(
-            _OUTCOMES_SQL, parameters, lambda row: (Outcome(row["outcome"]), int(row["measurements"]))
+            queries.OUTCOMES, parameters, lambda row: (Outcome(row["outcome"]), int(row["measurements"]))
         )
         (summary,) = self._rows(
-            _ALL_TIMES + _SPAN_SQL,
+            queries.ALL_TIMES + queries.SPAN,
             parameters,
             lambda row: EnvironmentSummary(
                 environment=environment,
@@ -287,6 +290,11 @@ class Database:
             ),
         )
         return summary
+
+
+def _timed_with(row: Row) -> tuple[str, Shape, str, str]:
+    site, shape, candidate, _, _ = key_from(row)
+    return site, shape, candidate, str(row["launches"])
 
 
 def _utc(moment: datetime | None) -> str:

@@ -1,19 +1,21 @@
 """The committed export of a database: what a policy is fitted from, small enough to review and to keep in git.
 
-JSON lines. Line 1 is a header with the environment; then comes a line for each point with all its measurements, then one
-for each try of a probe, both sorted. The same content gives the same bytes, whatever order it was taken or inserted in.
-Raw and disturbed samples stay in the database; latencies are kept to 0.001 us and first calls to 1 us, which is far below
-their noise. Version 1 had no tries and did not say why sampling stopped; it is read as well.
+JSON lines. Line 1 is a header with the environment; then comes a line for each point with all its measurements, one for
+each try of a probe, and one for each set of tuned launch parameters, all sorted. The same content gives the same bytes,
+whatever order it was taken or inserted in. Raw and disturbed samples stay in the database; latencies are kept to 0.001 us
+and first calls to 1 us, which is far below their noise. Version 1 had no tries and did not say why sampling stopped,
+version 2 knew of no launch parameters; both are read as well.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 
@@ -27,19 +29,26 @@ from mla_tune.store.lines import (
     Header,
     decode_point,
     decode_try,
+    decode_tuned,
     encode_line,
     encode_point,
     encode_try,
+    encode_tuned,
     measurements_fault,
     tries_fault,
 )
 from mla_tune.store.measurement import Measurement
 from mla_tune.store.probe import Try
+from mla_tune.store.tuned import Tuned, tuned_fault
 
 FORMAT = "mla-tune-measurements"
-VERSION = 2
+VERSION = 3
+_WITHOUT_LAUNCHES = 2
 MAX_BYTES = 64 * 2**20
 """Largest export that is read: ten times what a sweep of every site of a GPU writes, small enough for any machine."""
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +59,8 @@ class Export:
     measurements: tuple[Measurement, ...]
     """Ordered by their key."""
     tries: tuple[Try, ...] = ()
+    """Ordered by their key."""
+    tuned: tuple[Tuned, ...] = ()
     """Ordered by their key."""
 
 
@@ -75,8 +86,16 @@ def attempt_to_export_precision(attempt: Try) -> Try:
     return replace(attempt, first_call_s=_rounded(attempt.first_call_s, 6))
 
 
+def tuned_to_export_precision(tuned: Tuned) -> Tuned:
+    """Tuned launch parameters as an export gives them back: rounded."""
+    return replace(tuned, latency_us=round(tuned.latency_us, 3), default_us=round(tuned.default_us, 3))
+
+
 def export_lines(
-    environment: Environment, measurements: Iterable[Measurement], tries: Iterable[Try] = ()
+    environment: Environment,
+    measurements: Iterable[Measurement],
+    tries: Iterable[Try] = (),
+    tuned: Iterable[Tuned] = (),
 ) -> Iterator[str]:
     """Lines of an export, newlines included. Raises :class:`StoreError` on what an export cannot hold.
 
@@ -88,12 +107,25 @@ def export_lines(
     attempts = sorted(map(attempt_to_export_precision, tries), key=lambda attempt: attempt.key)
     if reason := tries_fault(attempts):
         raise StoreError(f"tries must be sound to be exported: {reason}")
+    launches = sorted(map(tuned_to_export_precision, tuned), key=lambda entry: entry.key)
+    if reason := next((fault for entry in launches if (fault := tuned_fault(entry))), None):
+        raise StoreError(f"launch parameters must be sound to be exported: {reason}")
     points = [list(point) for _, point in groupby(rows, key=lambda m: (m.site, m.shape))]
     described = msgspec.convert(asdict(environment), EnvironmentRecord)
-    header = Header(format=FORMAT, version=VERSION, points=len(points), tries=len(attempts), environment=described)
+    # What an earlier version can hold is written as that version: committed exports stay the bytes that they are.
+    news = bool(launches) or any(m.launches or m.site.overlap for m in rows)
+    header = Header(
+        format=FORMAT,
+        version=VERSION if news else _WITHOUT_LAUNCHES,
+        points=len(points),
+        tries=len(attempts),
+        launches=len(launches) if news else msgspec.UNSET,
+        environment=described,
+    )
     yield encode_line(header)
     yield from (encode_line(encode_point(point)) for point in points)
     yield from (encode_line(encode_try(attempt)) for attempt in attempts)
+    yield from (encode_line(encode_tuned(entry)) for entry in launches)
 
 
 def write_export(
@@ -101,9 +133,10 @@ def write_export(
     environment: Environment,
     measurements: Iterable[Measurement],
     tries: Iterable[Try] = (),
+    tuned: Iterable[Tuned] = (),
 ) -> None:
     """Write an export, all or nothing; raises :class:`StoreError`."""
-    data = "".join(export_lines(environment, measurements, tries)).encode()
+    data = "".join(export_lines(environment, measurements, tries, tuned)).encode()
     try:
         write_atomically(path, data)
     except OSError as error:
@@ -116,36 +149,46 @@ def write_export(
 def read_export(path: str | os.PathLike[str]) -> Export:
     """Everything in an export. Raises :class:`StoreError` that names file and line."""
     lines = _read(path).removesuffix(b"\n").split(b"\n")
-    environment, points, num_tries = _decode_header(path, lines[0])
-    end = min(1 + points, len(lines))
-    measurements: list[Measurement] = []
-    seen: set[object] = set()
-    for number, line in enumerate(lines[1:end], start=2):
-        try:
-            point = decode_point(line)
-        except (*MALFORMED, ValueError, UsageError) as error:
-            raise _refusal(path, number, f"a point as mla-tune db export writes it: {error}") from error
-        identity = (point[0].site.key, point[0].shape)
-        if identity in seen:
-            raise _refusal(path, number, f"a point that no line before has: {point[0].label} is repeated")
-        seen.add(identity)
-        measurements += point
-    tries: list[Try] = []
-    for number, line in enumerate(lines[end:], start=end + 1):
-        try:
-            tries.append(decode_try(line))
-        except (*MALFORMED, ValueError, UsageError) as error:
-            raise _refusal(path, number, f"a try as mla-tune db export writes it: {error}") from error
-        if tries[-1].key in seen:
-            raise _refusal(path, number, f"a try that no line before has: {tries[-1].key} is repeated")
-        seen.add(tries[-1].key)
-    if len(lines) != 1 + points + num_tries:
+    header = _decode_header(path, lines[0])
+    counts = (header.points, header.tries, header.launches or 0)
+    found = _Lines(path, lines)
+    points = found.take(counts[0], "point", decode_point, lambda point: (point[0].site.key, point[0].shape))
+    tries = found.take(counts[1], "try", decode_try, lambda attempt: attempt.key)
+    tuned = found.take(counts[2], "launch", decode_tuned, lambda entry: entry.key)
+    if len(lines) != 1 + sum(counts):
         raise _refusal(
             path,
             len(lines),
-            f"the last of {points} points and {num_tries} tries: the file is cut short or was added to",
+            f"the last of {counts[0]} points, {counts[1]} tries and {counts[2]} launches: the file is cut short or was "
+            "added to",
         )
-    return Export(environment, tuple(measurements), tuple(tries))
+    measurements = tuple(measurement for point in points for measurement in point)
+    return Export(_environment(header), measurements, tuple(tries), tuple(tuned))
+
+
+class _Lines:
+    """The lines of an export behind its header, decoded one kind after the other."""
+
+    def __init__(self, path: str | os.PathLike[str], lines: list[bytes]) -> None:
+        self._path, self._lines = path, lines
+        self._next = 1
+
+    def take(self, count: int, kind: str, decode: Callable[[bytes], _T], identity: Callable[[_T], object]) -> list[_T]:
+        """The next ``count`` lines, or as many as there are. Raises :class:`StoreError` on a wrong or repeated one."""
+        found, seen = [], set()
+        end = min(self._next + count, len(self._lines))
+        for number in range(self._next, end):
+            try:
+                value = decode(self._lines[number])
+            except (*MALFORMED, ValueError, UsageError) as error:
+                raise _refusal(self._path, number + 1, f"a {kind} as mla-tune db export writes it: {error}") from error
+            key = identity(value)
+            if key in seen:
+                raise _refusal(self._path, number + 1, f"a {kind} that no line before has: {key} is repeated")
+            seen.add(key)
+            found.append(value)
+        self._next = end
+        return found
 
 
 def export_sha256(path: str | os.PathLike[str]) -> str:
@@ -157,10 +200,10 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(float(value), digits)
 
 
-def _decode_header(path: str | os.PathLike[str], line: bytes) -> tuple[Environment, int, int]:
-    """Environment, number of points, number of tries."""
+def _decode_header(path: str | os.PathLike[str], line: bytes) -> Header:
     accepted = (
-        f'a header {{"format": "{FORMAT}", "version": {VERSION}, "points": ..., "tries": ..., "environment": {{...}}}}'
+        f'a header {{"format": "{FORMAT}", "version": {VERSION}, "points": ..., "tries": ..., "launches": ..., '
+        '"environment": {...}}'
     )
     try:
         found = msgspec.json.decode(line, type=FormatVersion)
@@ -169,13 +212,18 @@ def _decode_header(path: str | os.PathLike[str], line: bytes) -> tuple[Environme
         header = msgspec.json.decode(line, type=Header)
     except MALFORMED as error:
         raise _refusal(path, 1, f"{accepted}: {error}") from error
-    if header.format != FORMAT or not 1 <= header.version <= VERSION or (header.version == 1 and header.tries):
+    unknown = (header.version < 2 and header.tries) or (header.version < 3 and header.launches)
+    if header.format != FORMAT or not 1 <= header.version <= VERSION or unknown:
         raise _refusal(path, 1, f"{accepted}: got format {header.format!r}, version {header.version}")
+    return header
+
+
+def _environment(header: Header) -> Environment:
     libraries = tuple(
         KernelLibrary(library.name, library.version, library.sha256) for library in header.environment.libraries
     )
     fields = {name: getattr(header.environment, name) for name in header.environment.__struct_fields__}
-    return Environment(**{**fields, "libraries": libraries}), header.points, header.tries
+    return Environment(**{**fields, "libraries": libraries})
 
 
 def _read(path: str | os.PathLike[str]) -> bytes:

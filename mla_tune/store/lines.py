@@ -7,10 +7,12 @@ from typing import Annotated
 
 import msgspec
 
+from mla_tune.launch import make_launch, parameters
 from mla_tune.shape import Shape
 from mla_tune.site import Site
 from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, Stop, fault
 from mla_tune.store.probe import Try, try_fault
+from mla_tune.store.tuned import Tuned, tuned_fault
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -50,6 +52,8 @@ class Header(_Record, frozen=True):
     environment: EnvironmentRecord
     tries: _Count = 0
     """Lines of tries after those; version 1 had none."""
+    launches: _Count | msgspec.UnsetType = msgspec.UNSET
+    """Lines of tuned launch parameters after those; versions 1 and 2 had none."""
 
 
 class FormatVersion(msgspec.Struct, frozen=True):
@@ -73,6 +77,7 @@ class _Result(_Record, frozen=True, omit_defaults=True):
     workspace_bytes: int | None = None
     stopped_by: Stop | None = None
     power_capped: bool = False
+    launches: str = ""
     timings: tuple[_Timing, ...] = ()
     parts: tuple[tuple[str, Regime], ...] = ()
     """(part, regime) of each measurement that failed in this one way; empty for ``ok``."""
@@ -97,9 +102,21 @@ class _Try(_Record, frozen=True, omit_defaults=True):
     first_call_s: float | None = None
 
 
+class _Tuned(_Record, frozen=True):
+    """Tuned launch parameters of one kernel in one size class."""
+
+    kernel: str
+    size_from: _Count
+    parameters: dict[str, int]
+    latency_us: float
+    default_us: float
+    trials: _Count
+
+
 _ENCODER = msgspec.json.Encoder()
 _POINT_DECODER = msgspec.json.Decoder(_Point)
 _TRY_DECODER = msgspec.json.Decoder(_Try)
+_TUNED_DECODER = msgspec.json.Decoder(_Tuned)
 MALFORMED = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
 """What decoding a line raises, besides ``ValueError`` and ``UsageError``."""
 
@@ -133,11 +150,14 @@ def tries_fault(tries: list[Try]) -> str | None:
     return None
 
 
-_Shared = tuple[str, Outcome, str, float | None, int | None, Stop | None, bool]
+_Shared = tuple[str, Outcome, str, float | None, int | None, Stop | None, bool, str]
 
 
 def _shared(m: Measurement) -> _Shared:
-    return (m.candidate, m.outcome, m.detail, m.first_call_s, m.workspace_bytes, m.stopped_by, m.power_capped)
+    return (
+        *(m.candidate, m.outcome, m.detail, m.first_call_s, m.workspace_bytes),
+        *(m.stopped_by, m.power_capped, m.launches),
+    )
 
 
 def encode_point(measurements: list[Measurement]) -> _Point:
@@ -155,7 +175,7 @@ def encode_point(measurements: list[Measurement]) -> _Point:
 
 
 def _encode_result(group: list[Measurement]) -> _Result:
-    candidate, outcome, detail, first_call_s, workspace_bytes, stopped_by, power_capped = _shared(group[0])
+    candidate, outcome, detail, first_call_s, workspace_bytes, stopped_by, power_capped, launches = _shared(group[0])
     return _Result(
         candidate=candidate,
         outcome=outcome,
@@ -164,6 +184,7 @@ def _encode_result(group: list[Measurement]) -> _Result:
         workspace_bytes=workspace_bytes,
         stopped_by=stopped_by,
         power_capped=power_capped,
+        launches=launches,
         timings=tuple(
             (m.part, m.regime, m.latency_us, m.ci_low_us, m.ci_high_us, m.num_samples)
             for m in group
@@ -198,6 +219,7 @@ def decode_point(line: bytes) -> list[Measurement]:
                 workspace_bytes=result.workspace_bytes,
                 stopped_by=result.stopped_by,
                 power_capped=result.power_capped,
+                launches=result.launches,
             )
             measurements.append(measurement)
     if not measurements:
@@ -229,6 +251,28 @@ def decode_try(line: bytes) -> Try:
     if reason := try_fault(attempt):
         raise ValueError(reason)
     return attempt
+
+
+def encode_tuned(tuned: Tuned) -> _Tuned:
+    """Tuned launch parameters."""
+    return _Tuned(
+        kernel=tuned.launch.kernel,
+        size_from=tuned.launch.size_from,
+        parameters=parameters(tuned.launch.config),
+        latency_us=tuned.latency_us,
+        default_us=tuned.default_us,
+        trials=tuned.trials,
+    )
+
+
+def decode_tuned(line: bytes) -> Tuned:
+    """The launch parameters of one line. Raises ``ValueError``, ``UsageError`` or what msgspec raises."""
+    found = _TUNED_DECODER.decode(line)
+    launch = make_launch(found.kernel, found.size_from, found.parameters)
+    tuned = Tuned(launch, found.latency_us, found.default_us, found.trials)
+    if reason := tuned_fault(tuned):
+        raise ValueError(reason)
+    return tuned
 
 
 def _decode_site(key: str) -> Site:

@@ -108,6 +108,9 @@ class Measurement:
     workspace_bytes: int | None = None
     """Peak device memory of the candidate beyond its inputs and output, bytes. Once per candidate."""
 
+    launches: str = ""
+    """Digest of the tuned launch parameters that its kernels ran with; empty for the defaults."""
+
     @property
     def key(self) -> tuple[str, Shape, str, str, str]:
         """What makes two measurements of one environment the same: (site, shape, candidate, part, regime)."""

@@ -99,6 +99,29 @@ def m002_trust(db: sqlite_utils.Database) -> None:
     )
 
 
+@MIGRATIONS()
+def m003_launches(db: sqlite_utils.Database) -> None:
+    """Tuned launch parameters of our own kernels, and with which of them a measurement was taken."""
+    db.table("measurements").add_column("launches", str, not_null_default="")  # empty: the defaults
+
+    launches = {
+        "environment": str,
+        "kernel": str,
+        "size_from": int,
+        "parameters": str,  # JSON: {"rows_per_program": 4, ...}
+        "latency_us": float,
+        "default_us": float,
+        "trials": int,
+        "finished_at": str,
+    }
+    db.table("launches").create(
+        launches,
+        pk=("environment", "kernel", "size_from"),
+        foreign_keys=[("environment", "environments", "id")],
+        not_null=launches,
+    )
+
+
 def applied_migrations(db: sqlite_utils.Database) -> list[str]:
     """Names of the steps that made this database, oldest first; empty for one that mla-tune did not write."""
     return [migration.name for migration in MIGRATIONS.applied(db)]

@@ -8,11 +8,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
+from mla_tune.launch import make_launch, parameters
 from mla_tune.shape import Shape
 from mla_tune.site import Site
 from mla_tune.sku import Environment, KernelLibrary
 from mla_tune.store.measurement import Measurement, Outcome, QuarantinedTiming, Regime, Role, Stop
 from mla_tune.store.probe import Try
+from mla_tune.store.tuned import Tuned
 
 Row = Mapping[str, Any]
 """Column name -> SQLite value."""
@@ -65,6 +67,7 @@ def measurement_row(measurement: Measurement, *, environment: str, point: int, f
         "workspace_bytes": measurement.workspace_bytes,
         "stopped_by": measurement.stopped_by or "",
         "power_capped": int(measurement.power_capped),
+        "launches": measurement.launches,
         "finished_at": finished_at,
     }
 
@@ -98,6 +101,26 @@ def try_row(attempt: Try, *, environment: str, finished_at: str) -> dict[str, An
         "first_call_s": attempt.first_call_s,
         "finished_at": finished_at,
     }
+
+
+def tuned_row(tuned: Tuned, *, environment: str, finished_at: str) -> dict[str, Any]:
+    """Row of the table ``launches``."""
+    return {
+        "environment": environment,
+        "kernel": tuned.launch.kernel,
+        "size_from": tuned.launch.size_from,
+        "parameters": json.dumps(parameters(tuned.launch.config), separators=(",", ":")),
+        "latency_us": tuned.latency_us,
+        "default_us": tuned.default_us,
+        "trials": tuned.trials,
+        "finished_at": finished_at,
+    }
+
+
+def tuned_from(row: Row) -> Tuned:
+    """Read :func:`tuned_row` back. Raises like :func:`try_from`."""
+    launch = make_launch(row["kernel"], row["size_from"], json.loads(row["parameters"]))
+    return Tuned(launch, row["latency_us"], row["default_us"], row["trials"])
 
 
 def try_from(row: Row) -> Try:
@@ -143,6 +166,7 @@ def measurement_from(row: Row) -> Measurement:
         workspace_bytes=row["workspace_bytes"],
         stopped_by=Stop(row["stopped_by"]) if row["stopped_by"] else None,
         power_capped=bool(row["power_capped"]),
+        launches=row["launches"],
     )
 
 

@@ -33,6 +33,7 @@ from mla_tune.store.measurement import (
     Regime,
     Stop,
 )
+from mla_tune.sweep.failure import failure_of, is_out_of_memory, one_line
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.judge import AttentionJudge, IndexerJudge, Judge
 from mla_tune.sweep.messages import TIMING, Task
@@ -47,10 +48,6 @@ class _Ready:
     judge: Judge
     first_call_s: float
     workspace_bytes: int
-
-
-class DeviceLostError(RuntimeError):
-    """The device's context no longer works; this process can measure nothing more."""
 
 
 class PointMeasurer:
@@ -79,19 +76,26 @@ class PointMeasurer:
         """Timing regimes of this device."""
         return tuple(regime for regime, _, _ in self._timers)
 
+    @property
+    def gpu_time(self) -> tuple[InputBuilder, Timer, Effort]:
+        """What one kernel alone is timed with: the inputs' builder, and the first timer, of GPU time where there is one."""
+        _, timer, effort = self._timers[0]
+        return self._builder, timer, effort
+
     def measure(self, task: Task, enter: Callable[[str], None]) -> Iterator[Measurement]:
         """Rows of every candidate of the task. ``enter`` is told which one runs next, in case it kills this process."""
         point, names = task.point, task.candidates
+        self.device = replace(self.device, launches=task.launches)
         ready: dict[str, _Ready] = {}
         try:
             self._require_memory(point)
             judge = self.judge(point)
         except (RuntimeError, MemoryError) as error:
-            if not _is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             self._builder.release()
             for name in names:
-                yield from failures(point, name, Failure(Outcome.NO_MEMORY, _one_line(error)), self.regimes)
+                yield from failures(point, name, Failure(Outcome.NO_MEMORY, one_line(error)), self.regimes)
             return
         for name in names:
             enter(name)
@@ -134,28 +138,11 @@ class PointMeasurer:
                 first_call_s = time.perf_counter() - start
             wrong = judge.verdict(prepared.result())
         except Exception as error:  # a candidate may raise anything; its failure must cost its own row only
-            return self._failure(error)
+            return failure_of(error, self.device.kind)
         if wrong is not None:
             return Failure(Outcome.WRONG_RESULT, wrong)
         output_bytes = prepared.result().nbytes
         return _Ready(prepared, judge, first_call_s, prepared.buffer_bytes() + max(0, peak - output_bytes))
-
-    def _failure(self, error: Exception) -> Failure:
-        self._require_context(error)
-        if _is_out_of_memory(error):
-            return Failure(Outcome.NO_MEMORY, _one_line(error))
-        kind = Outcome.COMPILE_ERROR if "ompilation" in type(error).__name__ else Outcome.RUNTIME_ERROR
-        return Failure(kind, _one_line(error))
-
-    def _require_context(self, error: Exception) -> None:
-        """Raise :class:`DeviceLostError` if the device no longer answers after ``error``."""
-        if self.device.kind == "cpu":
-            return
-        try:
-            torch.cuda.synchronize()
-            torch.ones(1, device="cuda").item()
-        except RuntimeError:
-            raise DeviceLostError(_one_line(error)) from error
 
     def _peak_bytes(self, run: Callable[[], object]) -> int:
         """Run once and give the device memory that it took on top, output included; 0 on the CPU (not observable)."""
@@ -176,7 +163,7 @@ class PointMeasurer:
             rows = self._time(task, ready)
             wrong = {name: reason for name, entry in ready.items() if (reason := self._wrong_by_now(entry)) is not None}
         except Exception as error:  # see _prepare
-            failure = self._failure(error)
+            failure = failure_of(error, self.device.kind)
             if len(ready) == 1:
                 yield from failures(point, next(iter(ready)), failure, self.regimes)
                 return
@@ -259,11 +246,6 @@ def _right(point: Point, name: str, entry: _Ready) -> Measurement:
     )
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Also where torch's CPU allocator says so, which has no exception type of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
-
-
 def parts(prepared: Prepared) -> dict[str, Work]:
     """Every stage alone, and the per-layer and per-forward sequences where they have more than one stage."""
     works = {bound.stage.name: Work(bound.run, bound.baseline) for bound in prepared.stages}
@@ -304,8 +286,3 @@ def _available_bytes(meminfo: Path) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
     return int(available.split()[1]) * 1024
-
-
-def _one_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0]}" if text else type(error).__name__

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mla_tune.launch import DEFAULT_LAUNCHES, Config, Launches
 from mla_tune.site import SiteName
 from mla_tune.sku import Environment
-from mla_tune.store.measurement import Measurement, Regime
+from mla_tune.store.measurement import Measurement, Outcome, Regime
 from mla_tune.sweep.grid import Point
 
 TIMING = ""
@@ -39,6 +40,31 @@ class Task:
     """False: only compare with the reference; right candidates then give one row without a latency."""
     sampling_s: float | None = None
     """Time for the samples of each regime, if less than the worker's own."""
+    launches: Launches = DEFAULT_LAUNCHES
+    """Launch parameters that our own kernels run with."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One configuration of a kernel to check and to time, in turn with the default."""
+
+    kernel: str
+    size: int
+    config: Config
+    default: Config
+    samples: int
+
+
+@dataclass(frozen=True, slots=True)
+class Tried:
+    """What became of a :class:`Trial`."""
+
+    outcome: Outcome
+    detail: str = ""
+    """One line: why the outcome is not ``ok``."""
+    samples_us: tuple[float, ...] = ()
+    default_us: tuple[float, ...] = ()
+    """Samples of the default, taken in turn with those of the configuration."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,5 +104,5 @@ class Lost:
     detail: str
 
 
-Message = Hello | Refused | Entering | Done | Lost
+Message = Hello | Refused | Entering | Done | Lost | Tried
 """Anything that a worker may say."""

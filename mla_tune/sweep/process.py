@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
-from mla_tune.sweep.messages import Hello, Message, Refused, Task
+from mla_tune.sweep.messages import Hello, Message, Refused, Task, Trial
 
 START_TIMEOUT_S = 180.0
 """Longest wait for a new worker: importing torch and creating a CUDA context on a cold machine takes tens of seconds."""
@@ -61,7 +61,7 @@ class WorkerProcess:
         """Process id."""
         return self._process.pid
 
-    def send(self, task: Task) -> None:
+    def send(self, task: Task | Trial) -> None:
         """Hand it a task. Raises ``OSError`` if it is dead."""
         self._connection.send(task)
 

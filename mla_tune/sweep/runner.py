@@ -11,9 +11,12 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from mla_tune.launch import DEFAULT_LAUNCHES, Launches
 from mla_tune.sku import Environment
+from mla_tune.stages import kernels
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Measurement, Outcome
+from mla_tune.store.tuned import launches_from
 from mla_tune.sweep.attempt import attempt
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.messages import NOTHING_ADDED, TIMING, Added, Task
@@ -72,6 +75,7 @@ class Sweep:
         """
         self._kind, self._timeout_s, self._added, self._sampling_s = kind, timeout_s, added, sampling_s
         self._restarts = 0
+        self._launches = DEFAULT_LAUNCHES
         self._worker = WorkerProcess(kind, added.module)
         self.environment: Environment = self._worker.hello.environment
         self.regimes = self._worker.hello.regimes
@@ -96,7 +100,8 @@ class Sweep:
     ) -> Report:
         """Measure what ``database`` lacks of ``points`` for this environment, until ``budget_s`` seconds are over."""
         plan = list(points)
-        tasks = missing_tasks(database, self.environment, plan, self._added)
+        self._launches = launches_from(database.tuned(self.environment.id))
+        tasks = missing_tasks(database, self.environment, plan, self._added, self._launches)
         start = time.monotonic()
         failed = disturbed = done = 0
         deaths = Deaths()
@@ -138,7 +143,8 @@ class Sweep:
         rows = self._measure(replace(task, candidates=worth_trying, sampling_s=self._sampling_s))
         for name, failure in hopeless.items():
             rows += failures(task.point, name, failure, self.regimes)
-        return rows
+        digests = launch_digests(task.point, self._launches)
+        return [replace(row, launches=digests.get(row.candidate, "")) for row in rows]
 
     def _measure(self, task: Task) -> list[Measurement]:
         """All rows of a task, whatever happens to the worker."""
@@ -146,7 +152,7 @@ class Sweep:
         queue = deque([task] if task.candidates else [])
         while queue:
             current = queue.popleft()
-            result = attempt(self._worker, current, self._timeout_s)
+            result = attempt(self._worker, replace(current, launches=self._launches), self._timeout_s)
             rows += result.rows
             if result.failure is None:
                 continue
@@ -168,15 +174,28 @@ class Sweep:
         self._worker = WorkerProcess(self._kind, self._added.module)
 
 
+def launch_digests(point: Point, launches: Launches) -> dict[str, str]:
+    """By candidate: which of the tuned launch parameters its kernels run with at ``point``."""
+    return {name: launches.digest(kernels(point.site, name)) for name in point.site.candidates}
+
+
 def missing_tasks(
-    database: Database, environment: Environment, plan: Iterable[Point], added: Added = NOTHING_ADDED
+    database: Database,
+    environment: Environment,
+    plan: Iterable[Point],
+    added: Added = NOTHING_ADDED,
+    launches: Launches = DEFAULT_LAUNCHES,
 ) -> list[Task]:
-    """The points of ``plan`` with the candidates that have no row for ``environment`` yet, in plan order."""
-    done = {(key[0], key[1], key[2]) for key in database.done_keys(environment.id)}
+    """The points of ``plan`` with the candidates that have no row for ``environment`` yet, in plan order.
+
+    A row that was taken with other launch parameters than ``launches`` is none.
+    """
+    done = database.done_candidates(environment.id)
     tasks = []
     for point in plan:
         names = (*point.site.candidates, *added.at(point))
-        left = tuple(name for name in names if (point.site.key, point.shape, name) not in done)
+        key, digests = (point.site.key, point.shape), launch_digests(point, launches)
+        left = tuple(name for name in names if (*key, name, digests.get(name, "")) not in done)
         if left:
             tasks.append(Task(point, left))
     return tasks

@@ -17,8 +17,10 @@ from pathlib import Path
 from mla_tune.bench.device import detect_environment
 from mla_tune.errors import MlaTuneError
 from mla_tune.store.measurement import Measurement
-from mla_tune.sweep.measure import DeviceLostError, PointMeasurer
-from mla_tune.sweep.messages import Done, Entering, Hello, Lost, Refused, Task
+from mla_tune.sweep.failure import DeviceLostError
+from mla_tune.sweep.measure import PointMeasurer
+from mla_tune.sweep.messages import Done, Entering, Hello, Lost, Refused, Task, Trial, Tried
+from mla_tune.sweep.trial import KernelTrials
 
 _PR_SET_PDEATHSIG = 1
 
@@ -36,19 +38,28 @@ def serve(connection: Connection, kind: str, added: str) -> None:
             importlib.import_module(added)
         environment = detect_environment(gpu=kind == "cuda")
         measurer = PointMeasurer(kind)
+        trials = KernelTrials(measurer.device, *measurer.gpu_time)
     except (MlaTuneError, ImportError, RuntimeError) as error:  # RuntimeError: torch's, for a driver or device problem
         connection.send(Refused(str(error).strip().splitlines()[0]))
         return
     with suppress(EOFError, ConnectionError):  # the parent has closed its end: nobody wants the rest
         connection.send(Hello(environment, measurer.regimes))
-        _answer_tasks(connection, measurer)
+        _answer_tasks(connection, measurer, trials)
 
 
-def _answer_tasks(connection: Connection, measurer: PointMeasurer) -> None:
-    answer: Done | Lost = Done(())
-    while isinstance(answer, Done):
-        answer = _measure(connection, measurer, connection.recv())
+def _answer_tasks(connection: Connection, measurer: PointMeasurer, trials: KernelTrials) -> None:
+    answer: Done | Lost | Tried = Done(())
+    while not isinstance(answer, Lost):
+        task = connection.recv()
+        answer = _try(trials, task) if isinstance(task, Trial) else _measure(connection, measurer, task)
         connection.send(answer)
+
+
+def _try(trials: KernelTrials, trial: Trial) -> Tried | Lost:
+    try:
+        return trials.run(trial)
+    except DeviceLostError as lost:
+        return Lost((), str(lost))
 
 
 def _measure(connection: Connection, measurer: PointMeasurer, task: Task) -> Done | Lost:

@@ -16,6 +16,7 @@ from mla_tune import __version__
 from mla_tune.cli import run as run_here
 from mla_tune.policy import load_policy
 from mla_tune.runtime import Dispatcher
+from mla_tune.site import CANDIDATES
 from mla_tune.store.database import Database
 from mla_tune.store.export import read_export
 from tests.cli.conftest import SWEEP, Swept, contents
@@ -137,7 +138,7 @@ def test_a_shown_policy_has_its_provenance_and_every_rule(folder: Path, capsys: 
 def test_an_export_goes_through_a_new_database_unchanged(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = read_export(EXPORT).measurements
     imported = output(capsys, "db", "import", EXPORT, "--db", "new/copy.db")
-    assert imported == f"{len(rows)} of {len(rows)} measurements and tries were new: new/copy.db\n"
+    assert imported == f"{len(rows)} of {len(rows)} measurements, tries and launches were new: new/copy.db\n"
     assert output(capsys, "db", "import", EXPORT, "--db", "new/copy.db").startswith(f"0 of {len(rows)} ")
     assert output(capsys, "db", "export", "--gpu", "cpu", "--db", "new/copy.db", "--out", "x/y.jsonl") == "x/y.jsonl\n"
     assert Path("x/y.jsonl").read_bytes() == EXPORT.read_bytes()
@@ -178,13 +179,22 @@ def test_a_budget_that_ends_early_says_what_is_left_and_another_run_goes_on(tmp_
     assert (tmp_path / POLICY).is_file()
 
 
+def test_a_machine_without_a_gpu_has_nothing_to_tune_and_says_so_in_one_line(tmp_path: Path) -> None:
+    result = run(tmp_path, "tune", "--gpu", "cpu")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout.startswith("nothing to tune: ")
+    assert result.stdout.count("\n") == 1
+    assert run(tmp_path, "tune", "--gpu", "cpu", "--json").stdout == "[]\n"
+    assert contents(tmp_path) == {}
+
+
 def test_verify_compares_every_candidate_of_a_site(tmp_path: Path) -> None:
     arguments = ("verify", "--gpu", "cpu", "--model", "deepseek-v3.2")
     result = run(tmp_path, *arguments, "--json")
     assert (result.returncode, result.stderr) == (0, "")
     checks = json.loads(result.stdout)
     assert {check["outcome"] for check in checks} == {"ok"}
-    assert {check["candidate"] for check in checks} == {"sparse_fwd", "with_kvcache", "deep_gemm", "jit"}
+    assert {check["candidate"] for check in checks} == {name for names in CANDIDATES.values() for name in names}
     assert contents(tmp_path) == {}
 
 
@@ -206,7 +216,7 @@ def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None
 def test_a_path_that_is_no_text_can_be_used_and_shown(folder: Path) -> None:
     result = run(folder, "db", "import", EXPORT, "--db", os.fsdecode(b"\xff.db"), PYTHONIOENCODING="utf-8")
     assert (result.returncode, result.stderr) == (0, "")
-    assert result.stdout.endswith("measurements and tries were new: \\udcff.db\n")
+    assert result.stdout.endswith("measurements, tries and launches were new: \\udcff.db\n")
 
 
 def test_output_in_ascii_is_readable_too(folder: Path) -> None:

@@ -62,6 +62,13 @@ USAGE = {
     "validation without patience": (["validate", "--gpu", "cpu", "--timeout", "0"], "--timeout must be a positive"),
     "validation of an unknown model": (["validate", "--gpu", "cpu", "--model", "v4"], "got 'v4'; accepted: deepseek"),
     "unknown site of a lookup": (["lookup", "1", "1", *FLASH, "--site", "moe"], "got 'moe'; accepted: prefill"),
+    "unknown kernel": (["tune", "--kernel", "gemm"], "got 'gemm'; accepted: dequantize_v4, dequantize_dsa"),
+    "endless tuning": (["tune", "--budget", "inf"], "--budget must be a positive number of seconds: got inf"),
+    "negative seed": (["tune", "--seed=-1"], "--seed must be a 32-bit number: got -1"),
+    "unknown overlap": (
+        [*SWEEP, "--overlap", "30"],
+        "--overlap must be a known model: got 30; accepted: 0, 50, 80, 95",
+    ),
     "unknown layer": (["lookup", "1", "1", *PLACE, "--layer", "c5a"], "got 'c5a'; accepted: swa_only, c4a"),
     "layer of another model": (["lookup", "1", "1", *PLACE, "--layer", "dsa"], "got dsa; accepted: c4a"),
     "layer without an indexer": (["explain", "1", "1", *PLACE, "--layer", "c128a"], "got c128a; accepted: c4a"),

@@ -76,10 +76,14 @@ def paged_answer(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
     assert schedule.filled_for in (None, shapes_now)
     schedule.filled_for = shapes_now
     check_queries(q)
-    assert q.shape[1] == 1  # one query token a batch entry
+    assert 1 in q.shape[:2]  # one query token a batch entry, or one entry with all of them
+    tokens = 1 if q.shape[1] == 1 else 0
+    assert call["indices"].shape[:2] == q.shape[:2]
     assert call["block_table"] is call["cache_seqlens"] is call["num_splits"] is None
     assert (call["causal"], call["is_fp8_kvcache"], call["head_dim_v"]) == (False, True, 512)
-    parts = [cache_part(call["k_cache"], call["indices"], call["topk_length"])]
+    assert tokens == 1 or call["topk_length"] is None  # lengths are per batch entry
+    slots = call["indices"].flatten(0, 1).unsqueeze(1)
+    parts = [cache_part(call["k_cache"], slots, call["topk_length"])]
     if q.shape[3] == 576:
         assert call["topk_length"] is call["extra_k_cache"] is call["extra_indices_in_kvcache"] is None
         assert call["extra_topk_length"] is call["attn_sink"] is None
@@ -87,8 +91,8 @@ def paged_answer(call: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         assert call["indices"].shape[2] == 128  # the window, whatever the layer type
     if call["extra_k_cache"] is not None:
         parts.append(cache_part(call["extra_k_cache"], call["extra_indices_in_kvcache"], call["extra_topk_length"]))
-    out, lse = paged_attention_reference(q[:, 0], parts, call["softmax_scale"], call["attn_sink"], 512)
-    return out.bfloat16()[:, None], lse
+    out, lse = paged_attention_reference(q.flatten(0, 1), parts, call["softmax_scale"], call["attn_sink"], 512)
+    return out.bfloat16().unsqueeze(tokens), lse
 
 
 def signature(required: str, optional: dict[str, object], switch: bool) -> inspect.Signature:

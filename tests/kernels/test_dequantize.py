@@ -6,13 +6,19 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.formats import DSA, V4, KVFormat, page_parts, quantize_k_cache
-from mla_tune.kernels.launch import DequantizeConfig
 from mla_tune.kernels.reference import dequantize_reference
+from mla_tune.launch import DequantizeConfig
 from tests.conftest import Target
 from tests.kernels.test_formats import FORMATS, random_values
 
 GUARD = 3
 BF16_SMALLEST_NORMAL = 2.0**-126
+CONFIGS = [
+    None,
+    DequantizeConfig(1, 2),
+    DequantizeConfig(8, 4, stream_loads=True, stream_stores=True),
+    DequantizeConfig(2, 1, programs_per_sm=1),
+]
 
 
 def dequantize_between_guards(
@@ -55,7 +61,7 @@ def test_rows_are_gathered_as_the_reference_does_and_minus_one_gives_zeros(
     num_tokens = data.draw(st.integers(1, 40))
     ids = data.draw(st.lists(st.integers(-1, num_tokens - 1), max_size=13))
     dtype = data.draw(st.sampled_from([torch.int32, torch.int64]))
-    config = data.draw(st.sampled_from([None, DequantizeConfig(1, 2), DequantizeConfig(8, 4)]))
+    config = data.draw(st.sampled_from(CONFIGS))
     cache = quantize_k_cache(random_values(num_tokens, fmt, seed, target.device), fmt, page_size)
     slots = torch.tensor(ids, dtype=dtype, device=target.device)
     out = dequantize_between_guards(target, cache, slots, fmt, page_size, config)
@@ -69,6 +75,21 @@ def test_many_rows_take_many_programs(target: Target) -> None:
     slots = torch.randperm(300, generator=torch.Generator().manual_seed(0)).to(target.device)
     out = dequantize_between_guards(target, cache, slots, V4, 64)
     assert_equal(out, dequantize_reference(cache, slots, V4, 64))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 17, 40, 41])
+def test_a_count_on_the_device_says_how_many_rows_are_written(
+    target: Target, count: int, config: DequantizeConfig | None
+) -> None:
+    cache = quantize_k_cache(random_values(40, V4, 1, target.device), V4, 64)
+    slots = torch.arange(39, -1, -1, dtype=torch.int32, device=target.device)
+    out = torch.full((40, 512), torch.nan, dtype=torch.bfloat16, device=target.device)
+    counted = torch.tensor([count], dtype=torch.int32, device=target.device)
+    dequantize_k_cache_paged(cache, slots, out, V4, 64, config, target.backend, counted)
+    kept = min(count, 40)
+    assert_equal(out[:kept], dequantize_reference(cache, slots[:kept], V4, 64), target)
+    assert out[kept:].isnan().all()
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda fmt: fmt.name)

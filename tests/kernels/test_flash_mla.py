@@ -25,7 +25,7 @@ attention_sites = every_site(SiteName.PREFILL_ATTENTION)
 
 
 def prepare(inputs: AttentionInputs, name: str, kernels: FlashMla) -> Prepared:
-    return sparse_fwd.prepare(inputs, kernels) if name == "sparse_fwd" else with_kvcache.prepare(inputs, kernels)
+    return sparse_fwd.prepare(inputs, kernels) if name == "sparse_fwd" else with_kvcache.prepare(inputs, kernels, name)
 
 
 def reference(inputs: AttentionInputs) -> torch.Tensor:
@@ -70,6 +70,30 @@ def test_v4_passes_its_window_first_and_v3_2_its_selection_alone_and_without_len
         assert call["extra_k_cache"].shape[1] == site.layer.page_size
 
 
+@pytest.mark.parametrize("num_qo_tokens", [1, 5])
+def test_the_mixed_call_is_one_batch_entry_with_all_query_tokens(num_qo_tokens: int) -> None:
+    site = next(site for site in attention_sites if site.layer is LayerType.DSA)
+    inputs = InputBuilder(torch.device("cpu")).attention(site, Shape(1, num_qo_tokens, 900))
+    recorder = Recorder()
+    for name in ("with_kvcache", "with_kvcache_mixed"):
+        prepare(inputs, name, FlashMla(9, stand_in(True, recorder))).run()
+    each, one = (
+        [call for call in recorder.calls if call["q"].shape[:2] == shape]
+        for shape in ((num_qo_tokens, 1), (1, num_qo_tokens))
+    )
+    assert each
+    assert one
+    for call in one:
+        assert call["q"].flatten(0, 1).equal(inputs.q)
+        assert call["indices"].flatten(0, 1).equal(inputs.selections()[0].slot_ids)
+        assert call["topk_length"] is call["cache_seqlens"] is None
+
+
+@pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
+def test_only_v3_2_has_the_mixed_call(site: Site) -> None:
+    assert ("with_kvcache_mixed" in site.candidates) == (site.layer is LayerType.DSA)
+
+
 @pytest.mark.parametrize(
     ("major", "head_dim", "legacy"), [(9, 512, True), (9, 576, True), (10, 512, False), (10, 576, True)]
 )
@@ -86,10 +110,12 @@ def test_the_legacy_half_serves_sm90_and_v3_2_and_every_fp8_cache(major: int, he
     assert set(paged) == {True}
 
 
-def test_the_schedule_stage_plans_anew_each_time_and_attention_reuses_one_plan() -> None:
-    inputs = InputBuilder(torch.device("cpu")).attention(attention_sites[0], Shape(1, 3, 300))
+@pytest.mark.parametrize("candidate", ["with_kvcache", "with_kvcache_mixed"])
+def test_the_schedule_stage_plans_anew_each_time_and_attention_reuses_one_plan(candidate: str) -> None:
+    site = next(site for site in attention_sites if candidate in site.candidates)
+    inputs = InputBuilder(torch.device("cpu")).attention(site, Shape(1, 3, 300))
     recorder = Recorder()
-    schedule, attention = prepare(inputs, "with_kvcache", FlashMla(9, stand_in(False, recorder))).stages
+    schedule, attention = prepare(inputs, candidate, FlashMla(9, stand_in(False, recorder))).stages
 
     def plans(run: Callable[[], object] | None) -> list[object]:
         assert run is not None

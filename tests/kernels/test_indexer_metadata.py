@@ -5,8 +5,8 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
 from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
-from mla_tune.kernels.launch import MetadataConfig
 from mla_tune.kernels.reference import metadata_reference
+from mla_tune.launch import MetadataConfig
 from tests.conftest import Target
 
 POISON = -77
@@ -33,7 +33,7 @@ def test_the_schedule_is_the_references_whatever_the_number_of_rows(
     assert torch.equal(paged_mqa_logits_metadata_serial(context_lens, 32, num_sms), expected)
 
 
-@pytest.mark.parametrize("num_rows", [1, 131, 132, 133, 9000])
+@pytest.mark.parametrize("num_rows", [1, 128, 129, 132, 256, 257, 9000])
 def test_a_gpus_worth_of_sms_is_served(target: Target, num_rows: int) -> None:
     generator = torch.Generator().manual_seed(num_rows)
     context_lens = torch.randint(0, 20000, (num_rows,), generator=generator, dtype=torch.int32).to(target.device)
@@ -46,6 +46,13 @@ def test_the_first_sms_take_the_remainder_and_those_without_work_start_at_the_en
     context_lens = torch.tensor([256, 1, 0], dtype=torch.int32, device=target.device)
     out = paged_mqa_logits_metadata(context_lens, 64, 4, backend=target.backend)
     assert out.tolist() == [[0, 0], [1, 0], [3, 0], [3, 0], [3, 0]]
+
+
+@pytest.mark.parametrize("num_rows", [128, 256, 257])
+def test_the_longest_contexts_of_a_few_rows_stay_exact(target: Target, num_rows: int) -> None:
+    context_lens = torch.full((num_rows,), (1 << 31) - 1, dtype=torch.int32, device=target.device)  # 2**23 splits each
+    out = paged_mqa_logits_metadata(context_lens, 64, 5, backend=target.backend)
+    assert torch.equal(out, metadata_reference(context_lens, 5))
 
 
 def test_sums_past_32_bits_stay_exact(target: Target) -> None:
@@ -86,9 +93,9 @@ def test_the_schedule_is_deep_gemms_entry_by_entry(num_rows: int) -> None:
 def test_one_compiled_kernel_serves_every_number_of_rows() -> None:
     from mla_tune.kernels.device.indexer_metadata import _metadata
 
-    for num_rows in (1, 2, 16, 17, 4096, 100_000):
+    for num_rows in (257, 272, 4096, 100_000):
         paged_mqa_logits_metadata(torch.ones(num_rows, dtype=torch.int32, device="cuda"), 64, 132)
     compiled_before = len(_metadata.device_caches[0][0])
-    for num_rows in (3, 32, 8191, 1_000_000):
+    for num_rows in (258, 320, 8191):  # of the size classes that are compiled by now
         paged_mqa_logits_metadata(torch.ones(num_rows, dtype=torch.int32, device="cuda"), 64, 131)
     assert len(_metadata.device_caches[0][0]) == compiled_before

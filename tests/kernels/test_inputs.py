@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import fields
+from itertools import pairwise
 
 import pytest
 import torch
@@ -31,11 +32,11 @@ def caches(inputs: AttentionInputs) -> list[PagedCache]:
 
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
-    """Every tensor that a value holds, caches included."""
+    """Every tensor that a value holds, caches included, but the workspace, which nobody has filled."""
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, AttentionInputs | PagedCache):
-        for field in fields(value):
+        for field in (field for field in fields(value) if field.name != "workspace"):
             yield from tensors(getattr(value, field.name))
 
 
@@ -157,12 +158,13 @@ def test_a_large_pool_repeats_its_tile_and_holds_only_finite_rows() -> None:
 @given(attention_sites, shapes(max_reqs=20, max_extend=8, max_context=4000) | ragged_shapes(20, 8, 4000))
 def test_the_stated_memory_is_at_least_what_inputs_candidates_and_outputs_hold(site: Site, shape: AnyShape) -> None:
     inputs = build(site, shape)
-    held = sum(tensor.nbytes for tensor in tensors(inputs))
+    held = inputs.workspace.nbytes + sum(tensor.nbytes for tensor in tensors(inputs))
     held += sum(part.slot_ids.nbytes + part.lengths.nbytes for part in inputs.selections())
     for name in site.candidates:
         prepared = candidates.prepare_attention(inputs, name, DEVICE)
         prepared.run()
-        held += prepared.buffer_bytes() + prepared.result().nbytes
+        own = sum(b.nbytes for b in prepared.buffers if b.data_ptr() != inputs.workspace.data_ptr())
+        held += own + prepared.result().nbytes
     slack = 1 << 30  # for what is not counted here: a library's own scratch
     assert held <= required_bytes(site, shape) - slack
 
@@ -179,6 +181,36 @@ def test_the_indexers_context_is_counted_in_compressed_rows(site: Site, shape: A
         for position in range(seq - extend, seq)
     ]
     assert lens.flatten().tolist() == expected
+
+
+OVERLAPPING = [Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 512, overlap) for overlap in (0, 50, 80, 95)]
+
+
+def shared_part(rows: torch.Tensor) -> float:
+    """Share of each query's selection that the query before it has too, mean over the queries."""
+    pairs = [(set(a.tolist()), set(b.tolist())) for a, b in pairwise(rows)]
+    return sum(len(a & b) / len(b) for a, b in pairs) / len(pairs)
+
+
+@pytest.mark.parametrize("site", OVERLAPPING, ids=lambda site: f"{site.overlap}")
+def test_neighbours_share_the_stated_part_of_their_selection(site: Site) -> None:
+    inputs = build(site, Shape(2, 60, 2 * 400_000))
+    assert inputs.topk_indices is not None
+    first, second = inputs.topk_indices[:30], inputs.topk_indices[30:]
+    for rows in (first, second):
+        assert all(len(set(row.tolist())) == 512 for row in rows)
+        assert shared_part(rows) == pytest.approx(site.overlap / 100, abs=0.03)
+    if site.overlap:  # requests share nothing with each other
+        assert shared_part(torch.stack([first[-1], second[0]])) < 0.1
+
+
+@pytest.mark.parametrize("site", OVERLAPPING, ids=lambda site: f"{site.overlap}")
+@pytest.mark.parametrize("shape", [Shape(1, 40, 200_000), Shape(3, 90, 60_000)])
+def test_the_workload_knows_how_many_rows_such_a_selection_has(site: Site, shape: Shape) -> None:
+    inputs = build(site, shape)
+    assert inputs.topk_indices is not None
+    rows = inputs.topk_indices + inputs.cu_compressed[inputs.token_to_req.long()][:, None]
+    assert len(set(rows.flatten().tolist())) == pytest.approx(inputs.work.distinct_rows, rel=0.05)
 
 
 @settings(max_examples=15)

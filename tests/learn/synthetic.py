@@ -36,7 +36,7 @@ def stage_us(site: Site, candidate: str, stage: str, shape: Shape) -> float:
     tiles = math.ceil(load.attended / 64)
     waves = math.ceil(tokens * (site.h_q or 64) / 64 / ENVIRONMENT.sm_count)
     misses = 1 + 0.3 * load.rows / (load.rows + 4e4)
-    if stage == "attention" and candidate == "sparse_fwd":
+    if stage == "attention" and candidate.startswith("sparse_fwd"):
         return 8 + waves * (2 + 1.9 * tiles) * misses
     if stage == "attention":
         return 12 + 0.02 * tokens + tokens * (site.h_q or 64) / 64 * tiles * 3.1 / 132 * misses
@@ -46,6 +46,12 @@ def stage_us(site: Site, candidate: str, stage: str, shape: Shape) -> float:
         return 19 + 0.0042 * tokens if candidate == "deep_gemm" else 6 + 0.0002 * tokens
     rows = load.compressed_rows if stage in ("row_ids", "dequantize_compressed") else load.window_rows
     scale = {"dequantize_compressed": 4.5e-4, "dequantize_window": 4.5e-4, "row_ids": 3e-6, "window_ids": 1e-5}
+    if stage in ("mark", "compact", "dequantize_selected"):
+        scale_of = {"mark": 0.0, "compact": 1e-6, "dequantize_selected": 4.5e-4}
+        counted = load.compressed_rows if stage == "compact" else load.distinct_rows
+        return 3 + scale_of[stage] * counted + (1e-5 * tokens * load.selection_width if stage == "mark" else 0)
+    if stage == "prepare":
+        return 4 + 4.7e-4 * load.rows + 8e-6 * tokens * load.index_width
     if stage == "combine":
         return 3 + tokens * load.index_width * 8e-6
     return 3 + scale[stage] * rows
@@ -63,10 +69,12 @@ class World:
     failures: dict[tuple[str, int], tuple[Outcome, str]] = field(default_factory=dict)
     """(candidate, query tokens from which it fails) -> outcome and detail."""
     regime: Regime = Regime.GRAPH
+    not_measured: tuple[str, ...] = ("sparse_fwd_fused", "sparse_fwd_selected")
+    """Candidates that the device lacks: most laws here are of two candidates."""
 
     def measure(self, site: Site, shapes: Iterable[Shape], role: Role = Role.FIT) -> Iterator[Measurement]:
         for shape in shapes:
-            for candidate in site.candidates:
+            for candidate in (name for name in site.candidates if name not in self.not_measured):
                 yield from self._measure_candidate(site, shape, role, candidate)
 
     def _measure_candidate(self, site: Site, shape: Shape, role: Role, candidate: str) -> Iterator[Measurement]:

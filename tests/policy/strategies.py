@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
+from mla_tune.engine import Engine
 from mla_tune.policy import (
     Choice,
     Gpu,
@@ -30,17 +31,18 @@ from mla_tune.policy_evidence import (
     Uncertainty,
     WorkspaceCap,
 )
-from mla_tune.policy_rules import accepted_heads, problems
-from mla_tune.site import CANDIDATES, FORWARD, MODELS, SiteName
+from mla_tune.policy_rules import accepted_candidates, accepted_engines, accepted_heads, problems
+from mla_tune.site import FORWARD, MODELS, SiteName
 
 KEYS = [
-    (site, model.name, h_q, layer)
+    (site, model.name, h_q, layer, engine)
     for site in SiteName
     for model in MODELS.values()
-    for h_q in accepted_heads(site, model)
+    for engine in accepted_engines(site, model)
+    for h_q in accepted_heads(site, model, engine)
     for layer in (*model.site_layers(site), FORWARD)
 ]
-"""Every (site, model, h_q, layer) that a policy may have a table for."""
+"""Every (site, model, h_q, layer, engine) that a policy may have a table for."""
 
 MAX = 2**63 - 1
 counts = st.one_of(st.integers(1, 40_000), st.integers(1, MAX - 1))
@@ -157,10 +159,20 @@ def full_policy() -> Policy:
         for reqs in (0, 3, 12)
         for start in range(4)
     )
+    mixed_rows = tuple(
+        msgspec.structs.replace(
+            row, choices=(msgspec.structs.replace(row.choices[0], candidate="with_kvcache_mixed"), *row.choices[1:])
+        )
+        for row in rows
+    )
     indexer_rows = (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="jit"),)),)
     tables = []
-    for site, model, h_q, layer in KEYS:
+    for site, model, h_q, layer, engine in KEYS:
         changes: dict[str, Any] = {"site": site.value, "model": model, "h_q": h_q, "layer": str(layer), "rows": rows}
+        if engine is Engine.OWN:
+            changes["engine"] = engine
+        elif engine is not Engine.SGLANG:
+            changes |= {"engine": engine, "candidates": ("sparse_fwd", "with_kvcache_mixed"), "rows": mixed_rows}
         if site is SiteName.INDEXER_METADATA:
             changes |= {"incumbent": "jit", "candidates": ("deep_gemm", "jit"), "rows": indexer_rows}
         tables.append(table(**changes))
@@ -277,9 +289,12 @@ caps = st.tuples(st.integers(0, MAX), st.integers(0, MAX), st.integers(0, MAX)).
 
 
 @st.composite
-def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0], *, modelled: bool = False) -> Table:
-    site, model, h_q, layer = key
-    candidates = tuple(sorted(draw(st.sets(st.sampled_from(CANDIDATES[site]), min_size=1))))
+def tables(
+    draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] = KEYS[0], *, modelled: bool = False
+) -> Table:
+    site, model, h_q, layer, engine = key
+    known = accepted_candidates(site, MODELS[model], engine)
+    candidates = tuple(sorted(draw(st.sets(st.sampled_from(known), min_size=1))))
     ranges = st.tuples(counts, counts).map(lambda pair: (min(pair), max(pair)))
     incumbent = draw(st.sampled_from(candidates))
     barred = draw(ineligible([name for name in candidates if name != incumbent]))
@@ -292,6 +307,7 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str] = KEYS[0]
         model=model,
         h_q=h_q,
         layer=str(layer),
+        engine=engine,
         incumbent=incumbent,
         candidates=candidates,
         noise_band=draw(relative_errors if modelled else st.floats(0, 1, exclude_max=True)),

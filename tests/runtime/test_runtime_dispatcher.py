@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from mla_tune.engine import Engine
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
 from mla_tune.gpu import GpuIdentity
 from mla_tune.packaged import packaged_policies, packaged_policy
-from mla_tune.policy import Gpu, Library, Limit, Policy, PolicyEnvironment, digest, write_policy
+from mla_tune.policy import Gpu, Library, Limit, Policy, PolicyEnvironment, digest, dump_policy, write_policy
 from mla_tune.runtime import Dispatcher, Reason
 from mla_tune.site import FORWARD, MODELS, SiteName
 from tests.policy.strategies import KEYS, full_policy, modelled_policy, policy, table
@@ -50,12 +51,37 @@ def with_library(library: str, version: str) -> Policy:
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
-def test_every_table_of_a_policy_resolves(key: tuple[SiteName, str, int | None, str], policy_file: Path) -> None:
-    site, model, h_q, layer = key
-    found = Dispatcher.load(policy_file).resolve(site, model=model, layer=layer, h_q=h_q)
+def test_every_table_of_a_policy_resolves(
+    key: tuple[SiteName, str, int | None, str, Engine], policy_file: Path
+) -> None:
+    site, model, h_q, layer, engine = key
+    found = Dispatcher.load(policy_file).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     assert found.table is not None
-    assert (found.table.site, found.table.model, found.table.h_q, found.table.layer) == key
+    assert (found.table.site, found.table.model, found.table.h_q, found.table.layer, found.table.engine) == key
     assert found.fallback is None
+
+
+@pytest.mark.parametrize("engine", [Engine.VLLM, Engine.VLLM_FEW_HEADS])
+def test_an_engine_that_launches_and_chooses_as_sglang_does_reads_its_tables(engine: Engine, policy_file: Path) -> None:
+    found = Dispatcher.load(policy_file).resolve(
+        "prefill_attention", model="deepseek-v4-flash", layer="c4a", engine=engine
+    )
+    assert found.table is not None
+    assert found.table.engine == Engine.SGLANG
+
+
+@pytest.mark.parametrize(
+    ("engine", "incumbent"), [(Engine.VLLM, "sparse_fwd"), (Engine.VLLM_FEW_HEADS, "with_kvcache_mixed")]
+)
+def test_an_engine_of_its_own_kind_never_reads_anothers_table(engine: Engine, incumbent: str, tmp_path: Path) -> None:
+    path = tmp_path / "p.yaml"
+    sglang = table(model="deepseek-v3.2", h_q=64, layer="dsa")
+    path.write_bytes(dump_policy(policy(sglang)))
+    dispatcher = Dispatcher.load(path, fallback="incumbent")
+    found = dispatcher.resolve("prefill_attention", model="deepseek-v3.2", layer="dsa", h_q=64, engine=engine)
+    assert found.table is None
+    assert {found.choose(q, 1 << 20, 1) for q in (1, 64, 8192)} == {found.incumbent} == {incumbent}
+    assert f"in {engine}: got layer dsa with h_q 64; accepted: no layer" in dispatcher.fallbacks[0]
 
 
 def test_without_h_q_the_model_s_own_heads_are_taken(policy_file: Path) -> None:

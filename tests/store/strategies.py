@@ -6,11 +6,13 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
+from mla_tune.launch import KERNELS, CombineConfig, DequantizeConfig, KernelLaunch
 from mla_tune.shape import Shape
 from mla_tune.site import LayerType, Site, SiteName
 from mla_tune.sku import Environment, KernelLibrary
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Quarantined, Regime, Role, Stop
 from mla_tune.store.probe import Try
+from mla_tune.store.tuned import Tuned
 
 ENVIRONMENT = Environment(
     sku="nvidia-h200",
@@ -30,7 +32,7 @@ CPU_ENVIRONMENT = Environment("cpu", 2, 0, "Some Processor", "", "2.13.0", "", (
 C4A = Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 512)
 METADATA = Site(SiteName.INDEXER_METADATA, LayerType.C4A)
 SHAPE = Shape(16, 8192, 131072)
-SITES = (C4A, Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64), METADATA)
+SITES = (C4A, replace(C4A, overlap=80), Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64), METADATA)
 
 
 def timing(latency_us: float = 812.3456, *, shape: Shape = SHAPE, part: str = "attention") -> Measurement:
@@ -107,7 +109,10 @@ def _at(draw: st.DrawFn, site: Site, shape: Shape, role: Role) -> Measurement:
     if outcome is not Outcome.OK:
         return replace(measurement, detail=draw(details))
     measurement = replace(
-        measurement, stopped_by=draw(st.none() | st.sampled_from(Stop)), power_capped=draw(st.booleans())
+        measurement,
+        stopped_by=draw(st.none() | st.sampled_from(Stop)),
+        power_capped=draw(st.booleans()),
+        launches=draw(st.sampled_from(["", "0123456789ab"])),
     )
     low, middle, high = sorted(draw(st.tuples(latencies_us, latencies_us, latencies_us)))
     if draw(st.booleans()):
@@ -161,6 +166,27 @@ def fixed_tries() -> list[Try]:
     return [
         Try(METADATA, "deep_gemm", Shape(1, 14368, 14368), Outcome.OK, "", 12.5),
         Try(METADATA, "deep_gemm", Shape(1, 14369, 14369), Outcome.RUNTIME_ERROR, "RuntimeError: invalid argument"),
+    ]
+
+
+@st.composite
+def tuned_lists(draw: st.DrawFn) -> list[Tuned]:
+    """Tuned launch parameters of one environment."""
+    kernels = draw(st.lists(st.sampled_from(sorted(KERNELS)), max_size=4, unique=True))
+    found = []
+    for kernel in kernels:
+        entry = draw(st.sampled_from(KERNELS[kernel].classes))
+        launch = KernelLaunch(kernel, entry.size_from, entry.default)
+        us = st.floats(0.001, 1e6)
+        found.append(Tuned(launch, draw(us), draw(us), draw(st.integers(1, 500))))
+    return found
+
+
+def fixed_tuned() -> list[Tuned]:
+    """What ``data/schema_m003.db`` holds of :data:`ENVIRONMENT` besides :func:`fixed_tries`."""
+    return [
+        Tuned(KernelLaunch("combine_topk", 0, CombineConfig(1, 1024, 4)), 3.25, 4.5, 17),
+        Tuned(KernelLaunch("dequantize_v4", 131072, DequantizeConfig(8, 1, 32, True, False)), 801.5, 850.25, 60),
     ]
 
 

@@ -28,10 +28,12 @@ from mla_tune.store.export import (
     export_sha256,
     read_export,
     to_export_precision,
+    tuned_to_export_precision,
     write_export,
 )
 from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, fault
 from mla_tune.store.probe import Try
+from mla_tune.store.tuned import Tuned
 from tests.store.strategies import (
     C4A,
     ENVIRONMENT,
@@ -40,9 +42,11 @@ from tests.store.strategies import (
     failure,
     fixed_rows,
     fixed_tries,
+    fixed_tuned,
     measurement_lists,
     timing,
     try_lists,
+    tuned_lists,
 )
 
 
@@ -97,18 +101,21 @@ def test_export_precision_keeps_measurements_sound_and_applying_it_twice_changes
 
 
 def test_the_lines_of_an_export_are_these() -> None:
-    first, second, *tries = export_lines(ENVIRONMENT, fixed_rows()[:3], fixed_tries())
-    assert tries == [
+    first, second, *rest = export_lines(ENVIRONMENT, fixed_rows()[:3], fixed_tries(), fixed_tuned()[:1])
+    assert rest == [
         '{"site":"indexer_metadata/c4a","candidate":"deep_gemm","shape":[1,14368,14368],"outcome":"ok",'
         '"first_call_s":12.5}\n',
         '{"site":"indexer_metadata/c4a","candidate":"deep_gemm","shape":[1,14369,14369],"outcome":"runtime_error",'
         '"detail":"RuntimeError: invalid argument"}\n',
+        '{"kernel":"combine_topk","size_from":0,"parameters":{"tokens_per_program":1,"columns_per_program":1024,'
+        '"num_warps":4,"column_programs":0},"latency_us":3.25,"default_us":4.5,"trials":17}\n',
     ]
     assert json.loads(first) == {
         "format": "mla-tune-measurements",
-        "version": 2,
+        "version": 3,
         "points": 1,
         "tries": 2,
+        "launches": 1,
         "environment": {
             "sku": "nvidia-h200",
             "sm_count": 132,
@@ -194,7 +201,7 @@ def _refused(path: Path, data: bytes) -> str:
         (b"not json", "malformed"),
         (b"[]", "Expected `object`"),
         (b"\xff", "malformed"),
-        (b'{"format": "mla-tune-measurements", "version": 3, "later": 1}', "version up to 2: got 3; upgrade"),
+        (b'{"format": "mla-tune-measurements", "version": 4, "later": 1}', "version up to 3: got 4; upgrade"),
         (b'{"format": "mla-tune-measurements", "version": 0, "environment": {}}', "missing required field"),
         (b'{"format": "other", "version": 1, "environment": {}}', "missing required field"),
         (b'{"format": "mla-tune-measurements", "version": 1, "deep": ' + b"[" * 100_000, "header"),
@@ -288,20 +295,45 @@ def test_tries_that_are_repeated_missing_or_too_many_are_refused(tmp_path: Path)
     *lines, first, second = export_lines(ENVIRONMENT, fixed_rows(), fixed_tries())
     path = tmp_path / "a.jsonl"
     assert "a try that no line before has" in _refused(path, "".join([*lines, first, first]).encode())
-    assert "the last of 2 points and 2 tries" in _refused(path, "".join([*lines, first]).encode())
+    assert "the last of 2 points, 2 tries" in _refused(path, "".join([*lines, first]).encode())
     third = second.replace("14369", "14370")
-    assert "the last of 2 points and 2 tries" in _refused(path, "".join([*lines, first, second, third]).encode())
+    assert "the last of 2 points, 2 tries" in _refused(path, "".join([*lines, first, second, third]).encode())
     with pytest.raises(StoreError, match="must occur once"):
         list(export_lines(ENVIRONMENT, [], [*fixed_tries(), *fixed_tries()]))
 
 
 def test_an_export_of_the_first_version_is_read_and_has_no_tries(tmp_path: Path) -> None:
     header, *points = export_lines(ENVIRONMENT, fixed_rows())
-    old = {key: value for key, value in json.loads(header).items() if key != "tries"} | {"version": 1}
+    later = ("tries", "launches")
+    old = {key: value for key, value in json.loads(header).items() if key not in later} | {"version": 1}
     (tmp_path / "a.jsonl").write_text("".join([json.dumps(old) + "\n", *points]))
     rows = export_order(list(map(to_export_precision, fixed_rows())))
     assert read_export(tmp_path / "a.jsonl") == Export(ENVIRONMENT, tuple(rows))
     assert "version 1" in _refused(tmp_path / "b.jsonl", (json.dumps(old | {"tries": 1}) + "\n").encode())
+
+
+@given(tuned=tuned_lists())
+@settings(max_examples=25)
+def test_tuned_launch_parameters_survive_the_export_and_a_merge(tuned: list[Tuned]) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "a.jsonl"
+        write_export(path, ENVIRONMENT, [timing()], [], reversed(tuned))
+        found = read_export(path)
+        assert found.tuned == tuple(sorted(map(tuned_to_export_precision, tuned), key=lambda entry: entry.key))
+        with Database.open(Path(folder) / "a.db") as database:
+            assert database.merge(found) == 1 + len(tuned)
+            assert database.merge(found) == 0
+            assert tuple(database.tuned(ENVIRONMENT.id)) == found.tuned
+
+
+def test_launch_parameters_that_no_kernel_has_are_refused(tmp_path: Path) -> None:
+    *lines, last = export_lines(ENVIRONMENT, [timing()], [], fixed_tuned()[:1])
+    for wrong in (last.replace("combine_topk", "other"), last.replace("num_warps", "warps"), last.replace("1024", "3")):
+        assert "a launch as mla-tune db export writes it" in _refused(
+            tmp_path / "a.jsonl", "".join([*lines, wrong]).encode()
+        )
+    old = "".join([*lines, last]).replace('"version":3', '"version":2')
+    assert "version 2" in _refused(tmp_path / "a.jsonl", old.encode())
 
 
 def test_line_ends_that_a_checkout_rewrote_read_the_same(tmp_path: Path) -> None:

@@ -134,12 +134,12 @@ def swept(behaviours: tuple[Behaviour, ...], tokens: list[int]) -> tuple[list[Me
 
 
 @settings(max_examples=60)
-@given(st.tuples(*[st.sampled_from(Behaviour)] * 2))
+@given(st.tuples(*[st.sampled_from(Behaviour)] * len(SITE.candidates)))
 def test_each_candidate_gets_its_own_verdict(behaviours: tuple[Behaviour, ...]) -> None:
     rows, started = swept(behaviours, [64])
     found = [(row.candidate, row.outcome) for row in rows]
     assert found == [(c, OUTCOME[b]) for c, b in zip(SITE.candidates, behaviours, strict=True)]
-    assert started <= 4  # the first, one after both failed together, one after each alone
+    assert started <= 2 + len(SITE.candidates)  # the first, one after both failed together, one after each alone
     for row in rows:
         assert (
             row.detail
@@ -160,9 +160,9 @@ def test_each_candidate_gets_its_own_verdict(behaviours: tuple[Behaviour, ...]) 
 def test_a_candidate_that_always_fails_costs_few_workers_and_its_points_say_that_it_was_not_tried(
     behaviour: Behaviour, tokens: list[int]
 ) -> None:
-    rows, _ = swept((behaviour, Behaviour.FINE), tokens)
+    rows, _ = swept((behaviour, *[Behaviour.FINE] * (len(SITE.candidates) - 1)), tokens)
     outcomes = {(row.candidate, row.shape.num_qo_tokens): row.outcome for row in rows}
-    assert len(outcomes) == len(rows) == 2 * len(tokens)
+    assert len(outcomes) == len(rows) == len(SITE.candidates) * len(tokens)
     tried: list[int] = []
     for count in tokens:
         assert outcomes["with_kvcache", count] is Outcome.OK

@@ -25,7 +25,7 @@ from mla_tune.sweep.runner import Report, Sweep
 from tests.conftest import HAS_CUDA, REPORTS
 from tests.sweep import hostile
 
-KIND, TIMEOUT_S = ("cuda", 25) if HAS_CUDA else ("cpu", 8)
+KIND, TIMEOUT_S = ("cuda", 25) if HAS_CUDA else ("cpu", 12)
 SITE = Site.parse("prefill_attention/c128a/h64")
 METADATA = Site.parse("indexer_metadata/c4a")
 SHAPES = [Shape(1, 4, 2048), Shape(1, 16, 2048), Shape(2, 24, 6000), Shape(1, 48, 4096)]

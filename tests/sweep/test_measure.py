@@ -170,8 +170,7 @@ def test_a_check_compares_and_times_nothing(measurer: PointMeasurer, monkeypatch
     spoil(monkeypatch, raises(RuntimeError("broken")))
     rows, entered = rows_of(measurer, Task(POINT, POINT.site.candidates, timed=False))
     assert {row.candidate: row.outcome for row in rows} == {
-        "sparse_fwd": Outcome.RUNTIME_ERROR,
-        HEALTHY: Outcome.OK,
+        name: Outcome.RUNTIME_ERROR if name == "sparse_fwd" else Outcome.OK for name in POINT.site.candidates
     }
     assert all(row.latency_us is None for row in rows)
     assert TIMING not in entered

@@ -3,12 +3,18 @@
 
 from __future__ import annotations
 
+from functools import cache as memoize
+
 import torch
 import triton
 import triton.language as tl
 
-from mla_tune.kernels.formats import ROPE_DIM, KVFormat
-from mla_tune.kernels.launch import DequantizeConfig
+from mla_tune.kernels.device.rows import Layout, dequantize_rows
+from mla_tune.kernels.formats import KVFormat
+from mla_tune.launch import DequantizeConfig
+
+_INTERPRETED_SMS = 2
+"""Multiprocessors that the interpreter stands in for: a persistent grid then has more blocks than programs."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -17,6 +23,7 @@ def _dequantize(
     slot_ids_ptr: tl.tensor,
     out_ptr: tl.tensor,
     num_rows: tl.tensor,
+    count_ptr: tl.tensor,
     PAGE_SIZE: tl.constexpr,  # noqa: N803
     PAGE_BYTES: tl.constexpr,  # noqa: N803
     DATA_STRIDE: tl.constexpr,  # noqa: N803
@@ -29,41 +36,34 @@ def _dequantize(
     GROUP_SIZE: tl.constexpr,  # noqa: N803
     ROPE: tl.constexpr,  # noqa: N803
     ROWS: tl.constexpr,  # noqa: N803
+    LOADS: tl.constexpr,  # noqa: N803
+    STORES: tl.constexpr,  # noqa: N803
+    COUNTED: tl.constexpr,  # noqa: N803
+    PERSISTENT: tl.constexpr,  # noqa: N803
 ) -> None:
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    in_range = row < num_rows
-    slot = tl.load(slot_ids_ptr + row, mask=in_range, other=-1).to(tl.int64)
-    present = slot >= 0
-    page = slot // PAGE_SIZE
-    offset = slot - page * PAGE_SIZE
-    data = page * PAGE_BYTES + offset * DATA_STRIDE
-    out_row = row * (NUM_GROUPS * GROUP_SIZE + ROPE)
-
-    group = tl.arange(0, NUM_GROUPS_PADDED)
-    is_group = (group < NUM_GROUPS)[None, :]
-    scale_at = cache_ptr + (page * PAGE_BYTES + offset * SCALE_STRIDE + SCALE_BASE)[:, None]
-    if EXPONENT_SCALES:
-        # The exponent's bits are those of a float32; 0 is the subnormal 2**-127, and 255 would be infinity but is NaN.
-        exponent = tl.load(scale_at + group[None, :], mask=present[:, None] & is_group, other=127).to(tl.int32)
-        bits = tl.where(exponent == 0, 0x00400000, tl.where(exponent == 255, 0x7FC00000, exponent << 23))
-        scale = bits.to(tl.float32, bitcast=True)
+    if COUNTED:
+        num_rows = tl.minimum(num_rows, tl.load(count_ptr))
+    block = tl.program_id(0)
+    if PERSISTENT:
+        num_blocks = tl.cdiv(num_rows, ROWS)
+        for index in range(block, num_blocks, tl.num_programs(0)):
+            row = (index + tl.zeros((ROWS,), tl.int64)) * ROWS + tl.arange(0, ROWS)
+            in_range = row < num_rows
+            slot = tl.load(slot_ids_ptr + row, mask=in_range, other=-1).to(tl.int64)
+            dequantize_rows(
+                cache_ptr, slot, out_ptr, row, in_range,
+                PAGE_SIZE, PAGE_BYTES, DATA_STRIDE, ROPE_OFFSET, SCALE_BASE, SCALE_STRIDE, EXPONENT_SCALES,
+                NUM_GROUPS, NUM_GROUPS_PADDED, GROUP_SIZE, ROPE, LOADS, STORES,
+            )  # fmt: skip
     else:
-        scale_ptr = scale_at.to(tl.pointer_type(tl.float32))
-        scale = tl.load(scale_ptr + group[None, :], mask=present[:, None] & is_group, other=1.0)
-
-    column = group[None, :, None] * GROUP_SIZE + tl.arange(0, GROUP_SIZE)[None, None, :]
-    code_mask = present[:, None, None] & is_group[:, :, None]
-    code = tl.load(cache_ptr + data[:, None, None] + column, mask=code_mask, other=0)
-    value = code.to(tl.float8e4nv, bitcast=True).to(tl.float32) * scale[:, :, None]
-    store_mask = in_range[:, None, None] & is_group[:, :, None]
-    tl.store(out_ptr + out_row[:, None, None] + column, value.to(tl.bfloat16), mask=store_mask)
-
-    # The rotary part is bf16 already: copied as bits.
-    lane = tl.arange(0, ROPE)[None, :]
-    rope_ptr = (cache_ptr + (data + ROPE_OFFSET)[:, None]).to(tl.pointer_type(tl.int16)) + lane
-    rope = tl.load(rope_ptr, mask=present[:, None], other=0)
-    out_rope_ptr = (out_ptr + (out_row + NUM_GROUPS * GROUP_SIZE)[:, None]).to(tl.pointer_type(tl.int16)) + lane
-    tl.store(out_rope_ptr, rope, mask=in_range[:, None])
+        row = block.to(tl.int64) * ROWS + tl.arange(0, ROWS)
+        in_range = row < num_rows
+        slot = tl.load(slot_ids_ptr + row, mask=in_range, other=-1).to(tl.int64)
+        dequantize_rows(
+            cache_ptr, slot, out_ptr, row, in_range,
+            PAGE_SIZE, PAGE_BYTES, DATA_STRIDE, ROPE_OFFSET, SCALE_BASE, SCALE_STRIDE, EXPONENT_SCALES,
+            NUM_GROUPS, NUM_GROUPS_PADDED, GROUP_SIZE, ROPE, LOADS, STORES,
+        )  # fmt: skip
 
 
 def launch(
@@ -73,25 +73,36 @@ def launch(
     fmt: KVFormat,
     page_size: int,
     config: DequantizeConfig,
+    count: torch.Tensor | None = None,
 ) -> None:
     """One launch; arguments as of :func:`mla_tune.kernels.dequantize.dequantize_k_cache_paged`, checked there."""
     num_rows = slot_ids.shape[0]
-    _dequantize[(triton.cdiv(num_rows, config.rows_per_program),)](
+    programs = triton.cdiv(num_rows, config.rows_per_program)
+    # With the number of rows on the device the host would launch a program for each row that there could be.
+    per_sm = config.programs_per_sm or (_COUNTED_PROGRAMS_PER_SM if count is not None else 0)
+    if per_sm:
+        programs = min(programs, per_sm * multiprocessors(out.device))
+    _dequantize[(programs,)](
         cache,
         slot_ids,
         out,
         num_rows,
-        PAGE_SIZE=page_size,
-        PAGE_BYTES=fmt.page_bytes(page_size),
-        DATA_STRIDE=fmt.data_stride,
-        ROPE_OFFSET=fmt.rope_offset,
-        SCALE_BASE=fmt.scale_base(page_size),
-        SCALE_STRIDE=fmt.scale_stride,
-        EXPONENT_SCALES=fmt.exponent_scales,
-        NUM_GROUPS=fmt.num_groups,
-        NUM_GROUPS_PADDED=triton.next_power_of_2(fmt.num_groups),
-        GROUP_SIZE=fmt.group_size,
-        ROPE=ROPE_DIM,
+        count,
+        **Layout.of(fmt, page_size).constants(),
         ROWS=config.rows_per_program,
+        LOADS="evict_first" if config.stream_loads else "",
+        STORES="evict_first" if config.stream_stores else "",
+        COUNTED=count is not None,
+        PERSISTENT=per_sm > 0,
         num_warps=config.num_warps,
     )
+
+
+_COUNTED_PROGRAMS_PER_SM = 32
+"""As many blocks as an SM of sm90 or sm100 holds at once."""
+
+
+@memoize
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; a small stand-in where the interpreter runs."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _INTERPRETED_SMS

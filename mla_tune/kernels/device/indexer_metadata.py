@@ -1,5 +1,13 @@
 # mypy: disable-error-code="import-untyped,untyped-decorator"
-"""Triton kernel: the schedule of the paged indexer kernel, for any number of rows in one launch."""
+"""Triton kernels: the schedule of the paged indexer kernel, for any number of rows in one launch.
+
+Every program computes one entry and reads all rows for it: 4 bytes a row, from memory for the first program that asks and
+from the L2 for the others. A grid-wide scan would read them once, at the price of a grid-wide wait, which costs about as
+much as reading 32768 rows (128 KB at 64 bytes a clock are 1.2 us). What bounds the time is latency: rounds of loads that
+wait for each other, and, with a cold L2, the kernel's own instructions. So up to :data:`SMALL_ROWS` rows go to a
+kernel of one round and one warp with a fifth of the code, and the other one reads as many rows in a round as its
+registers hold.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +15,33 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_tune.kernels.launch import MetadataConfig
+from mla_tune.launch import MetadataConfig
+
+SMALL_ROWS = 256
+"""Most rows of the small kernel, which is compiled for half of them too. Contexts of less than 2**31 tokens, 256 of them,
+have at most 2**31 splits, which fit 32 bits."""
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_sms"])
+def _metadata_small(
+    context_lens_ptr: tl.tensor,
+    out_ptr: tl.tensor,
+    num_rows: tl.tensor,
+    num_sms: tl.tensor,
+    SPLIT: tl.constexpr,  # noqa: N803
+    ROWS: tl.constexpr,  # noqa: N803
+) -> None:
+    row = tl.arange(0, ROWS)
+    lens = tl.load(context_lens_ptr + row, mask=row < num_rows, other=0).to(tl.uint32)
+    splits = (lens + (SPLIT - 1)) // SPLIT
+    total = tl.sum(splits, axis=0)
+    ends = tl.cumsum(splits, axis=0)
+    sm = tl.program_id(0).to(tl.uint32)
+    share = total // num_sms.to(tl.uint32)
+    first = sm * share + tl.minimum(sm, total - share * num_sms.to(tl.uint32))
+    before = (ends <= first) & (row < num_rows)
+    tl.store(out_ptr + 2 * sm, tl.sum(before.to(tl.int32), axis=0))
+    tl.store(out_ptr + 2 * sm + 1, (first - tl.max(tl.where(before, ends, 0), axis=0)).to(tl.int32))
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_sms"])
@@ -20,29 +54,29 @@ def _metadata(
     TILES: tl.constexpr,  # noqa: N803
     COLUMNS: tl.constexpr,  # noqa: N803
 ) -> None:
-    # Pass 1, over all rows: splits of each tile (a run of consecutive rows), summed in registers, reduced once. The last
-    # rows behind a multiple of 4 are left to pass 2: the others can then be loaded 16 bytes at a time under their mask.
+    # Pass 1, over all rows: splits of each tile (a run of consecutive rows). COLUMNS * 2**23 splits fit 32 bits, sums over
+    # the rounds may not. The last rows behind a multiple of 4 are left to pass 2: the others can then be loaded 16 bytes
+    # at a time under their mask.
     whole_rows = num_rows // 4 * 4
     tile_rows = tl.cdiv(num_rows, TILES * COLUMNS) * COLUMNS
     tile = tl.arange(0, TILES)
     column = tl.arange(0, COLUMNS)
-    sums = tl.zeros((TILES, COLUMNS), tl.int64)
+    tile_sums = tl.zeros((TILES,), tl.int64)
     for start in range(0, tile_rows, COLUMNS):
         row = tile[:, None] * tile_rows + (start + column)[None, :]
-        lens = tl.load(context_lens_ptr + row, mask=row < whole_rows, other=0)
-        sums += ((lens.to(tl.uint32) + (SPLIT - 1)) // SPLIT).to(tl.int64)
-    tile_sums = tl.sum(sums, axis=1)
+        lens = tl.load(context_lens_ptr + row, mask=row < whole_rows, other=0).to(tl.uint32)
+        tile_sums += tl.sum((lens + (SPLIT - 1)) // SPLIT, axis=1).to(tl.int64)
     tile_ends = tl.cumsum(tile_sums, axis=0)
     rest_row = whole_rows + tl.arange(0, 4)
-    rest = tl.load(context_lens_ptr + rest_row, mask=rest_row < num_rows, other=0)
-    rest_splits = ((rest.to(tl.uint32) + (SPLIT - 1)) // SPLIT).to(tl.int64)
-    total = tl.sum(tile_sums, axis=0) + tl.sum(rest_splits, axis=0)
+    rest = tl.load(context_lens_ptr + rest_row, mask=rest_row < num_rows, other=0).to(tl.uint32)
+    total = tl.sum(tile_sums, axis=0) + tl.sum(((rest + (SPLIT - 1)) // SPLIT).to(tl.int64), axis=0)
 
     sm = tl.program_id(0)
     share = total // num_sms
     first = sm * share + tl.minimum(sm, total - share * num_sms)
 
-    # Pass 2, from the tile that holds split number `first`: rows that end at or before it.
+    # Pass 2, from the tile that holds split number `first`: rows that end at or before it. This program has just loaded
+    # them, so they come from its L1.
     before = tile_ends <= first
     row_base = tl.minimum(tl.sum(before.to(tl.int32), axis=0) * tile_rows, whole_rows)
     done = tl.sum(tl.where(before, tile_sums, 0), axis=0)
@@ -64,10 +98,15 @@ def _metadata(
 
 def launch(context_lens: torch.Tensor, num_sms: int, out: torch.Tensor, split: int, config: MetadataConfig) -> None:
     """One launch of ``num_sms + 1`` programs, each of which computes its own entry of ``out``."""
+    num_rows = context_lens.numel()
+    if num_rows <= SMALL_ROWS:
+        rows = SMALL_ROWS if num_rows > SMALL_ROWS // 2 else SMALL_ROWS // 2
+        _metadata_small[(num_sms + 1,)](context_lens, out, num_rows, num_sms, SPLIT=split, ROWS=rows, num_warps=1)
+        return
     _metadata[(num_sms + 1,)](
         context_lens,
         out,
-        context_lens.numel(),
+        num_rows,
         num_sms,
         SPLIT=split,
         TILES=config.tiles,

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_tune.kernels.launch import SlotIdsConfig
+from mla_tune.launch import SlotIdsConfig
 
 
 @triton.jit

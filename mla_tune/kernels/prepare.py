@@ -1,0 +1,124 @@
+"""All that a layer prepares for sparse prefill in one launch: compressed rows, window rows and, for c4a, the indices.
+
+Small shapes are bound by launches, not by bytes: at 64 query tokens and 8K context the three kernels of a layer move 4 MB,
+1 us at an H200's copy bandwidth, and their launches cost the host 50 us and more.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from mla_tune.errors import UsageError
+from mla_tune.kernels.combine import combine_topk_swa_indices
+from mla_tune.kernels.dequantize import dequantize_k_cache_paged
+from mla_tune.kernels.formats import KVFormat, check_cache
+from mla_tune.kernels.launch import Backend, choose_backend
+from mla_tune.kernels.slot_ids import build_compressed_row_ids, build_swa_token_ids
+from mla_tune.launch import DEFAULT_LAUNCHES, PrepareConfig
+from mla_tune.site import SWA_WINDOW, LayerType
+
+
+@dataclass(frozen=True, slots=True)
+class RowsJob:
+    """Rows of one cache to dequantize; see :mod:`mla_tune.kernels.slot_ids` for which rows those are."""
+
+    cache: torch.Tensor  # (num_pages, page_bytes) uint8
+    page_table: torch.Tensor  # (num_reqs, max_pages) int32
+    lens: torch.Tensor  # (num_reqs,) int32 or int64: rows that each request has, or its context for the window
+    cu_rows: torch.Tensor  # (num_reqs + 1,) int32 or int64
+    fmt: KVFormat
+    page_size: int
+    out: torch.Tensor  # (rows, head_dim) bf16, contiguous
+
+
+@dataclass(frozen=True, slots=True)
+class IndexJob:
+    """The index matrix of c4a; arguments as of :func:`mla_tune.kernels.combine.combine_topk_swa_indices`."""
+
+    topk_indices: torch.Tensor  # (num_qo_tokens, >= topk) int32
+    positions: torch.Tensor  # (num_qo_tokens,)
+    token_to_req: torch.Tensor  # (num_qo_tokens,)
+    compressed_base: torch.Tensor  # (num_reqs,)
+    window_base: torch.Tensor  # (num_reqs,)
+    window_start: torch.Tensor  # (num_reqs,)
+    out: torch.Tensor  # (num_qo_tokens, width) int32
+    out_lengths: torch.Tensor  # (num_qo_tokens,) int32
+    topk: int
+
+    @property
+    def ratio(self) -> int:
+        """Context tokens a compressed row."""
+        return LayerType.C4A.compress_ratio
+
+    @property
+    def window(self) -> int:
+        """Tokens of the window."""
+        return SWA_WINDOW
+
+
+def prepare_rows(
+    compressed: RowsJob | None,
+    window: RowsJob | None,
+    indices: IndexJob | None = None,
+    config: PrepareConfig | None = None,
+    backend: Backend | None = None,
+) -> None:
+    """Dequantize the rows of both caches (one may be absent) and combine ``indices``, which need both.
+
+    Equal to the slot ids, :func:`~mla_tune.kernels.dequantize.dequantize_k_cache_paged` and
+    :func:`~mla_tune.kernels.combine.combine_topk_swa_indices` one after the other. A row moves the same bytes less the
+    8 of its slot, plus the ends of the requests from the L2. Raises :class:`UsageError` on shapes or types that they
+    would refuse, and where there is nothing to do.
+    """
+    jobs = [job for job in (compressed, window) if job is not None]
+    if not jobs or (indices is not None and len(jobs) < 2):
+        raise UsageError("a preparation needs rows of one cache at least, and of both with indices: got fewer")
+    for job in jobs:
+        _check_rows(job)
+    if len(jobs) == 2 and jobs[0].fmt != jobs[1].fmt:
+        raise UsageError(f"both caches must have one format: got {jobs[0].fmt.name} and {jobs[1].fmt.name}")
+    if choose_backend(jobs[0].out, backend) is Backend.TORCH:
+        _prepare_torch(compressed, window, indices)
+        return
+    from mla_tune.kernels.device import prepare as device
+
+    rows = sum(job.out.shape[0] for job in jobs)
+    device.launch(compressed, window, indices, config or DEFAULT_LAUNCHES.prepare(rows))
+
+
+def _check_rows(job: RowsJob) -> None:
+    check_cache(job.cache, job.fmt, job.page_size)
+    num_reqs = job.lens.shape[0]
+    if job.page_table.dim() != 2 or job.page_table.shape[0] != num_reqs or job.cu_rows.shape != (num_reqs + 1,):
+        raise UsageError(
+            f"page_table must be (num_reqs, max_pages) and the offsets (num_reqs + 1,) for {num_reqs} requests: "
+            f"got {tuple(job.page_table.shape)} and {tuple(job.cu_rows.shape)}"
+        )
+    if job.out.dim() != 2 or job.out.shape[1] != job.fmt.head_dim or not job.out.is_contiguous():
+        raise UsageError(f"out must be contiguous (rows, {job.fmt.head_dim}): got {tuple(job.out.shape)}")
+    if job.out.dtype is not torch.bfloat16 or job.page_table.stride(1) != 1:
+        raise UsageError(f"out must be bfloat16 and page_table rows contiguous: got {job.out.dtype}")
+
+
+def _prepare_torch(compressed: RowsJob | None, window: RowsJob | None, indices: IndexJob | None) -> None:
+    for job, build in ((compressed, build_compressed_row_ids), (window, build_swa_token_ids)):
+        if job is not None:
+            slots = torch.empty(job.out.shape[0], dtype=torch.int32, device=job.out.device)
+            build(job.page_table, job.lens, job.cu_rows, slots, job.page_size, backend=Backend.TORCH)
+            dequantize_k_cache_paged(job.cache, slots, job.out, job.fmt, job.page_size, backend=Backend.TORCH)
+    if indices is not None:
+        combine_topk_swa_indices(
+            indices.topk_indices,
+            indices.positions,
+            indices.token_to_req,
+            indices.compressed_base,
+            indices.window_base,
+            indices.window_start,
+            LayerType.C4A,
+            indices.out,
+            indices.out_lengths,
+            indices.topk,
+            backend=Backend.TORCH,
+        )

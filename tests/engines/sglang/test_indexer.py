@@ -1,0 +1,92 @@
+"""The indexer's schedule: SGLang's own kernel or DeepGEMM's, as the policy says, in the forwards that it knows."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from mla_tune.integrations import sglang_v4
+from tests.engines.sglang.conftest import batch, mixed_policy, rows, use_policy, v4_backend
+from tests.policy.strategies import table
+
+pytestmark = pytest.mark.usefixtures("serving")
+
+
+def _with_deep_gemm() -> Any:
+    """mixed_policy, with DeepGEMM's schedule up to 500 rows."""
+    import msgspec
+
+    policy = mixed_policy()
+    indexer = table(
+        site="indexer_metadata",
+        h_q=None,
+        incumbent="jit",
+        candidates=("deep_gemm", "jit"),
+        rows=rows((0, "deep_gemm"), (500, "jit")),
+    )
+    kept = [t for t in policy.tables if (t.site, t.model, t.layer) != (indexer.site, indexer.model, indexer.layer)]
+    return msgspec.structs.replace(policy, tables=(*kept, indexer))
+
+
+@pytest.fixture
+def scheduled(v4: ModuleType, serving: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """Who planned each schedule, with both planners replaced by one that says so: neither runs without a GPU."""
+    use_policy(serving, tmp_path, _with_deep_gemm())
+    planned: list[str] = []
+
+    def planner(name: str) -> Any:
+        return lambda seq_lens, page_size, num_sm: planned.append(name)
+
+    serving.setitem(sys.modules, "deep_gemm", SimpleNamespace(get_paged_mqa_logits_metadata=planner("deep_gemm")))
+    dsv4 = sys.modules["sglang.kernels.ops.attention.dsv4"]
+    serving.setattr(dsv4, "get_paged_mqa_logits_metadata", sglang_v4._around_schedule(planner("jit")))
+    return planned
+
+
+def prepare(backend: Any, forward: Any, row_count: int) -> None:
+    """Build metadata of ``row_count`` rows for a forward, as SGLang's own method does in its middle."""
+    import torch
+    from sglang.kernels.ops.attention.dsv4 import get_paged_mqa_logits_metadata
+
+    def build(self: Any, forward_batch: Any) -> None:
+        get_paged_mqa_logits_metadata(torch.zeros(row_count, 1, dtype=torch.int32), 64, 132)
+
+    sglang_v4._around_prepare(build)(backend, forward)
+
+
+def test_the_schedule_of_a_prefill_follows_the_policy(v4: ModuleType, scheduled: list[str]) -> None:
+    backend = v4_backend(v4)
+    for row_count in (64, 499, 500, 8192):
+        prepare(backend, batch((100_000, row_count)), row_count)
+    assert scheduled == ["deep_gemm", "deep_gemm", "jit", "jit"]
+
+
+def test_rows_of_padding_count_since_the_planner_sees_them(v4: ModuleType, scheduled: list[str]) -> None:
+    prepare(v4_backend(v4), batch((100_000, 490)), 512)
+    assert scheduled == ["jit"]
+
+
+@pytest.mark.parametrize("mode", ["DECODE", "TARGET_VERIFY", "IDLE"])
+def test_other_forwards_keep_the_engine_s_planner(mode: str, v4: ModuleType, scheduled: list[str]) -> None:
+    prepare(v4_backend(v4), batch((100_000, 64), mode=mode), 64)
+    assert scheduled == ["jit"]
+
+
+def test_outside_a_forward_the_engine_s_planner_is_the_one(v4: ModuleType, scheduled: list[str]) -> None:
+    from sglang.kernels.ops.attention.dsv4 import get_paged_mqa_logits_metadata
+
+    backend = v4_backend(v4)
+    with pytest.raises(ZeroDivisionError):  # a failing forward leaves nothing behind
+        sglang_v4._around_prepare(lambda self, forward_batch: 1 / 0)(backend, batch((100_000, 64)))
+    get_paged_mqa_logits_metadata(None, 64, 132)
+    assert scheduled == ["jit"]
+
+
+def test_the_user_s_own_switch_wins(v4: ModuleType, scheduled: list[str], serving: pytest.MonkeyPatch) -> None:
+    serving.setenv("SGLANG_OPT_USE_JIT_INDEXER_METADATA", "1")
+    prepare(v4_backend(v4), batch((100_000, 64)), 64)
+    assert scheduled == ["jit"]

@@ -1,0 +1,172 @@
+"""vLLM's real classes, hooked by the real plugin, on a machine without a GPU: scripts/engine-env makes the environment.
+
+What a constructor of vLLM needs a GPU for is set by hand. The metadata builders, the split into decodes and prefills and
+the Triton kernels (in the interpreter) are the wheel's own; of FlashMLA there is a stand-in that answers in torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import os
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import msgspec
+import pytest
+
+from mla_tune.engine import Engine
+from mla_tune.policy import Choice, Library, Policy, Row, Table, write_policy
+from mla_tune.site import WITH_KVCACHE_MIXED
+from tests.policy.strategies import full_policy, table
+
+if importlib.util.find_spec("vllm") is None:
+    collect_ignore_glob = ["test_*.py"]
+else:
+    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # set and empty: vLLM then keeps Triton although it sees no GPU
+    os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+
+SPARSE = "vllm.v1.attention.backends.mla.flashmla_sparse"
+V4 = "vllm.models.deepseek_v4.nvidia.flashmla"
+CROSSOVER = 300
+"""Query tokens from which the policy below says ``sparse_fwd``."""
+
+
+def rows(small: str, *, from_: int = CROSSOVER) -> tuple[Row, ...]:
+    """``small`` up to ``from_`` query tokens, then ``sparse_fwd``."""
+    later = Choice(num_qo_tokens_from=from_, candidate="sparse_fwd", bracket=(1.0, 1.0))
+    return (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate=small), later)),)
+
+
+def vllm_policy(**changes: Any) -> Policy:
+    """A policy measured with vLLM's own kernels; every table crosses over at :data:`CROSSOVER`."""
+    from importlib.metadata import version
+
+    def changed(of: Table) -> Table:
+        if of.site != "prefill_attention":
+            return of
+        small = "with_kvcache" if of.engine is Engine.SGLANG else WITH_KVCACHE_MIXED
+        return msgspec.structs.replace(of, rows=rows(small))
+
+    whole = full_policy()
+    environment = msgspec.structs.replace(
+        whole.environment, libraries=(Library(name="vllm", version=version("vllm"), sha256=""),)
+    )
+    tables = tuple(changed(of) for of in whole.tables)
+    return msgspec.structs.replace(whole, environment=environment, tables=tables, **changes)
+
+
+def other_kernels() -> Policy:
+    """The same, measured with another build of the kernels."""
+    return msgspec.structs.replace(vllm_policy(), environment=full_policy().environment)
+
+
+def replaced(policy: Policy, *tables: Table) -> Policy:
+    """``policy`` with ``tables`` in place of its own of the same key."""
+    keys = {(t.site, t.model, t.h_q, t.layer, t.engine) for t in tables}
+    kept = [t for t in policy.tables if (t.site, t.model, t.h_q, t.layer, t.engine) not in keys]
+    return msgspec.structs.replace(policy, tables=(*kept, *tables))
+
+
+def use_policy(monkeypatch: pytest.MonkeyPatch, folder: Path, policy: Policy) -> Path:
+    """Serve ``policy`` from a file that MLA_TUNE_POLICY names."""
+    path = folder / "policy.yaml"
+    write_policy(path, policy)
+    monkeypatch.setenv("MLA_TUNE_POLICY", str(path))
+    return path
+
+
+@pytest.fixture(scope="session")
+def _hooked() -> None:
+    """The plugin's hooks on the installed release, whichever it is: scripts/engine-env may have made one of the newest."""
+    from importlib.metadata import version
+
+    from mla_tune.integrations import vllm_process
+    from mla_tune.integrations.vllm import plugin
+
+    release = version("vllm").partition("+")[0]
+    if release not in vllm_process.TESTED:
+        vllm_process.TESTED.append(release)
+    plugin()
+
+
+@pytest.fixture(scope="session")
+def sparse(_hooked: None) -> ModuleType:
+    """vLLM's sparse backend module, imported after the plugin was called, as a worker does."""
+    return importlib.import_module(SPARSE)
+
+
+@pytest.fixture(scope="session")
+def v4(_hooked: None) -> ModuleType:
+    """vLLM's module of the V4 attention layer, hooked."""
+    return importlib.import_module(V4)
+
+
+@pytest.fixture
+def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> pytest.MonkeyPatch:
+    """A fresh process as far as the plugin goes: no MLA_TUNE_* but a policy, one rank, nothing loaded yet."""
+    from mla_tune.integrations import vllm_v4
+    from mla_tune.integrations.vllm_process import PROCESS
+
+    for name in ("MODE", "ALLOW_MODELLED", "RANKS", "RECORD"):
+        monkeypatch.delenv(f"MLA_TUNE_{name}", raising=False)
+    monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
+    use_policy(monkeypatch, tmp_path, vllm_policy())
+    monkeypatch.setattr(PROCESS, "service", None)
+    monkeypatch.setattr(PROCESS, "announced", False)
+    monkeypatch.setattr(PROCESS, "most_entries", None)
+    monkeypatch.setattr(vllm_v4, "_choices", {})
+    caplog.set_level(logging.INFO, logger="mla_tune")
+    return monkeypatch
+
+
+def vllm_config(**changes: Any) -> Any:
+    """A ``VllmConfig`` as far as the hooks look at it: V3.2 with an FP8 cache, and V4-Flash's layers."""
+    base = {
+        "cache_config": SimpleNamespace(cache_dtype="fp8_ds_mla"),
+        "parallel_config": SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+        "attention_config": SimpleNamespace(hisparse_config=None, sparse_mla_prefill_workspace_factor=5),
+        "model_config": SimpleNamespace(
+            max_model_len=163840,
+            hf_text_config=SimpleNamespace(num_hidden_layers=61),
+            hf_config=SimpleNamespace(
+                index_topk=512,
+                num_hidden_layers=43,
+                layer_types=["w", "w", *(["c4", "c128"] * 20), "c4"],
+                compress_rates={"c4": 4, "c128": 128},
+            ),
+        ),
+    }
+    return SimpleNamespace(**(base | changes))
+
+
+def engine_table(engine: Engine, h_q: int, **changes: Any) -> Table:
+    """A V3.2 table of ``engine``."""
+    return table(
+        model="deepseek-v3.2",
+        layer="dsa",
+        h_q=h_q,
+        engine=engine,
+        incumbent="sparse_fwd",
+        candidates=("sparse_fwd", WITH_KVCACHE_MIXED),
+        rows=rows(WITH_KVCACHE_MIXED),
+        **changes,
+    )
+
+
+def counted() -> tuple[dict[str, int], dict[str, int]]:
+    """What this process's deciders chose, and why they fell back, all together."""
+    from mla_tune.integrations.vllm_process import PROCESS
+
+    assert PROCESS.service is not None
+    chosen: dict[str, int] = {}
+    fallbacks: dict[str, int] = {}
+    for decider in PROCESS.service.deciders:
+        for target, counts in ((chosen, decider.counters.choices), (fallbacks, decider.counters.fallbacks)):
+            for name, count in counts.items():
+                if count:
+                    target[name] = target.get(name, 0) + count
+    return chosen, fallbacks

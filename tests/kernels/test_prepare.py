@@ -1,0 +1,106 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from mla_tune.errors import UsageError
+from mla_tune.kernels.inputs import AttentionInputs, InputBuilder, PagedCache
+from mla_tune.kernels.prepare import IndexJob, RowsJob, prepare_rows
+from mla_tune.kernels.reference import (
+    combine_reference,
+    compressed_row_ids_reference,
+    dequantize_reference,
+    swa_token_ids_reference,
+)
+from mla_tune.launch import PrepareConfig
+from mla_tune.shape import Shape
+from mla_tune.site import LayerType, Site, SiteName
+from tests.conftest import Target
+from tests.kernels.test_dequantize import assert_equal
+from tests.shapes import shapes
+
+LAYERS = {
+    LayerType.SWA_ONLY: Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64),
+    LayerType.C4A: Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 16),
+    LayerType.C128A: Site(SiteName.PREFILL_ATTENTION, LayerType.C128A, 64),
+    LayerType.DSA: Site(SiteName.PREFILL_ATTENTION, LayerType.DSA, 64, 16),
+}
+CONFIGS = [None, PrepareConfig(1, 1, 1, 64), PrepareConfig(8, 4, 4, 256)]
+
+
+def rows_job(inputs: AttentionInputs, cache: PagedCache | None, windowed: bool) -> RowsJob | None:
+    if cache is None:
+        return None
+    lens, ends = (inputs.seq_lens, inputs.cu_window) if windowed else (inputs.row_counts, inputs.cu_compressed)
+    out = torch.full((int(ends[-1]), inputs.head_dim), torch.nan, dtype=torch.bfloat16, device=inputs.q.device)
+    return RowsJob(cache.data, cache.page_table, lens, ends, cache.fmt, cache.page_size, out)
+
+
+def index_job(inputs: AttentionInputs) -> IndexJob | None:
+    if inputs.site.layer is not LayerType.C4A or inputs.topk_indices is None:
+        return None
+    size, device = (inputs.work.num_qo_tokens, inputs.work.index_width), inputs.q.device
+    return IndexJob(
+        topk_indices=inputs.topk_indices,
+        positions=inputs.positions,
+        token_to_req=inputs.token_to_req,
+        compressed_base=inputs.cu_compressed[:-1],
+        window_base=inputs.cu_window[:-1] + inputs.work.compressed_rows,
+        window_start=inputs.window_start,
+        out=torch.full(size, -77, dtype=torch.int32, device=device),
+        out_lengths=torch.full(size[:1], -77, dtype=torch.int32, device=device),
+        topk=16,
+    )
+
+
+def expected_rows(job: RowsJob, windowed: bool) -> torch.Tensor:
+    build = swa_token_ids_reference if windowed else compressed_row_ids_reference
+    slots = build(job.page_table, job.lens, job.cu_rows, job.page_size)
+    return dequantize_reference(job.cache, slots, job.fmt, job.page_size)
+
+
+@pytest.mark.parametrize("layer", list(LayerType))
+@given(shape=shapes(max_reqs=5, max_extend=4, max_context=40), config=st.sampled_from(CONFIGS))
+@example(shape=Shape(1, 1, 1), config=None)
+@example(shape=Shape(1, 3, 300), config=None)
+@example(shape=Shape(65, 65, 70), config=CONFIGS[1])  # more requests than are looked up at once
+@settings(max_examples=4)
+def test_one_launch_prepares_what_the_references_say(
+    target: Target, layer: LayerType, shape: Shape, config: PrepareConfig | None
+) -> None:
+    inputs = InputBuilder(torch.device(target.device), seed=1).attention(LAYERS[layer], shape)
+    compressed, window = rows_job(inputs, inputs.compressed, False), rows_job(inputs, inputs.window, True)
+    indices = index_job(inputs)
+    prepare_rows(compressed, window, indices, config, target.backend)
+    for job, windowed in ((compressed, False), (window, True)):
+        if job is not None:
+            assert_equal(job.out, expected_rows(job, windowed), target)
+    if indices is not None:
+        out, lengths = expected_indices(indices, layer)
+        assert torch.equal(indices.out, out)
+        assert torch.equal(indices.out_lengths, lengths)
+
+
+def expected_indices(job: IndexJob, layer: LayerType) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens = (job.positions, job.token_to_req, job.compressed_base, job.window_base, job.window_start)
+    return combine_reference(job.topk_indices, *tokens, layer, job.out.shape[1], job.topk)
+
+
+def test_wrong_arguments_are_refused_in_one_line() -> None:
+    inputs = InputBuilder(torch.device("cpu")).attention(LAYERS[LayerType.C4A], Shape(2, 4, 300))
+    compressed, window = rows_job(inputs, inputs.compressed, False), rows_job(inputs, inputs.window, True)
+    indices = index_job(inputs)
+    assert compressed is not None
+    for jobs in (
+        (None, None, None),
+        (compressed, None, indices),
+        (replace(compressed, lens=compressed.lens[:1]), window, None),
+        (replace(compressed, out=compressed.out.float()), window, None),
+        (replace(compressed, out=compressed.out[:, :500]), window, None),
+        (replace(compressed, page_size=2), window, None),
+    ):
+        with pytest.raises(UsageError) as error:
+            prepare_rows(*jobs)
+        assert "\n" not in str(error.value)
