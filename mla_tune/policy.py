@@ -19,7 +19,7 @@ import msgspec
 from mla_tune import __version__
 from mla_tune.engine import Engine
 from mla_tune.errors import PolicyError
-from mla_tune.policy_evidence import Modelled, Uncertainty, header_lines
+from mla_tune.policy_evidence import Modelled, TrafficWeights, Uncertainty, WorkspaceCap, header_lines
 from mla_tune.policy_kernels import KernelConfig
 from mla_tune.policy_rules import problems
 from mla_tune.policy_yaml import REBUILD, line_of, read_yaml, shown, write_yaml
@@ -146,6 +146,7 @@ class Table(_Record, frozen=True, kw_only=True, omit_defaults=True):
     held_out: HeldOut
     uncertainty: tuple[Uncertainty, ...] = ()
     """Of a modelled table, of each candidate; otherwise none."""
+    workspace_cap: WorkspaceCap | None = None
 
 
 class Library(_Record, frozen=True):
@@ -201,9 +202,10 @@ class Policy(_Record, frozen=True, kw_only=True, omit_defaults=True):
     tables: tuple[Table, ...]
     modelled: Modelled | None = None
     """Of a modelled policy, which it must state; otherwise None."""
+    objective: TrafficWeights | None = None
 
 
-_ONE_LINE = frozenset({"gpu", "scaled_from", "measured", "choices"})
+_ONE_LINE = frozenset({"gpu", "scaled_from", "measured", "choices", "workspace_cap", "objective"})
 _ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown", "uncertainty", "stages", "kernel_config"})
 
 

@@ -11,6 +11,31 @@ class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """Base of these parts of a policy: immutable, and strict about unknown keys."""
 
 
+class TrafficWeights(_Record, frozen=True):
+    """The recorded traffic that weighed the shapes of a fit; see :mod:`mla_tune.learn.objective`."""
+
+    traffic: str
+    """SHA-256 of the file as :func:`mla_tune.traffic.dump_traffic` writes it, in hexadecimal."""
+    forwards: int
+    """Forwards in its cells."""
+    uniform_share: float
+    """Part of the weight that stayed evenly spread over all shapes."""
+
+
+class WorkspaceCap(_Record, frozen=True):
+    """Device memory that a choice of a table may need at most, in bytes; see :mod:`mla_tune.learn.cap`.
+
+    Counted over the shapes that the table was trained on. Outside the measured ranges the incumbent stays, cap or not.
+    """
+
+    max_bytes: int
+    shapes: int
+    over: int
+    """Shapes around which some candidate may exceed the cap, and is not chosen."""
+    exempt: int
+    """Those of them around which none is surely under it: there the incumbent stays all the same."""
+
+
 class Uncertainty(_Record, frozen=True):
     """How far a modelled cost of one candidate may be off, both ways."""
 

@@ -17,6 +17,7 @@ from mla_tune.threshold import Threshold
 
 if TYPE_CHECKING:
     from mla_tune.policy import Choice, HeldOut, Ineligible, Limit, Policy, Range, Row, Table
+    from mla_tune.policy_evidence import TrafficWeights, WorkspaceCap
 
 EVIDENCE = ("measured", "modelled")
 REGIMES = ("graph", "eager")
@@ -56,6 +57,8 @@ def problems(policy: Policy) -> Iterator[Problem]:
             yield Problem(f"kernel_config[{index}]", f"must be launch parameters of a kernel: {reason}")
     yield from _unique("kernel_config", [(entry.kernel, entry.size_from) for entry in policy.kernel_config])
     yield from _modelled(policy)
+    if policy.objective is not None:
+        yield from _weights(policy.objective)
     if not policy.tables:
         yield Problem("tables", "must hold at least one table: got none")
     yield from _unique(
@@ -76,6 +79,21 @@ def _modelled(policy: Policy) -> Iterator[Problem]:
     for index, entry in enumerate(stated.stages):
         yield from _finite(f"modelled.stages[{index}].measured", entry.measured)
         yield from _finite(f"modelled.stages[{index}].scaled", entry.scaled)
+
+
+def _weights(weights: TrafficWeights) -> Iterator[Problem]:
+    if not re.fullmatch(r"[0-9a-f]{64}", weights.traffic):
+        yield Problem("objective.traffic", f"must be a SHA-256 in hexadecimal: got {shown(weights.traffic)}")
+    yield from _number("objective.forwards", weights.forwards, low=1)
+    if not 0 < weights.uniform_share <= 1:
+        yield Problem("objective.uniform_share", f"must be a share in (0, 1]: got {weights.uniform_share}")
+
+
+def _workspace_cap(path: str, cap: WorkspaceCap) -> Iterator[Problem]:
+    yield from _number(f"{path}.max_bytes", cap.max_bytes, low=1)
+    if not 0 <= cap.exempt <= cap.over <= cap.shapes <= MAX_INT64:
+        got = f"exempt {cap.exempt}, over {cap.over}, shapes {cap.shapes}"
+        yield Problem(path, f"must count 0 <= exempt <= over <= shapes: got {got}")
 
 
 def _finite(path: str, value: float) -> Iterator[Problem]:
@@ -105,6 +123,8 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
         yield from _one_of(f"{path}.uncertainty[{index}].candidate", stated.candidate, table.candidates)
         yield from _finite(f"{path}.uncertainty[{index}].relative", stated.relative)
     yield from _measured(f"{path}.measured", table.measured)
+    if table.workspace_cap is not None:
+        yield from _workspace_cap(f"{path}.workspace_cap", table.workspace_cap)
     for index, limit in enumerate(table.limits):
         yield from _limit(f"{path}.limits[{index}]", limit, table.candidates)
     for index, entry in enumerate(table.ineligible):

@@ -40,6 +40,7 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
     from mla_tune.learn.costs import CostModel
     from mla_tune.learn.usable import usable
     from mla_tune.store.export import export_sha256, read_export
+    from mla_tune.store.measurement import Regime
 
     measured_sku = policy.modelled.scaled_from.sku if policy.modelled else policy.gpu.sku
     export = measurements or export_path(measured_sku)
@@ -57,7 +58,8 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
         )
     if export_sha256(export) != policy.source.sha256:
         render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    costs = CostModel(environment, usable(found.measurements, found.tuned, policy.overlap))
+    rows = usable(found.measurements, found.tuned, policy.overlap)
+    costs = CostModel(environment, rows, regime=Regime(policy.regime))
     if not policy.modelled:
         return costs
     from mla_tune.datasheet import datasheet

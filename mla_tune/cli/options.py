@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ import typer
 from mla_tune.errors import UsageError
 from mla_tune.site import MODELS, OVERLAPS, ModelConfig, SiteName
 from mla_tune.site import model as find_model
+from mla_tune.store.measurement import Regime
 
 DEFAULT_TIMEOUT_S = 300.0
 """Longest that one point may take, compilation included. DeepGEMM compiles for 17 s; the slowest point takes three."""
@@ -23,6 +26,9 @@ PolicyOption = Annotated[
     Path | None, typer.Option("--policy", help="Policy file (default: policies/<sku>.yaml, else the shipped one).")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
+TrafficOption = Annotated[
+    Path | None, typer.Option("--traffic", help="Shapes that a server recorded (MLA_TUNE_RECORD): they weigh the fit.")
+]
 DbOption = Annotated[Path | None, typer.Option("--db", help="Working database (default db/<sku>.db).")]
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", help="Longest that one point may take, s; then its worker is replaced.")
@@ -53,6 +59,28 @@ def chosen_sites(names: list[str] | None) -> list[SiteName]:
         if name not in known:
             raise UsageError(f"--site must be a known site: got {name!r}; accepted: {', '.join(known)}")
     return [SiteName(name) for name in names] if names else list(SiteName)
+
+
+def chosen_regime(word: str | None) -> Regime | None:
+    """The timing regime that ``--regime`` names. Raises :class:`UsageError`."""
+    accepted = [str(regime) for regime in Regime]
+    if word is not None and word not in accepted:
+        raise UsageError(f"--regime must be a timing regime: got {word!r}; accepted: {', '.join(accepted)}")
+    return Regime(word) if word else None
+
+
+_BYTES = {"": 1, "b": 1, "kib": 1 << 10, "mib": 1 << 20, "gib": 1 << 30, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+
+
+def byte_count(option: str, text: str) -> int:
+    """Bytes from ``536870912``, ``512MiB`` or ``1.5 GB``. Raises :class:`UsageError`."""
+    found = re.fullmatch(r"\s*(\d{1,18}(?:\.\d{1,6})?)\s*([a-z]*)\s*", text.lower())
+    unit = _BYTES.get(found[2]) if found else None
+    count = int(Fraction(found[1]) * unit) if found and unit else 0
+    if not 1 <= count < 1 << 63:
+        accepted = "536870912, or with a unit of KiB, MiB, GiB, kB, MB, GB: 512MiB"
+        raise UsageError(f"{option} must be a positive number of bytes: got {text!r}; accepted: {accepted}")
+    return count
 
 
 def positive_seconds(option: str, value: float) -> float:

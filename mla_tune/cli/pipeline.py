@@ -4,33 +4,40 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mla_tune.cli.places import make_folder
-from mla_tune.errors import PolicyError
+from mla_tune.cli.wishes import NO_WISHES, Wishes
+from mla_tune.errors import PolicyError, UsageError
 from mla_tune.learn.acquire import doubts
 from mla_tune.learn.costs import CostModel
-from mla_tune.learn.evaluate import is_single_layer_attention, overall
+from mla_tune.learn.evaluate import Weighted, by_traffic, is_single_layer_attention, overall
 from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
+from mla_tune.learn.objective import PLAIN, Objective, shape_weights
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.refine import crossover_shapes
 from mla_tune.learn.repeat import Repetition
 from mla_tune.learn.repeat import compare as compare_sweeps
 from mla_tune.learn.usable import usable
+from mla_tune.learn.work import Array
 from mla_tune.policy import HeldOut, Policy, Source, load_policy, write_policy
+from mla_tune.shape import Shape
 from mla_tune.site import ModelConfig, Site, SiteName, attention_sites
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_sha256, read_export, write_export
-from mla_tune.store.measurement import Measurement
+from mla_tune.store.measurement import Measurement, Regime
 from mla_tune.store.probe import Try
 from mla_tune.store.tuned import Tuned
 from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points, pool, seed_points
 from mla_tune.sweep.preset import FULL, Preset
 from mla_tune.sweep.probe import Bound, Known, Prober, known_counts, unclosed
 from mla_tune.sweep.runner import Progress, Report, Sweep
+from mla_tune.traffic import Shape as Recorded
+from mla_tune.traffic import read_traffic
 
 SEED = 20250
 """Seed of the held-out shapes; part of what a policy's evaluation means, so it is fixed."""
@@ -45,17 +52,36 @@ class Plan:
     models: tuple[ModelConfig, ...]
     names: tuple[SiteName, ...]
     points: tuple[Point, ...]
+    recorded: Path | None = None
+    """File of the traffic that weighs the doubts of an adaptive sweep."""
+    objective: Objective = PLAIN
 
 
 def make_plan(
-    kind: str, sm_count: int, models: Sequence[ModelConfig], names: Sequence[SiteName], preset: Preset = FULL
+    kind: str,
+    sm_count: int,
+    models: Sequence[ModelConfig],
+    names: Sequence[SiteName],
+    preset: Preset = FULL,
+    recorded: Path | None = None,
 ) -> Plan:
-    """The first points for a device: the whole grid, or the seeds of an adaptive sweep, with what judges them."""
+    """The first points for a device: the whole grid, or the seeds of an adaptive sweep, with what judges them.
+
+    ``recorded`` is a file of traffic. Raises :class:`StoreError` where it cannot be read, and :class:`UsageError` where it
+    has nothing of the models and sites that are to be swept.
+    """
+    objective = Objective(traffic=read_traffic(recorded)) if recorded else PLAIN
+    if recorded and not any(objective.recorded(name, model.name) for name in names for model in models):
+        accepted = ", ".join(f"{name} of {model.name}" for name in names for model in models)
+        raise UsageError(
+            f"--traffic must have a forward of what is swept: got none in {recorded}; accepted: {accepted}"
+        )
     grid = cpu_grid() if kind == "cpu" else gpu_grid(sm_count)
     held_out = min(preset.held_out, grid.held_out), min(preset.held_out_indexer, grid.held_out_indexer)
     grid = replace(grid, held_out=held_out[0], held_out_indexer=held_out[1])
     first = grid_points if preset.dense else seed_points
-    return Plan(grid, preset, tuple(models), tuple(names), tuple(first(grid, models, names, SEED)))
+    points = tuple(first(grid, models, names, SEED))
+    return Plan(grid, preset, tuple(models), tuple(names), points, recorded, objective)
 
 
 def overlapping(plan: Plan, overlap: int) -> Plan:
@@ -109,8 +135,18 @@ def doubtful_points(costs: CostModel, plan: Plan) -> list[Point]:
     for site, model in attention_sites(plan.models).items():
         tried = set(costs.observations.shapes(site))
         shapes = [shape for shape in pool(plan.grid, model, site) if shape not in tried]
-        found += doubts(costs, model, site, shapes, plan.preset.points_per_round)
+        weights = 1.0 if plan.recorded is None else _doubt_weights(plan, site, shapes, costs.environment.sm_count)
+        found += doubts(costs, model, site, shapes, plan.preset.points_per_round, weights)
     return [Point(doubt.site, doubt.shape) for doubt in sorted(found, key=lambda doubt: -doubt.expected_loss)]
+
+
+def _doubt_weights(plan: Plan, site: Site, shapes: Sequence[Shape], sm_count: int) -> Array:
+    """(num_shapes,) how much a loss counts by the traffic of all swept models that have the site."""
+    recorded: Counter[Recorded] = Counter()
+    for model in plan.models:
+        if site in attention_sites([model]):
+            recorded.update(plan.objective.recorded(site.name, model.name))
+    return shape_weights(recorded, shapes, sm_count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,9 +234,18 @@ class Fitted:
     """Tables that the policy lacks although their incumbent ran: no held-out point can judge them."""
     lost: int
     """Tables of the policy that was there before which this one lacks."""
+    weighted: Weighted | None
+    """Every rule by the recorded traffic; None without any."""
 
 
-def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BOUND_S, overlap: int = 0) -> Fitted:
+def fit(
+    measurements: Path,
+    out: Path,
+    first_call_bound_s: float = FIRST_CALL_BOUND_S,
+    overlap: int = 0,
+    *,
+    wishes: Wishes = NO_WISHES,
+) -> Fitted:
     """Fit the policy of an export and write it. Nothing is written unless the fit succeeds.
 
     ``overlap`` chooses the measurements: of inputs whose neighbouring selections overlap by so many percent.
@@ -210,6 +255,7 @@ def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BO
     words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
     if first_call_bound_s != FIRST_CALL_BOUND_S:
         words += ["--first-call-bound", repr(first_call_bound_s)]
+    words += wishes.words()
     if overlap:
         words += ["--overlap", str(overlap)]
     source = Source(
@@ -218,23 +264,27 @@ def fit(measurements: Path, out: Path, first_call_bound_s: float = FIRST_CALL_BO
         measurements=len(rows),
         command=shlex.join(words),
     )
+    objective = wishes.objective()
     policy = fit_policy(
         found.environment,
         rows,
         found.tries,
         source=source,
         first_call_bound_s=first_call_bound_s,
+        objective=objective,
         tuned=found.tuned,
     )
+    observations = Observations(rows, regime=Regime(policy.regime))
     make_folder(out)
     before = _keys(out)
     write_policy(out, policy)
     comparable = any(is_single_layer_attention(t) and len(t.candidates) > 1 for t in policy.tables)
     return Fitted(
         policy=policy,
-        overall=overall(Observations(rows), policy) if comparable else None,
+        overall=overall(observations, policy) if comparable else None,
         left_out=tuple(left_out(rows, policy)),
         lost=len(before - _table_keys(policy)),
+        weighted=by_traffic(observations, policy, objective) if objective.traffic else None,
     )
 
 

@@ -10,7 +10,14 @@ from typing import Annotated
 import typer
 
 from mla_tune.cli.evidence import measured_costs, named_policy
-from mla_tune.cli.options import OverlapOption, PolicyOption, checked_overlap
+from mla_tune.cli.options import (
+    OverlapOption,
+    PolicyOption,
+    TrafficOption,
+    byte_count,
+    checked_overlap,
+    chosen_regime,
+)
 from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.engine import Engine
 from mla_tune.errors import PolicyError, UsageError
@@ -43,6 +50,13 @@ def fit(
     first_call_bound: Annotated[
         float, typer.Option("--first-call-bound", help="Longest first call on a new shape, s, of a served candidate.")
     ] = 1.0,
+    regime: Annotated[
+        str | None, typer.Option("--regime", help="Time to minimize: graph (the GPU's) or eager (the host's too).")
+    ] = None,
+    traffic: TrafficOption = None,
+    cap: Annotated[
+        str | None, typer.Option("--max-workspace-bytes", help="Most workspace of a choice, for example 512MiB.")
+    ] = None,
     overlap: OverlapOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -52,14 +66,21 @@ def fit(
             f"--first-call-bound must be seconds, at least 0: got {first_call_bound}; accepted: 1.0, or inf"
         )
     from mla_tune.cli import pipeline, render
+    from mla_tune.cli.wishes import Wishes
     from mla_tune.store.export import read_export
 
+    wishes = Wishes(
+        regime=chosen_regime(regime),
+        traffic=traffic,
+        max_workspace_bytes=None if cap is None else byte_count("--max-workspace-bytes", cap),
+    )
     source = measurements or export_path(policy_sku(gpu))
     target = out or policy_path(read_export(source).environment.sku)
-    fitted = pipeline.fit(source, target, first_call_bound, checked_overlap(overlap))
+    fitted = pipeline.fit(source, target, first_call_bound, checked_overlap(overlap), wishes=wishes)
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
+        render.weighted(fitted.weighted)
         render.next_command(fitted.policy, target)
 
 

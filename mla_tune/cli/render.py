@@ -22,6 +22,7 @@ from mla_tune.policy import HeldOut, Policy, Row, Table
 from mla_tune.sku import CPU
 
 if TYPE_CHECKING:
+    from mla_tune.learn.evaluate import Weighted
     from mla_tune.learn.explain import Explanation
     from mla_tune.lookup import Explanation as Decision
     from mla_tune.store.database import EnvironmentSummary
@@ -77,6 +78,12 @@ def _barred(policy: Policy) -> Iterator[str]:
             yield (
                 f"limit: {limit.candidate} ({table.site}{heads}) up to {limit.num_qo_tokens} query tokens, "
                 f"fails at {limit.fails_at}"
+            )
+        if (cap := table.workspace_cap) is not None and cap.over:
+            yield (
+                f"workspace cap: {table.model}{f', {table.h_q} heads' if table.h_q else ''}, {table.layer}: at most "
+                f"{cap.max_bytes} bytes bar a candidate around {cap.over} of {cap.shapes} shapes; around {cap.exempt} of "
+                f"them no candidate is surely under it and {table.incumbent} stays"
             )
         for entry in table.ineligible:
             yield (
@@ -170,6 +177,21 @@ def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> No
         warn(
             f"the policy that was there before had {lost} tables that this one lacks: sweep without filters to have them"
         )
+
+
+def weighted(judged: Weighted | None) -> None:
+    """The same rules by the recorded traffic; the tables above mean every point alike."""
+    if judged is None:
+        return
+    if not judged.points:
+        line = "by traffic: no held-out point lies near the recorded shapes; the slowdowns above mean every point alike"
+    else:
+        means = ", ".join(f"{name} {mean:.3f}" for name, mean in judged.slowdown)
+        line = (
+            f"by traffic, mean slowdown: {means} ({judged.points} held-out points near the recorded shapes, worth "
+            f"{judged.effective:.1f} of equal weight); the slowdowns above mean every point alike"
+        )
+    console.print(line, highlight=False)
 
 
 def _rules_table(judged: HeldOut, title: str) -> RichTable:

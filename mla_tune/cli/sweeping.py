@@ -18,6 +18,7 @@ from mla_tune.cli.options import (
     OverlapOption,
     SiteOption,
     TimeoutOption,
+    TrafficOption,
     checked_overlap,
     chosen_models,
     chosen_sites,
@@ -48,6 +49,7 @@ def sweep(
     repeat: Annotated[
         int, typer.Option("--repeat", help="Sweep so many times, and report which choices differ from the first.")
     ] = 1,
+    traffic: TrafficOption = None,
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
     overlap: OverlapOption = 0,
     dry_run: Annotated[
@@ -65,7 +67,7 @@ def sweep(
         raise UsageError(f"--repeat must be a number of sweeps: got {repeat}; accepted: 1 to {_MOST_REPEATS}")
     from mla_tune.cli import pipeline
 
-    plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset)
+    plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset, traffic)
     if checked_overlap(overlap):
         plan = pipeline.overlapping(plan, overlap)
     if dry_run:
@@ -110,6 +112,7 @@ class _Request:
 
 def _sweep(request: _Request) -> None:
     from mla_tune.cli import pipeline
+    from mla_tune.cli.wishes import Wishes
 
     for output in request.outputs():  # now, not after minutes of measuring
         make_folder(output)
@@ -122,7 +125,7 @@ def _sweep(request: _Request) -> None:
     fitted = None
     try:
         if request.fits:
-            fitted = pipeline.fit(export, policy)
+            fitted = pipeline.fit(export, policy, wishes=Wishes(traffic=request.plan.recorded))
     finally:
         if request.as_json:
             repeats = [pipeline.compare(first, other) for other in others]
@@ -132,6 +135,7 @@ def _sweep(request: _Request) -> None:
     if fitted:
         render.policy_summary(fitted.policy, policy, as_json=False)
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
+        render.weighted(fitted.weighted)
     for other in others:
         device_output.repetition(pipeline.compare(first, other), other.path)
     if fitted:

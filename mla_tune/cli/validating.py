@@ -54,18 +54,19 @@ def validate(
     path = db or validation_path(device.sku)
     make_folder(path)
     wanted = validation_points(grid, models, seed, points)
-    result = judge(_measured(device.kind, path, wanted, timeout, as_json), loaded)
+    result = judge(_measured(device.kind, path, wanted, timeout, loaded.regime, as_json), loaded)
     missed = result.missed(Goal())
     device_output.validation(result, missed, as_json)
     if missed:
         raise GoalMissedError(f"the policy misses its goal: {'; '.join(missed)}; next: sweep again and fit")
 
 
-def _measured(kind: str, path: Path, points: list[Point], timeout_s: float, quiet: bool) -> Observations:
-    """What was measured at ``points``, now or by an earlier call."""
+def _measured(kind: str, path: Path, points: list[Point], timeout_s: float, regime: str, quiet: bool) -> Observations:
+    """What was measured at ``points`` in the policy's ``regime``, now or by an earlier call."""
     from mla_tune.learn.observations import Observations
     from mla_tune.store.database import Database
     from mla_tune.store.lock import sweep_lock
+    from mla_tune.store.measurement import Regime
     from mla_tune.sweep.preset import DEFAULT
     from mla_tune.sweep.runner import Sweep
 
@@ -78,4 +79,4 @@ def _measured(kind: str, path: Path, points: list[Point], timeout_s: float, quie
     ):
         worker.run(database, points, on_progress=on_progress)
         rows = database.measurements(worker.environment.id)
-    return Observations(row for row in rows if (row.site, row.shape) in places)
+    return Observations((row for row in rows if (row.site, row.shape) in places), regime=Regime(regime))

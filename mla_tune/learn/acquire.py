@@ -42,11 +42,21 @@ class Doubt:
     site: Site
     shape: Shape
     expected_loss: float
-    """Mean of the logarithm of the slowdown."""
+    """Mean of the logarithm of the slowdown, times the weight of the shape."""
 
 
-def doubts(costs: CostModel, model: ModelConfig, site: Site, shapes: Sequence[Shape], count: int) -> list[Doubt]:
-    """The ``count`` most doubtful of ``shapes``, none twice or beside another; fewer where the rest is settled."""
+def doubts(
+    costs: CostModel,
+    model: ModelConfig,
+    site: Site,
+    shapes: Sequence[Shape],
+    count: int,
+    weights: Array | float = 1.0,
+) -> list[Doubt]:
+    """The ``count`` most doubtful of ``shapes``, none twice or beside another; fewer where the rest is settled.
+
+    ``weights`` (num_shapes,), of mean 1, are how much a loss at each shape counts.
+    """
     names = costs.candidates(site)
     measured = costs.observations.shapes(site, Role.FIT)
     if not any(engine_choices(costs, site)) or not shapes:
@@ -58,7 +68,7 @@ def doubts(costs: CostModel, model: ModelConfig, site: Site, shapes: Sequence[Sh
     found: list[Doubt] = []
     while len(found) < count:
         sigma = _PER_OCTAVE * scale * np.sqrt(np.minimum(_nearest(places, known), _FAR)) + LEAST_DIFFERENCE / 4
-        loss = _expected_loss(gains, sigma)
+        loss = weights * _expected_loss(gains, sigma)
         index = int(loss.argmax())
         if loss[index] < SETTLED:
             break

@@ -16,7 +16,7 @@ from mla_tune.learn.work import Array, Work, work
 from mla_tune.site import LayerType, Site
 from mla_tune.sku import Environment
 from mla_tune.stages import Amortization, Stage, stages
-from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement
+from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Regime
 from mla_tune.store.probe import Try
 
 _TOTALS = {PER_LAYER_TOTAL: Amortization.PER_LAYER, PER_FORWARD_TOTAL: Amortization.PER_LAYER_TYPE}
@@ -122,10 +122,14 @@ class CostModel:
     """Whether the curves are of another GPU than the observations; see :class:`mla_tune.learn.modelled.ModelledCosts`."""
 
     def __init__(
-        self, environment: Environment, measurements: Iterable[Measurement], tries: Iterable[Try] = ()
+        self,
+        environment: Environment,
+        measurements: Iterable[Measurement],
+        tries: Iterable[Try] = (),
+        regime: Regime | None = None,
     ) -> None:
         self.environment = environment
-        self.observations = Observations(measurements, tries)
+        self.observations = Observations(measurements, tries, regime)
         self._fitted: dict[tuple[Site, str], CandidateCosts] = {}
 
     def candidates(self, site: Site) -> tuple[str, ...]:

@@ -8,27 +8,34 @@ counts more than its size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
+from mla_tune.learn.cap import CappedCells, Frame, capped_cells, level_bands
 from mla_tune.learn.costs import CostModel
+from mla_tune.learn.objective import PLAIN, Objective, cell_weights, inside
+from mla_tune.learn.objective import Cells as CellsOfShapes
 from mla_tune.learn.scope import Scope
-from mla_tune.learn.segments import COST_UNIT, Cells, few_groups
+from mla_tune.learn.segments import COST_UNIT, Band, Cells, few_groups
 from mla_tune.learn.training import (
     IntArray,
     bin_middle,
     bin_start,
     cells_of,
     group_start,
+    measured_range,
     training_grid,
 )
 from mla_tune.learn.winner import overlapping
-from mla_tune.learn.witness import Witnesses
+from mla_tune.learn.witness import Ends, Witnesses
 from mla_tune.learn.work import Array
-from mla_tune.policy import Choice, Ineligible, Limit, Row
+from mla_tune.policy import Choice, Ineligible, Limit, Range, Row
+from mla_tune.policy_evidence import WorkspaceCap
 from mla_tune.shape import Shape
+from mla_tune.site import SiteName
 from mla_tune.store.measurement import Role
 
 _WORTH = 1e-3
@@ -74,36 +81,104 @@ class _Charged:
     """(num_candidates, num_shapes); infinite past a limit."""
 
 
-def table_rows(costs: CostModel, scope: Scope, candidates: Candidates) -> tuple[Row, ...]:
-    """Rows of the table of ``scope``; the incumbent alone where nothing can be compared."""
+def table_rows(
+    costs: CostModel, scope: Scope, candidates: Candidates, objective: Objective = PLAIN
+) -> tuple[tuple[Row, ...], WorkspaceCap | None]:
+    """Rows of the table of ``scope``, and what a cap on workspace meant; the incumbent alone where none can be compared."""
     swept = swept_shapes(costs, scope, candidates.names)
     grid = training_grid(scope.model.max_context, costs.environment.sm_count)
-    inside = grid.inside(swept)
-    if len(candidates.names) < 2 or not inside.any():
+    mask = grid.inside(swept)
+    where = grid.bins[mask], grid.columns[mask], grid.groups[mask]
+    cap = _cap(costs, scope, candidates, objective, (where, grid.tokens, measured_range(swept)))
+    note = cap.note(*where) if cap else None
+    if len(candidates.names) < 2 or not mask.any():
         only = Choice(num_qo_tokens_from=0, candidate=candidates.names[0])
-        return (Row(num_reqs_from=0, kv_tokens_from=0, choices=(only,)),)
+        return (Row(num_reqs_from=0, kv_tokens_from=0, choices=(only,)),), note
     works = [grid.work(site) for site, _ in scope.parts]
-    costs_us = np.stack([scope.predicted_us(costs, name, works)[inside] for name in candidates.names])
+    costs_us = np.stack([scope.predicted_us(costs, name, works)[mask] for name in candidates.names])
     measured = _measured(costs, scope, candidates, swept)
-    predicted_cells = grid.bins[inside], grid.columns[inside], grid.groups[inside]
-    charged = _with_measured(_Charged(grid.tokens, *predicted_cells, costs_us.copy()), measured)
+    charged = _with_measured(_Charged(grid.tokens, *where, costs_us.copy()), measured)
     # Predicted or measured, what may not serve costs without bound.
     tokens = np.array(charged.tokens)[charged.columns]
     for index, name in enumerate(candidates.names):
         charged.costs_us[index, tokens > candidates.largest(name)] = np.inf
-    groups = few_groups(_cells(charged, _handicaps(costs, scope, candidates)))
-    predicted = [grid.shapes[index] for index in np.flatnonzero(inside)], costs_us
+    weights = _weights(charged, scope, objective, measured_range(swept))
+    cells = _cells(charged, _handicaps(costs, scope, candidates), weights)
+    cells = cap.charged(cells) if cap else cells
+    groups = few_groups(cells)
+    predicted = [grid.shapes[index] for index in np.flatnonzero(mask)], costs_us
     witnesses = Witnesses.of(costs, scope, candidates.names, predicted, measured)
-    first_bin, first_group = int(charged.bins.min()), int(charged.groups.min())
-    rows = []
-    for index, (group, bands) in enumerate(groups):
-        requests = group_start(first_group + group) if index else 0
-        end = group_start(first_group + groups[index + 1][0]) if index + 1 < len(groups) else None
-        for band in bands:
-            start = bin_start(first_bin + band.first_bin) if band.first_bin else 0
-            ends = (requests, end), (start, bin_start(first_bin + band.end_bin))
-            rows.append(witnesses.row(band.segments, *ends, candidates.noise_band))
-    return tuple(rows)
+    first = int(charged.bins.min()), int(charged.groups.min())
+    rows = _Rows(witnesses, candidates.noise_band, *first, measured_range(swept).kv_tokens[1] + 1, cap)
+    return rows.of(groups, cells), note
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Rows:
+    """Makes the rows of a table from its bands."""
+
+    witnesses: Witnesses
+    noise_band: float
+    first_bin: int
+    first_group: int
+    kv_end: int
+    """Context tokens at which the table ends."""
+    cap: CappedCells | None
+
+    def of(self, groups: Sequence[tuple[int, tuple[Band, ...]]], cells: Sequence[Cells]) -> tuple[Row, ...]:
+        """``groups`` as :func:`few_groups` gave them for ``cells``, those of each range of requests."""
+        rows: list[Row] = []
+        for index, (group, bands) in enumerate(groups):
+            members = range(group, groups[index + 1][0] if index + 1 < len(groups) else len(cells))
+            requests = (
+                group_start(self.first_group + group) if index else 0,
+                group_start(self.first_group + members.stop) if members.stop < len(cells) else None,
+            )
+            for band in bands:
+                rows += self._of_band(band, requests, members, cells, last=band is bands[-1])
+        return tuple(rows)
+
+    def _of_band(
+        self, band: Band, requests: Ends, members: range, cells: Sequence[Cells], *, last: bool
+    ) -> Iterator[Row]:
+        """The row of one band. Where its slanted thresholds cut into cells that a cap bars, rows of level ones instead."""
+        row = self._row(band, requests)
+        end = self.kv_end if last else bin_start(self.first_bin + band.end_bin)
+        if self.cap is None or not self.cap.breaks(row, end, members):
+            yield row
+            return
+        together = reduce(Cells.__add__, [cells[member] for member in members])
+        for level in level_bands(together, band):
+            yield self._row(level, requests)
+
+    def _row(self, band: Band, requests: Ends) -> Row:
+        start = bin_start(self.first_bin + band.first_bin) if band.first_bin else 0
+        ends = start, bin_start(self.first_bin + band.end_bin)
+        return self.witnesses.row(band.segments, requests, ends, self.noise_band)
+
+
+def _cap(
+    costs: CostModel,
+    scope: Scope,
+    candidates: Candidates,
+    objective: Objective,
+    where: tuple[CellsOfShapes, Sequence[int], Range],
+) -> CappedCells | None:
+    """What a cap bars in the cells of these shapes; None without one, and where a candidate is no attention."""
+    (bins, _, groups), tokens, measured = where
+    if objective.max_workspace_bytes is None or scope.name is not SiteName.PREFILL_ATTENTION or not bins.size:
+        return None
+    largest = {name: candidates.largest(name) for name in candidates.names}
+    frame = Frame.of(bins, groups, tokens, measured)
+    return capped_cells(scope, largest, objective.max_workspace_bytes, costs.environment.sm_count, frame)
+
+
+def _weights(charged: _Charged, scope: Scope, objective: Objective, measured: Range) -> Array:
+    """(num_shapes,) how much each shape counts: 1 without traffic at this site of this model."""
+    recorded = inside(objective.recorded(scope.name, scope.model.name), measured)
+    if not recorded:
+        return np.ones(len(charged.bins))
+    return cell_weights(recorded, (charged.bins, charged.columns, charged.groups), charged.tokens)
 
 
 def _with_measured(charged: _Charged, measured: list[tuple[Shape, Array]]) -> _Charged:
@@ -139,8 +214,11 @@ def _handicaps(costs: CostModel, scope: Scope, candidates: Candidates) -> Array:
     return np.array([1 + d * (name != candidates.incumbent) for name, d in zip(candidates.names, doubt, strict=True)])
 
 
-def _cells(charged: _Charged, handicaps: Array) -> list[Cells]:
-    """Charges of every cell, one grid for each range of requests; ``handicaps`` is (num_candidates,)."""
+def _cells(charged: _Charged, handicaps: Array, weights: Array) -> list[Cells]:
+    """Charges of every cell, one grid for each range of requests.
+
+    ``handicaps`` is (num_candidates,), ``weights`` (num_shapes,).
+    """
     competing = charged.costs_us * handicaps[:, None]
     with np.errstate(invalid="ignore"):  # where every candidate is past its limit: infinity over infinity
         slowdowns = np.nan_to_num(competing / competing.min(axis=0), nan=_MAX_CHARGE, posinf=_MAX_CHARGE)
@@ -153,8 +231,8 @@ def _cells(charged: _Charged, handicaps: Array) -> list[Cells]:
         where = charged.bins[here] - lowest, charged.columns[here]
         found.append(
             Cells(
-                costs=_summed(felt[:, here], *where, (len(bins), len(charged.tokens))),
-                counts=np.bincount(where[0], minlength=len(bins)),
+                costs=_summed(felt[:, here], weights[here], *where, (len(bins), len(charged.tokens))),
+                counts=np.bincount(where[0], weights[here], len(bins)),
                 tokens=np.array(charged.tokens, dtype=np.int64),
                 starts=np.array([bin_start(index) for index in (*bins, highest + 1)], dtype=np.int64),
                 middles=np.array([bin_middle(index) for index in bins], dtype=np.int64),
@@ -165,10 +243,10 @@ def _cells(charged: _Charged, handicaps: Array) -> list[Cells]:
     return found
 
 
-def _summed(charges: Array, bins: IntArray, columns: IntArray, size: tuple[int, int]) -> IntArray:
-    """Charges (num_candidates, num_shapes) in units, summed by cell: (num_bins, num_candidates, num_columns)."""
+def _summed(charges: Array, weights: Array, bins: IntArray, columns: IntArray, size: tuple[int, int]) -> IntArray:
+    """Charges (num_candidates, num_shapes) in units, weighed and summed: (num_bins, num_candidates, num_columns)."""
     num_bins, num_columns = size
-    units = np.rint(np.minimum(charges, _MAX_CHARGE) / COST_UNIT).astype(np.int64)
+    units = np.rint(np.minimum(charges, _MAX_CHARGE) / COST_UNIT * weights).astype(np.int64)
     cells = np.zeros((num_bins, len(charges), num_columns), dtype=np.int64)
     for index in range(len(charges)):
         np.add.at(cells[:, index], (bins, columns), units[index])

@@ -13,6 +13,7 @@ import numpy as np
 
 from mla_tune.engine import Engine
 from mla_tune.errors import FitError
+from mla_tune.learn.objective import Objective, inside, shares_near
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.scope import Scope, scope
 from mla_tune.lookup import decide
@@ -110,6 +111,40 @@ def overall(observations: Observations, policy: Policy) -> HeldOut:
         raise FitError("an overall judgement needs an attention table with two candidates: got none; next: sweep both")
     slowdowns = [point.slowdowns for table in tables for point in held_out_points(observations, table)]
     return _summary([name for name, _ in rules(tables[0])], slowdowns)
+
+
+@dataclass(frozen=True, slots=True)
+class Weighted:
+    """Mean slowdown of every rule over the held-out points near recorded traffic, weighed by its share there."""
+
+    points: int
+    """Points with any traffic near; where there are none nothing is known, and ``slowdown`` is empty."""
+    effective: float
+    """Points of equal weight that would say as much: the square of the summed weights over the sum of their squares."""
+    slowdown: tuple[tuple[str, float], ...]
+
+
+def by_traffic(observations: Observations, policy: Policy, objective: Objective) -> Weighted:
+    """The tables of :func:`overall`, each by the traffic that its rows decide."""
+    weights: list[float] = []
+    slowdowns: list[tuple[float, ...]] = []
+    names: list[str] = []
+    for table in policy.tables:
+        if not is_single_layer_attention(table) or len(table.candidates) < 2:
+            continue
+        names = names or [name for name, _ in rules(table)]
+        recorded = inside(objective.recorded(SiteName(table.site), table.model), table.measured)
+        points = held_out_points(observations, table)
+        near = shares_near(recorded, [point.shape for point in points], policy.gpu.sm_count)
+        for point, weight in zip(points, near, strict=True):
+            if weight > 0:
+                weights.append(float(weight))
+                slowdowns.append(point.slowdowns)
+    if not weights:
+        return Weighted(0, 0.0, ())
+    means = np.average(np.array(slowdowns), axis=0, weights=weights)
+    effective = sum(weights) ** 2 / sum(weight * weight for weight in weights)
+    return Weighted(len(weights), effective, tuple((name, float(m)) for name, m in zip(names, means, strict=True)))
 
 
 def is_single_layer_attention(table: Table) -> bool:

@@ -20,6 +20,7 @@ from mla_tune.learn.crossover import Candidates, swept_shapes, table_rows
 from mla_tune.learn.evaluate import held_out, held_out_points
 from mla_tune.learn.interval import LEAST_DIFFERENCE
 from mla_tune.learn.limits import is_unsafe, limits
+from mla_tune.learn.objective import PLAIN, Objective, require_regime, require_traffic
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.scope import Scope, scopes
 from mla_tune.learn.training import measured_range
@@ -53,6 +54,7 @@ def fit_policy(
     *,
     source: Source,
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
+    objective: Objective = PLAIN,
     tuned: Iterable[Tuned] = (),
 ) -> Policy:
     """The policy that ``measurements`` of one environment, and a probe's ``tries`` there, support.
@@ -63,14 +65,17 @@ def fit_policy(
     to switch from; nor a mix of layer types that share no points; nor a site without a held-out point to judge it by
     (:func:`left_out` names these). Raises :class:`FitError` if no table is left.
     """
-    costs = CostModel(environment, measurements, tries)
+    costs = CostModel(environment, measurements, tries, objective.regime)
+    require_regime(costs.observations)
     overlap = costs.observations.overlap
-    tables = [table for scope in scopes(overlap) if (table := fit_table(costs, scope, first_call_bound_s)) is not None]
+    fitted = (fit_table(costs, scope, first_call_bound_s, objective) for scope in scopes(overlap))
+    tables = [table for table in fitted if table is not None]
     if not tables:
         raise FitError(
             f"a policy needs a site whose incumbent ran, with held-out points to judge it by: got none for "
             f"{environment.sku}; next: run `mla-tune sweep` again, without filters or with a larger --budget"
         )
+    require_traffic(objective, tables)
     return Policy(
         schema=SCHEMA_VERSION,
         gpu=Gpu(sku=environment.sku, sm_count=environment.sm_count),
@@ -81,6 +86,7 @@ def fit_policy(
         overlap=overlap,
         kernel_config=kernel_configs(entry.launch for entry in tuned),
         tables=tuple(tables),
+        objective=objective.stated(),
     )
 
 
@@ -99,15 +105,25 @@ def policy_environment(environment: Environment) -> PolicyEnvironment:
     )
 
 
-def fit_table(costs: CostModel, scope: Scope, first_call_bound_s: float = FIRST_CALL_BOUND_S) -> Table | None:
+def fit_table(
+    costs: CostModel,
+    scope: Scope,
+    first_call_bound_s: float = FIRST_CALL_BOUND_S,
+    objective: Objective = PLAIN,
+) -> Table | None:
     """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points."""
-    table = unjudged_table(costs, scope, first_call_bound_s)
+    table = unjudged_table(costs, scope, first_call_bound_s, objective)
     if table is None or not held_out_points(costs.observations, table):
         return None
     return msgspec.structs.replace(table, held_out=held_out(costs.observations, table))
 
 
-def unjudged_table(costs: CostModel, scope: Scope, first_call_bound_s: float = FIRST_CALL_BOUND_S) -> Table | None:
+def unjudged_table(
+    costs: CostModel,
+    scope: Scope,
+    first_call_bound_s: float = FIRST_CALL_BOUND_S,
+    objective: Objective = PLAIN,
+) -> Table | None:
     """One table without its judgement; None where the incumbent never ran, or where a mix shares no points.
 
     Of modelled costs its noise band is their uncertainty: the least relative difference that is beyond doubt.
@@ -120,6 +136,7 @@ def unjudged_table(costs: CostModel, scope: Scope, first_call_bound_s: float = F
         return None
     if costs.modelled:
         candidates = replace(candidates, noise_band=_uncertainty(costs, scope, candidates))
+    rows, cap = table_rows(costs, scope, candidates, objective)
     return Table(
         site=str(scope.name),
         model=scope.model.name,
@@ -132,7 +149,8 @@ def unjudged_table(costs: CostModel, scope: Scope, first_call_bound_s: float = F
         measured=measured_range(swept),
         limits=candidates.limits,
         ineligible=candidates.ineligible,
-        rows=table_rows(costs, scope, candidates),
+        rows=rows,
+        workspace_cap=cap,
         held_out=HeldOut(points=0, slowdown=()),
     )
 

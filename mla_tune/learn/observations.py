@@ -78,9 +78,15 @@ _SEVERITY = (
 
 
 class Observations:
-    """All measurements of one environment, in the regime that the policy minimizes."""
+    """All measurements of one environment, in the regime that the policy minimizes.
 
-    def __init__(self, measurements: Iterable[Measurement], tries: Iterable[Try] = ()) -> None:
+    That is ``regime``; by default the GPU's time where it was measured. A sweep leaves host-inclusive times out at points
+    whose kernels take milliseconds, since some 70 us of launches are lost in them: there the GPU's time stands for both.
+    """
+
+    def __init__(
+        self, measurements: Iterable[Measurement], tries: Iterable[Try] = (), regime: Regime | None = None
+    ) -> None:
         """``measurements`` share one overlap of selections, as :func:`mla_tune.learn.usable.usable` sees to."""
         self._tries: dict[tuple[Site, str], list[Try]] = {}
         for attempt in sorted(tries, key=lambda attempt: attempt.key):
@@ -88,8 +94,10 @@ class Observations:
         ordered = sorted(measurements, key=_order)
         self.measurements = len(ordered)
         """How many there are, of any outcome and regime."""
-        graph = any(m.regime is Regime.GRAPH and m.outcome is Outcome.OK for m in ordered)
-        self.regime = Regime.GRAPH if graph else Regime.EAGER
+        self.regimes = frozenset(m.regime for m in ordered if m.outcome is Outcome.OK)
+        """Those in which anything was timed."""
+        self.regime = regime or (Regime.GRAPH if Regime.GRAPH in self.regimes else Regime.EAGER)
+        asked = {(m.site, m.shape) for m in ordered if m.regime is self.regime and m.outcome is Outcome.OK}
         self._parts: dict[tuple[Site, str, Shape], dict[str, Measurement]] = {}
         self._failures: dict[tuple[Site, str, Shape], Measurement] = {}
         self._roles: dict[Site, dict[Shape, Role]] = {}
@@ -100,7 +108,7 @@ class Observations:
                 first = self._failures.setdefault(point, m)
                 if _SEVERITY.index(m.outcome) < _SEVERITY.index(first.outcome):
                     self._failures[point] = m
-            elif m.regime is self.regime:
+            elif m.regime is self.regime or (self.regime is Regime.EAGER and (m.site, m.shape) not in asked):
                 self._parts.setdefault(point, {})[m.part] = m
 
     @property

@@ -54,8 +54,8 @@ class Cells:
 
     costs: IntArray
     """(num_bins, num_candidates, num_columns), summed over the shapes of a cell."""
-    counts: IntArray
-    """(num_bins,) shapes of each bin."""
+    counts: IntArray | npt.NDArray[np.float64]
+    """(num_bins,) shapes of each bin, by weight."""
     tokens: IntArray
     """(num_columns,) query tokens of the columns, ascending."""
     starts: IntArray

@@ -17,6 +17,7 @@ from mla_tune.learn.work import Work, work
 from mla_tune.policy import Range
 from mla_tune.shape import Shape
 from mla_tune.site import Site
+from mla_tune.traffic import Shape as Recorded
 
 IntArray = npt.NDArray[np.int64]
 
@@ -121,7 +122,7 @@ def training_grid(max_context: int, sm_count: int) -> TrainingGrid:
     return TrainingGrid(shapes, bins, counts, columns, groups)
 
 
-def cells_of(shapes: Sequence[Shape], tokens: Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
+def cells_of(shapes: Sequence[Shape | Recorded], tokens: Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
     """Bin of context tokens, nearest of the columns ``tokens`` and range of requests of each shape, three (num_shapes,)."""
     kv_tokens = np.array([shape.kv_tokens for shape in shapes], dtype=np.float64)
     columns = _nearest(tokens, [shape.num_qo_tokens for shape in shapes])

@@ -23,7 +23,14 @@ from mla_tune.policy import (
     Source,
     Table,
 )
-from mla_tune.policy_evidence import Modelled, ScaledFrom, StageUncertainty, Uncertainty
+from mla_tune.policy_evidence import (
+    Modelled,
+    ScaledFrom,
+    StageUncertainty,
+    TrafficWeights,
+    Uncertainty,
+    WorkspaceCap,
+)
 from mla_tune.policy_rules import accepted_candidates, accepted_engines, accepted_heads, problems
 from mla_tune.site import FORWARD, MODELS, SiteName
 
@@ -263,6 +270,24 @@ def stated(draw: st.DrawFn) -> Modelled:
     )
 
 
+hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
+weights = st.builds(
+    TrafficWeights,
+    traffic=hashes,
+    forwards=counts,
+    uniform_share=st.floats(0, 1, exclude_min=True, allow_subnormal=False),
+)
+caps = st.tuples(st.integers(0, MAX), st.integers(0, MAX), st.integers(0, MAX)).flatmap(
+    lambda found: st.builds(
+        WorkspaceCap,
+        max_bytes=counts,
+        shapes=st.just(max(found)),
+        over=st.just(sorted(found)[1]),
+        exempt=st.just(min(found)),
+    )
+)
+
+
 @st.composite
 def tables(
     draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] = KEYS[0], *, modelled: bool = False
@@ -287,6 +312,7 @@ def tables(
         candidates=candidates,
         noise_band=draw(relative_errors if modelled else st.floats(0, 1, exclude_max=True)),
         uncertainty=tuple(Uncertainty(candidate=name, relative=draw(relative_errors)) for name in uncertain),
+        workspace_cap=draw(st.none() | caps),
         measured=Range(num_qo_tokens=draw(ranges), kv_tokens=draw(ranges), num_reqs=draw(ranges)),
         limits=draw(limits(candidates)),
         ineligible=barred,
@@ -322,6 +348,7 @@ def policies(draw: st.DrawFn) -> Policy:
         gpu=Gpu(sku=draw(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)), sm_count=draw(counts)),
         evidence="modelled" if modelled else "measured",
         modelled=draw(stated()) if modelled else None,
+        objective=draw(st.none() | weights),
         regime=draw(st.sampled_from(["graph", "eager"])),
         environment=draw(environment),
         source=draw(st.builds(Source, file=names, sha256=names, measurements=counts, command=names)),
