@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from mla_tune.errors import FitError
 from mla_tune.learn.acquire import doubts
 from mla_tune.learn.costs import CostModel
-from mla_tune.learn.crossover import _MEASURED_WEIGHT
+from mla_tune.learn.crossover import _FELT_SLOWDOWN, _MEASURED_WEIGHT
 from mla_tune.learn.evaluate import by_traffic, held_out_points
 from mla_tune.learn.fit import fit_policy, fit_table
 from mla_tune.learn.objective import UNIFORM_SHARE, Objective, cell_weights, shape_weights
@@ -115,15 +115,16 @@ def test_uniform_traffic_gives_the_unweighted_policy() -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(fit_points)
-def test_traffic_at_one_measured_shape_makes_the_choice_there_the_best_measured(shape: Shape) -> None:
+def test_traffic_at_one_measured_shape_makes_the_choice_there_the_best_measured_within_what_is_felt(
+    shape: Shape,
+) -> None:
     costs = h200()
     weighed = table(costs, SCOPE, traffic(shape))
     us = {name: SCOPE.measured_us(costs.observations, name, shape) for name in weighed.candidates}
     ran = {name: value for name, value in us.items() if value is not None}
     chosen = decide(weighed, shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs).candidate
-    # A win inside the noise band or the error of the predictions is none.
-    doubt = max(weighed.noise_band, *(SCOPE.error(costs, name) for name in weighed.candidates))
-    assert ran[chosen] <= min(ran.values()) * (1 + doubt)
+    # A cell answers for the shapes around it too: beside a crossover a loss that is not felt may remain.
+    assert ran[chosen] <= min(ran.values()) * max(1 + weighed.noise_band, _FELT_SLOWDOWN)
 
 
 def test_traffic_of_another_model_or_site_changes_no_row() -> None:
