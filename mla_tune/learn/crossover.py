@@ -103,13 +103,14 @@ def table_rows(
     for index, name in enumerate(candidates.names):
         charged.costs_us[index, tokens > candidates.largest(name)] = np.inf
     weights = _weights(charged, scope, objective, measured_range(swept))
-    cells = _cells(charged, _handicaps(costs, scope, candidates), weights)
+    kv_end = measured_range(swept).kv_tokens[1] + 1
+    cells = _cells(charged, _handicaps(costs, scope, candidates), weights, kv_end)
     cells = cap.charged(cells) if cap else cells
     groups = few_groups(cells)
     predicted = [grid.shapes[index] for index in np.flatnonzero(mask)], costs_us
     witnesses = Witnesses.of(costs, scope, candidates.names, predicted, measured)
     first = int(charged.bins.min()), int(charged.groups.min())
-    rows = _Rows(witnesses, candidates.noise_band, *first, measured_range(swept).kv_tokens[1] + 1, cap)
+    rows = _Rows(witnesses, candidates.noise_band, *first, kv_end, cap)
     return rows.of(groups, cells), note
 
 
@@ -142,19 +143,19 @@ class _Rows:
         self, band: Band, requests: Ends, members: range, cells: Sequence[Cells], *, last: bool
     ) -> Iterator[Row]:
         """The row of one band. Where its slanted thresholds cut into cells that a cap bars, rows of level ones instead."""
-        row = self._row(band, requests)
         end = self.kv_end if last else bin_start(self.first_bin + band.end_bin)
+        row = self._row(band, requests, end)
         if self.cap is None or not self.cap.breaks(row, end, members):
             yield row
             return
         together = reduce(Cells.__add__, [cells[member] for member in members])
         for level in level_bands(together, band):
-            yield self._row(level, requests)
+            inner = level.end_bin < band.end_bin
+            yield self._row(level, requests, bin_start(self.first_bin + level.end_bin) if inner else end)
 
-    def _row(self, band: Band, requests: Ends) -> Row:
+    def _row(self, band: Band, requests: Ends, end: int) -> Row:
         start = bin_start(self.first_bin + band.first_bin) if band.first_bin else 0
-        ends = start, bin_start(self.first_bin + band.end_bin)
-        return self.witnesses.row(band.segments, requests, ends, self.noise_band)
+        return self.witnesses.row(band.segments, requests, (start, end), self.noise_band)
 
 
 def _cap(
@@ -214,10 +215,11 @@ def _handicaps(costs: CostModel, scope: Scope, candidates: Candidates) -> Array:
     return np.array([1 + d * (name != candidates.incumbent) for name, d in zip(candidates.names, doubt, strict=True)])
 
 
-def _cells(charged: _Charged, handicaps: Array, weights: Array) -> list[Cells]:
+def _cells(charged: _Charged, handicaps: Array, weights: Array, kv_end: int) -> list[Cells]:
     """Charges of every cell, one grid for each range of requests.
 
-    ``handicaps`` is (num_candidates,), ``weights`` (num_shapes,).
+    ``handicaps`` is (num_candidates,), ``weights`` (num_shapes,). The first row of a table starts at no context at all, and
+    the last ends at ``kv_end``, whatever their bins do.
     """
     competing = charged.costs_us * handicaps[:, None]
     with np.errstate(invalid="ignore"):  # where every candidate is past its limit: infinity over infinity
@@ -225,6 +227,8 @@ def _cells(charged: _Charged, handicaps: Array, weights: Array) -> list[Cells]:
     felt = slowdowns - 1 + _FELT_WEIGHT * np.maximum(slowdowns - _FELT_SLOWDOWN, 0)
     lowest, highest = int(charged.bins.min()), int(charged.bins.max())
     bins = range(lowest, highest + 1)
+    starts = [0, *(bin_start(index) for index in bins[1:]), kv_end]
+    middles = [min(bin_middle(index), kv_end - 1) for index in bins]
     found = []
     for group in range(int(charged.groups.min()), int(charged.groups.max()) + 1):
         here = charged.groups == group
@@ -234,8 +238,8 @@ def _cells(charged: _Charged, handicaps: Array, weights: Array) -> list[Cells]:
                 costs=_summed(felt[:, here], weights[here], *where, (len(bins), len(charged.tokens))),
                 counts=np.bincount(where[0], weights[here], len(bins)),
                 tokens=np.array(charged.tokens, dtype=np.int64),
-                starts=np.array([bin_start(index) for index in (*bins, highest + 1)], dtype=np.int64),
-                middles=np.array([bin_middle(index) for index in bins], dtype=np.int64),
+                starts=np.array(starts, dtype=np.int64),
+                middles=np.array(middles, dtype=np.int64),
                 worth=_WORTH,
                 shapes=len(charged.bins),
             )

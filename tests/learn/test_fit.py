@@ -143,9 +143,16 @@ def test_a_winner_that_returns_gets_several_thresholds() -> None:
     assert chosen == ["with_kvcache", "sparse_fwd", "with_kvcache", "sparse_fwd"]
 
 
+def _add_zigzag(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A third candidate that SGLang can take."""
+    names = ("sparse_fwd", "with_kvcache", "zigzag")
+    monkeypatch.setitem(CANDIDATES, SiteName.PREFILL_ATTENTION, names)
+    monkeypatch.setattr("mla_tune.engine._SHARED", names)
+
+
 def test_a_dominated_candidate_changes_no_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
     before = _c4a_table(CLEAN)
-    monkeypatch.setitem(CANDIDATES, SiteName.PREFILL_ATTENTION, ("sparse_fwd", "with_kvcache", "zigzag"))
+    _add_zigzag(monkeypatch)
 
     def law(site: Site, candidate: str, stage: str, shape: Shape) -> float:
         return (
@@ -160,7 +167,7 @@ def test_a_dominated_candidate_changes_no_threshold(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_third_candidate_that_wins_is_chosen_where_it_wins(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(CANDIDATES, SiteName.PREFILL_ATTENTION, ("sparse_fwd", "with_kvcache", "zigzag"))
+    _add_zigzag(monkeypatch)
 
     def crossing(candidate: str, shape: Shape) -> float:
         fixed, slope = {"with_kvcache": (5, 1.0), "zigzag": (50, 0.25), "sparse_fwd": (400, 0.05)}[candidate]
