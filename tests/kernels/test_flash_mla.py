@@ -11,7 +11,15 @@ import torch
 from hypothesis import example, given, settings
 
 from mla_tune.bench.compare import BF16_ATTENTION, mismatch
-from mla_tune.kernels import candidates, flash_mla, indexer, sparse_fwd, with_kvcache
+from mla_tune.kernels import (
+    candidates,
+    flash_mla,
+    indexer,
+    sparse_fwd,
+    sparse_fwd_fused,
+    sparse_fwd_selected,
+    with_kvcache,
+)
 from mla_tune.kernels.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
@@ -24,8 +32,17 @@ from tests.shapes import every_site, shapes
 attention_sites = every_site(SiteName.PREFILL_ATTENTION)
 
 
+SPARSE = {
+    "sparse_fwd": sparse_fwd.prepare,
+    "sparse_fwd_fused": sparse_fwd_fused.prepare,
+    "sparse_fwd_selected": sparse_fwd_selected.prepare,
+}
+
+
 def prepare(inputs: AttentionInputs, name: str, kernels: FlashMla) -> Prepared:
-    return sparse_fwd.prepare(inputs, kernels) if name == "sparse_fwd" else with_kvcache.prepare(inputs, kernels, name)
+    if name in SPARSE:
+        return SPARSE[name](inputs, kernels)
+    return with_kvcache.prepare(inputs, kernels, name)
 
 
 def reference(inputs: AttentionInputs) -> torch.Tensor:
