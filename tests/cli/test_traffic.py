@@ -195,7 +195,11 @@ REFUSALS = {
     "endless decoding": ([*REPLAY, "--decode-us", "inf"], 2, "decode_us must be microseconds"),
     "an unknown model": (["traffic", "--model", "v4", "--trace", str(TRACE)], 2, "model must be a known one"),
     "heads of another model": ([*REPLAY, "--h-q", "128"], 2, "got 128; accepted: 64"),
-    "a gpu without a policy": (["traffic", "--model", "deepseek-v3.2", "--gpu", "nvidia-l4", "--agents", "1"], 1, "nvidia-l4"),
+    "a gpu without a policy": (
+        ["traffic", "--model", "deepseek-v3.2", "--gpu", "nvidia-l4", "--agents", "1"],
+        1,
+        "nvidia-l4",
+    ),
     "measurements of another gpu": ([*REPLAY, "--measurements", "db/cpu.jsonl"], 1, "measured on cpu"),
     "a place that cannot be written": ([*REPLAY, "--record", "/proc/x"], 1, "/proc"),
     "a list that cannot be written": ([*REPLAY, "--spot-check", "1", "--forwards", "/proc/x"], 2, "must be writable"),
