@@ -17,7 +17,6 @@ from mla_tune.counters import Reasons, SiteCounters, prometheus_text
 from mla_tune.engine import Engine
 from mla_tune.recording import Record, Recorder
 from mla_tune.runtime import Dispatcher, Resolved
-from mla_tune.site import CANDIDATES
 from mla_tune.switches import Rule
 
 _KEPT = {Rule.ENGINE: Reasons.ENGINE_SETTING, Rule.OFF: Reasons.OFF, Rule.INCUMBENT: Reasons.NO_TABLE}
@@ -34,8 +33,8 @@ class Decider:
         """Whether the policy or a pin decides. If not, the engine keeps its own choice: call what was there before."""
         self.kept = "" if self.serves else _KEPT[resolved.rule]
         """The reason to count then."""
-        site = resolved.site
-        self.counters = SiteCounters(site, resolved.model, resolved.layer, dict.fromkeys(CANDIDATES[site], 0), {})
+        answers = (resolved.incumbent,) if resolved.table is None else resolved.table.candidates
+        self.counters = SiteCounters(resolved.site, resolved.model, resolved.layer, dict.fromkeys(answers, 0), {})
         self._choose = resolved.choose
         self._record = record
         measured = None if resolved.table is None else resolved.table.measured
