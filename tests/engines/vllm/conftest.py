@@ -48,7 +48,7 @@ def vllm_policy(**changes: Any) -> Policy:
     def changed(of: Table) -> Table:
         if of.site != "prefill_attention":
             return of
-        small = "with_kvcache" if of.engine is Engine.SGLANG else WITH_KVCACHE_MIXED
+        small = "with_kvcache" if of.engine in (Engine.SGLANG, Engine.OWN) else WITH_KVCACHE_MIXED
         return msgspec.structs.replace(of, rows=rows(small))
 
     whole = full_policy()
