@@ -49,18 +49,20 @@ def stages(site: Site, candidate: str) -> tuple[Stage, ...]:
 
 def kernels(site: Site, candidate: str) -> tuple[str, ...]:
     """Names (see :data:`mla_tune.launch.KERNELS`) of the project's own kernels that ``candidate`` runs at ``site``."""
+    used = {name for stage in stages(site, candidate) for name in stage_kernels(site, candidate, stage.name)}
+    return tuple(sorted(used))
+
+
+def stage_kernels(site: Site, candidate: str, stage: str) -> tuple[str, ...]:
+    """Those of :func:`kernels` that one stage runs."""
     if site.name is SiteName.INDEXER_METADATA:
         return ("metadata",) if candidate == "jit" else ()
     if not candidate.startswith("sparse_fwd"):
         return ()
+    if stage == "combine":
+        return ("combine_topk",) if site.topk is not None else ("combine_all",)
     fmt = "dsa" if site.layer is LayerType.DSA else "v4"
-    combine = "combine_topk" if site.topk is not None else "combine_all"
-    names = {
-        stage.name: (combine,) if stage.name == "combine" else _KERNELS_OF.get(stage.name, ())
-        for stage in stages(site, candidate)
-    }
-    used = {name.format(fmt=fmt) for found in names.values() for name in found}
-    return tuple(sorted(used))
+    return tuple(name.format(fmt=fmt) for name in _KERNELS_OF.get(stage, ()))
 
 
 _KERNELS_OF: dict[str, tuple[str, ...]] = {

@@ -89,7 +89,7 @@ def gpu_grid(sm_count: int) -> Grid:
             (64, 4 * _K, (64, 4096)),
             (64, _K * _K, (64, 16 * _K)),
         ),
-        indexer_seeds=(1, 64, 1024, 8192, 32 * _K),
+        indexer_seeds=(1, 256, 8192, 32 * _K),
         prompt=128 * _K,
         chunks=tuple(_K << n for n in range(7)),
         indexer_query_tokens=(1, 16, 64, 256, 1024, 4096, 8192, 11673, 14336, 15360, 32768),
@@ -156,7 +156,10 @@ def grid_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteN
 
 
 def seed_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteName], seed: int) -> list[Point]:
-    """What an adaptive sweep measures first: every site's seeds, mixed with the shapes that it will be judged by."""
+    """What an adaptive sweep measures first: every site's seeds, then the shapes that it will be judged by.
+
+    In this order a table whose seeds the budget does not cover has no judge either, and is left out.
+    """
     few = replace(
         grid,
         contexts=(),
@@ -167,7 +170,7 @@ def seed_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteN
         indexer_contexts=(grid.dense_context,),
         indexer_query_tokens=grid.indexer_seeds,
     )
-    return grid_points(few, models, names, seed)
+    return sorted(grid_points(few, models, names, seed), key=lambda point: point.role is Role.HELD_OUT)
 
 
 def validation_points(grid: Grid, models: Iterable[ModelConfig], seed: int, count: int) -> list[Point]:

@@ -27,8 +27,8 @@ class Preset:
     """Seconds of measuring by kind of device."""
 
 
-QUICK = Preset("quick", False, 6, 2, 2, 0.08, MappingProxyType({"cuda": 45.0, "cpu": 60.0}))
-DEFAULT = Preset("default", False, 12, 3, 2, 0.15, MappingProxyType({"cuda": 90.0, "cpu": 150.0}))
+QUICK = Preset("quick", False, 3, 2, 2, 0.08, MappingProxyType({"cuda": 45.0, "cpu": 60.0}))
+DEFAULT = Preset("default", False, 4, 2, 2, 0.12, MappingProxyType({"cuda": 90.0, "cpu": 150.0}))
 FULL = Preset("full", True, 36, 6, 0, 0.3, MappingProxyType({"cuda": 540.0, "cpu": 600.0}))
 PRESETS = {preset.name: preset for preset in (QUICK, DEFAULT, FULL)}
 

@@ -51,13 +51,19 @@ class Launcher:
             return
         addresses, kinds = self._bind(arguments)
         values = constants.values()
-        key = (kinds, num_warps, torch.cuda.current_device(), *values)
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        key = (kinds, num_warps, device, *values)
         compiled = self._compiled.get(key)
         if compiled is None:
             self._check_order(arguments, constants)
             self._compiled[key] = self._kernel[grid](*arguments, **constants, num_warps=num_warps)
             return
-        compiled[(*grid, 1, 1)[:3]](*addresses, *values)
+        # As Triton calls it, its hooks left out: what they are for (Proton) is too slow for what this is for.
+        stream, hooks = driver.get_current_stream(device), (None, None, None)
+        compiled.run(
+            *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, *hooks, *addresses, *values
+        )
 
     def _bind(self, arguments: tuple[Argument, ...]) -> tuple[list[Any], tuple[object, ...]]:
         """Arguments as the driver takes them, and what Triton compiles for: every line here costs a launch 1 us."""
