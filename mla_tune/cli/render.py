@@ -241,15 +241,20 @@ def explanation(result: Explanation, table: Table, as_json: bool) -> None:
         highlight=False,
     )
     console.print(f"choice: {decision.candidate}, because: {_because(decision)}", highlight=False)
-    columns = RichTable("candidate", "layer", "stage", "runs once per", f"us per {result.unit}")
+    columns = RichTable("candidate", "layer", "stage", "kernel of", "runs once per", f"us per {result.unit}")
     for candidate in result.candidates:
         for index, line in enumerate(candidate.stages):
             once = str(line.amortization).removeprefix("per_").replace("_", " ")
             name = candidate.candidate if index == 0 else ""
-            columns.add_row(name, str(line.layer), line.stage, once, f"{line.latency_us:.2f}")
+            columns.add_row(name, str(line.layer), line.stage, line.provider, once, f"{line.latency_us:.2f}")
         measured = f" (measured here: {candidate.measured_us:.2f})" if candidate.measured_us is not None else ""
         columns.add_row(
-            "", "", f"sum x {candidate.correction:.3f}, whole path over sum", "", f"{candidate.total_us:.2f}{measured}"
+            "",
+            "",
+            f"sum x {candidate.correction:.3f}, whole path over sum",
+            "",
+            "",
+            f"{candidate.total_us:.2f}{measured}",
         )
         columns.add_section()
     console.print(columns)
