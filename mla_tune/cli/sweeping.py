@@ -171,13 +171,11 @@ def _measure(request: _Request, path: Path) -> Measured:
 
     kind, timeout_s = request.device.kind, request.timeout_s
     with sweep_lock(path), Database.open(path) as database:
-        with (
-            Sweep(kind, timeout_s, sampling_s=request.plan.preset.sampling_s) as worker,
-            device_output.live_progress(quiet=request.as_json) as on_progress,
-        ):
+        with Sweep(kind, timeout_s, sampling_s=request.plan.preset.sampling_s) as worker:
             conditions = replace(request.plan.conditions, provider=_provider(worker, request.provider))
             plan = pipeline.under(request.plan, conditions)
-            reports = pipeline.run_sweep(plan, worker, database, request.budget_s, on_progress)
+            with device_output.live_progress(quiet=request.as_json) as on_progress:
+                reports = pipeline.run_sweep(plan, worker, database, request.budget_s, on_progress)
         environment, rest_s = worker.environment, request.budget_s - sum(report.elapsed_s for report in reports)
         bounds = []
         if rest_s > 0 and not any(report.left for report in reports) and pipeline.failing(database, environment):
