@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, TypeVar
 
 from mla_tune.errors import UsageError
@@ -77,16 +77,16 @@ class CombineConfig:
 class MetadataConfig:
     """Launch of the indexer metadata kernel: rows are split into ``tiles``, each read ``columns`` at a time.
 
-    The default reads 8192 rows with one round of loads. (128, 32, 4) took 5.4 us at 64 rows, 6.6 at 8192 and 10.7 at 32768
-    with a cold L2 on an H200, with an earlier kernel whose rounds waited for each other.
+    The default reads 8192 rows with one round of loads.
     """
 
     tiles: int = 128
     columns: int = 64
     num_warps: int = 8
+    entries_per_program: int = 8
 
     def __post_init__(self) -> None:
-        require_powers_of_two(tiles=self.tiles, columns=self.columns, num_warps=self.num_warps)
+        require_powers_of_two(**asdict(self))
         if not 4 <= self.columns <= 256:
             raise UsageError(
                 f"columns must hold one 16-byte load, and their sum fit 32 bits: got {self.columns}; accepted: 4 to 256"
@@ -145,7 +145,10 @@ class Kernel:
 
     def class_of(self, size: int) -> SizeClass:
         """The class that ``size`` belongs to."""
-        return [found for found in self.classes if found.size_from <= size][-1]
+        for found in reversed(self.classes):
+            if found.size_from <= size:
+                return found
+        return self.classes[0]
 
 
 _K = 1024
@@ -211,14 +214,16 @@ class Launches:
     """Parameters of every kernel at every size: the tuned ones, and the defaults where nothing was tuned."""
 
     tuned: tuple[KernelLaunch, ...] = ()
+    _configs: dict[tuple[str, int], Config] = field(init=False, repr=False, compare=False)
+    """The same by kernel and class: every launch asks."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_configs", {(entry.kernel, entry.size_from): entry.config for entry in self.tuned})
 
     def config(self, kernel: str, size: int) -> Config:
         """Parameters of ``kernel`` for a launch of ``size``."""
         found = KERNELS[kernel].class_of(size)
-        for entry in self.tuned:
-            if entry.kernel == kernel and entry.size_from == found.size_from:
-                return entry.config
-        return found.default
+        return self._configs.get((kernel, found.size_from), found.default)
 
     def dequantize(self, fmt: str, rows: int) -> DequantizeConfig:
         """Of the dequantize kernel for a cache format (``v4``, ``dsa``)."""

@@ -20,6 +20,7 @@ class LaunchParameters(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     tokens_per_program: int | None = None
     columns_per_program: int | None = None
     column_programs: int | None = None
+    entries_per_program: int | None = None
     tiles: int | None = None
     columns: int | None = None
     num_warps: int | None = None

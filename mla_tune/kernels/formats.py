@@ -24,7 +24,7 @@ _NAN_BYTE = 0xFF
 """NaN in every part of a row: as e4m3, as an exponent, and repeated as bf16 and as float32."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # two objects in all: a launch looks constants up by them
 class KVFormat:
     """Byte layout of one cached token. Values are grouped; each group of ``group_size`` e4m3 values has one scale."""
 

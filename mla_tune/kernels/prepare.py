@@ -22,7 +22,10 @@ from mla_tune.site import SWA_WINDOW, LayerType
 
 @dataclass(frozen=True, slots=True)
 class RowsJob:
-    """Rows of one cache to dequantize; see :mod:`mla_tune.kernels.slot_ids` for which rows those are."""
+    """Rows of one cache to dequantize; see :mod:`mla_tune.kernels.slot_ids` for which rows those are.
+
+    Raises :class:`UsageError` on shapes or types that do not fit: here, so that a launch need not look again.
+    """
 
     cache: torch.Tensor  # (num_pages, page_bytes) uint8
     page_table: torch.Tensor  # (num_reqs, max_pages) int32
@@ -31,6 +34,19 @@ class RowsJob:
     fmt: KVFormat
     page_size: int
     out: torch.Tensor  # (rows, head_dim) bf16, contiguous
+
+    def __post_init__(self) -> None:
+        check_cache(self.cache, self.fmt, self.page_size)
+        num_reqs, table, out = self.lens.shape[0], self.page_table, self.out
+        if table.dim() != 2 or table.shape[0] != num_reqs or self.cu_rows.shape != (num_reqs + 1,):
+            raise UsageError(
+                f"page_table must be (num_reqs, max_pages) and the offsets (num_reqs + 1,) for {num_reqs} requests: "
+                f"got {tuple(table.shape)} and {tuple(self.cu_rows.shape)}"
+            )
+        if out.dim() != 2 or out.shape[1] != self.fmt.head_dim or not out.is_contiguous():
+            raise UsageError(f"out must be contiguous (rows, {self.fmt.head_dim}): got {tuple(out.shape)}")
+        if out.dtype is not torch.bfloat16 or table.stride(1) != 1:
+            raise UsageError(f"out must be bfloat16 and page_table rows contiguous: got {out.dtype}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +85,14 @@ def prepare_rows(
 
     Equal to the slot ids, :func:`~mla_tune.kernels.dequantize.dequantize_k_cache_paged` and
     :func:`~mla_tune.kernels.combine.combine_topk_swa_indices` one after the other. A row moves the same bytes less the
-    8 of its slot, plus the ends of the requests from the L2. Raises :class:`UsageError` on shapes or types that they
-    would refuse, and where there is nothing to do.
+    8 of its slot, plus the ends of the requests from the L2. Raises :class:`UsageError` where there is nothing to do, or
+    the caches differ in their format.
     """
     jobs = [job for job in (compressed, window) if job is not None]
     if not jobs or (indices is not None and len(jobs) < 2):
         raise UsageError("a preparation needs rows of one cache at least, and of both with indices: got fewer")
-    for job in jobs:
-        _check_rows(job)
-    if len(jobs) == 2 and jobs[0].fmt != jobs[1].fmt:
-        raise UsageError(f"both caches must have one format: got {jobs[0].fmt.name} and {jobs[1].fmt.name}")
+    if jobs[0].fmt != jobs[-1].fmt:
+        raise UsageError(f"both caches must have one format: got {jobs[0].fmt.name} and {jobs[-1].fmt.name}")
     if choose_backend(jobs[0].out, backend) is Backend.TORCH:
         _prepare_torch(compressed, window, indices)
         return
@@ -86,20 +100,6 @@ def prepare_rows(
 
     rows = sum(job.out.shape[0] for job in jobs)
     device.launch(compressed, window, indices, config or DEFAULT_LAUNCHES.prepare(rows))
-
-
-def _check_rows(job: RowsJob) -> None:
-    check_cache(job.cache, job.fmt, job.page_size)
-    num_reqs = job.lens.shape[0]
-    if job.page_table.dim() != 2 or job.page_table.shape[0] != num_reqs or job.cu_rows.shape != (num_reqs + 1,):
-        raise UsageError(
-            f"page_table must be (num_reqs, max_pages) and the offsets (num_reqs + 1,) for {num_reqs} requests: "
-            f"got {tuple(job.page_table.shape)} and {tuple(job.cu_rows.shape)}"
-        )
-    if job.out.dim() != 2 or job.out.shape[1] != job.fmt.head_dim or not job.out.is_contiguous():
-        raise UsageError(f"out must be contiguous (rows, {job.fmt.head_dim}): got {tuple(job.out.shape)}")
-    if job.out.dtype is not torch.bfloat16 or job.page_table.stride(1) != 1:
-        raise UsageError(f"out must be bfloat16 and page_table rows contiguous: got {job.out.dtype}")
 
 
 def _prepare_torch(compressed: RowsJob | None, window: RowsJob | None, indices: IndexJob | None) -> None:

@@ -35,7 +35,12 @@ _SPACES: dict[str, Space] = {
         "num_warps": _WARPS,
         "column_programs": (0, 1, 4),
     },
-    "metadata": {"tiles": (64, 128, 256, 512), "columns": (16, 32, 64, 128, 256), "num_warps": (4, 8, 16, 32)},
+    "metadata": {
+        "tiles": (64, 128, 256, 512),
+        "columns": (16, 32, 64, 128, 256),
+        "num_warps": (4, 8, 16, 32),
+        "entries_per_program": (1, 4, 8, 16, 32),
+    },
     "prepare": {
         "rows_per_program": (1, 2, 4, 8),
         "num_warps": (1, 2, 4),

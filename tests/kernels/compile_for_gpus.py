@@ -122,7 +122,9 @@ def main() -> None:
     for rows in (128, 256):
         compile_kernel(indexer_metadata._metadata_small, 1, SPLIT=256, ROWS=rows)
     for tiles, columns, warps in ((128, 16, 4), (128, 64, 8), (256, 128, 32)):
-        for ptx in compile_kernel(indexer_metadata._metadata, warps, SPLIT=256, TILES=tiles, COLUMNS=columns):
+        for ptx in compile_kernel(
+            indexer_metadata._metadata, warps, SPLIT=256, TILES=tiles, COLUMNS=columns, ENTRIES=8
+        ):
             require_wide(ptx, "metadata", min(8, tiles * columns // warps // 128), 0)
     compile_kernel(select._mark, 4, RATIO=4, TOPK=512, TOKENS=4, COLUMNS=256)
     compile_kernel(select._compact, 4, ROWS=1024)

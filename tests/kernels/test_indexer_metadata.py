@@ -17,7 +17,7 @@ LENGTHS = st.lists(st.one_of(st.integers(0, 3000), st.just(0), st.integers(0, 1 
     lengths=LENGTHS,
     num_sms=st.sampled_from([1, 3, 16]),
     column=st.booleans(),
-    config=st.sampled_from([None, MetadataConfig(2, 4, 1), MetadataConfig(16, 16, 4)]),
+    config=st.sampled_from([None, MetadataConfig(2, 4, 1, 1), MetadataConfig(16, 16, 4, 4)]),
 )
 @settings(max_examples=60)
 def test_the_schedule_is_the_references_whatever_the_number_of_rows(

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -90,17 +91,18 @@ def expected_indices(job: IndexJob, layer: LayerType) -> tuple[torch.Tensor, tor
 
 def test_wrong_arguments_are_refused_in_one_line() -> None:
     inputs = InputBuilder(torch.device("cpu")).attention(LAYERS[LayerType.C4A], Shape(2, 4, 300))
-    compressed, window = rows_job(inputs, inputs.compressed, False), rows_job(inputs, inputs.window, True)
+    compressed = rows_job(inputs, inputs.compressed, False)
     indices = index_job(inputs)
     assert compressed is not None
-    for jobs in (
-        (None, None, None),
-        (compressed, None, indices),
-        (replace(compressed, lens=compressed.lens[:1]), window, None),
-        (replace(compressed, out=compressed.out.float()), window, None),
-        (replace(compressed, out=compressed.out[:, :500]), window, None),
-        (replace(compressed, page_size=2), window, None),
-    ):
+    wrong_calls: list[Callable[[], object]] = [
+        lambda: prepare_rows(None, None, None),
+        lambda: prepare_rows(compressed, None, indices),
+        lambda: replace(compressed, lens=compressed.lens[:1]),
+        lambda: replace(compressed, out=compressed.out.float()),
+        lambda: replace(compressed, out=compressed.out[:, :500]),
+        lambda: replace(compressed, page_size=2),
+    ]
+    for call in wrong_calls:
         with pytest.raises(UsageError) as error:
-            prepare_rows(*jobs)
+            call()
         assert "\n" not in str(error.value)

@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mla_tune.kernels.device.launcher import Launcher
 from mla_tune.launch import CombineConfig
 
 
@@ -114,6 +115,9 @@ def _combine(
     )  # fmt: skip
 
 
+_launch = Launcher(_combine)
+
+
 def launch(
     topk_indices: torch.Tensor | None,
     positions: torch.Tensor,
@@ -131,26 +135,31 @@ def launch(
 ) -> None:
     """One launch. ``topk`` 0 selects every row below ``(position + 1) // ratio``; ``ratio`` 0 selects none."""
     num_tokens, width = out.shape
-    steps = triton.cdiv(width, config.columns_per_program)
+    steps = -(-width // config.columns_per_program)
     column_programs = min(config.column_programs or steps, steps)
-    _combine[(triton.cdiv(num_tokens, config.tokens_per_program), column_programs)](
-        topk_indices,
-        0 if topk_indices is None else topk_indices.stride(0),
-        positions,
-        token_to_req,
-        compressed_base,
-        window_base,
-        window_start,
-        row_map,
-        out,
-        out_lengths,
-        num_tokens,
-        width,
-        RATIO=ratio,
-        TOPK=topk,
-        WINDOW=window,
-        MAPPED=row_map is not None,
-        TOKENS=config.tokens_per_program,
-        COLUMNS=config.columns_per_program,
-        num_warps=config.num_warps,
+    _launch(
+        (-(-num_tokens // config.tokens_per_program), column_programs),
+        (
+            topk_indices,
+            0 if topk_indices is None else topk_indices.stride(0),
+            positions,
+            token_to_req,
+            compressed_base,
+            window_base,
+            window_start,
+            row_map,
+            out,
+            out_lengths,
+            num_tokens,
+            width,
+        ),
+        {
+            "RATIO": ratio,
+            "TOPK": topk,
+            "WINDOW": window,
+            "MAPPED": row_map is not None,
+            "TOKENS": config.tokens_per_program,
+            "COLUMNS": config.columns_per_program,
+        },
+        config.num_warps,
     )

@@ -9,7 +9,8 @@ import torch
 import triton
 import triton.language as tl
 
-from mla_tune.kernels.device.rows import Layout, dequantize_rows
+from mla_tune.kernels.device.launcher import Launcher
+from mla_tune.kernels.device.rows import constants_of, dequantize_rows
 from mla_tune.kernels.formats import KVFormat
 from mla_tune.launch import DequantizeConfig
 
@@ -66,6 +67,9 @@ def _dequantize(
         )  # fmt: skip
 
 
+_launch = Launcher(_dequantize)
+
+
 def launch(
     cache: torch.Tensor,
     slot_ids: torch.Tensor,
@@ -77,24 +81,23 @@ def launch(
 ) -> None:
     """One launch; arguments as of :func:`mla_tune.kernels.dequantize.dequantize_k_cache_paged`, checked there."""
     num_rows = slot_ids.shape[0]
-    programs = triton.cdiv(num_rows, config.rows_per_program)
+    programs = -(-num_rows // config.rows_per_program)
     # With the number of rows on the device the host would launch a program for each row that there could be.
     per_sm = config.programs_per_sm or (_COUNTED_PROGRAMS_PER_SM if count is not None else 0)
     if per_sm:
         programs = min(programs, per_sm * multiprocessors(out.device))
-    _dequantize[(programs,)](
-        cache,
-        slot_ids,
-        out,
-        num_rows,
-        count,
-        **Layout.of(fmt, page_size).constants(),
-        ROWS=config.rows_per_program,
-        LOADS="evict_first" if config.stream_loads else "",
-        STORES="evict_first" if config.stream_stores else "",
-        COUNTED=count is not None,
-        PERSISTENT=per_sm > 0,
-        num_warps=config.num_warps,
+    _launch(
+        (programs,),
+        (cache, slot_ids, out, num_rows, count),
+        constants_of(fmt, page_size)
+        | {
+            "ROWS": config.rows_per_program,
+            "LOADS": "evict_first" if config.stream_loads else "",
+            "STORES": "evict_first" if config.stream_stores else "",
+            "COUNTED": count is not None,
+            "PERSISTENT": per_sm > 0,
+        },
+        config.num_warps,
     )
 
 

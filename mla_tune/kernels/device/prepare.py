@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from mla_tune.kernels.device.combine import combine_tokens
-from mla_tune.kernels.device.rows import Layout, dequantize_rows, requests_of, slots_of
+from mla_tune.kernels.device.launcher import Launcher
+from mla_tune.kernels.device.rows import constants_of, dequantize_rows, layout_of, requests_of, slots_of
 from mla_tune.kernels.prepare import IndexJob, RowsJob
 from mla_tune.launch import PrepareConfig
 
@@ -141,34 +142,42 @@ def _prepare(
         )  # fmt: skip
 
 
+_launch = Launcher(_prepare)
+
+
 def launch(compressed: RowsJob | None, window: RowsJob | None, indices: IndexJob | None, config: PrepareConfig) -> None:
     """One launch; arguments as of :func:`mla_tune.kernels.prepare.prepare_rows`, checked there."""
-    jobs = [job for job in (compressed, window) if job is not None]
-    layouts = [Layout.of(job.fmt, job.page_size) for job in jobs]
-    programs = sum(triton.cdiv(job.out.shape[0], config.rows_per_program) for job in jobs)
+    first, last = compressed or window, window or compressed
+    if first is None or last is None:
+        return
+    rows = config.rows_per_program
+    programs = -(-first.out.shape[0] // rows)
+    if last is not first:
+        programs += -(-last.out.shape[0] // rows)
     if indices is not None:
-        steps = triton.cdiv(indices.out.shape[1], config.columns_per_program)
-        programs += triton.cdiv(indices.out.shape[0], config.tokens_per_program) * steps
+        tokens, width = indices.out.shape
+        programs += -(-tokens // config.tokens_per_program) * -(-width // config.columns_per_program)
     if programs == 0:
         return
-    _prepare[(programs,)](
-        *_row_arguments(compressed),
-        *_row_arguments(window),
-        jobs[0].lens.shape[0],
-        *_index_arguments(indices),
-        **layouts[0].constants(),
-        WINDOW_PAGE_SIZE=layouts[-1].page_size,
-        WINDOW_PAGE_BYTES=layouts[-1].page_bytes,
-        WINDOW_SCALE_BASE=layouts[-1].scale_base,
-        COMPRESSED=compressed is not None,
-        RATIO=indices.ratio if indices else 0,
-        TOPK=indices.topk if indices else 0,
-        WINDOW=indices.window if indices else int(window is not None),
-        ROWS=config.rows_per_program,
-        TOKENS=config.tokens_per_program,
-        COLUMNS=config.columns_per_program,
-        REQUESTS=_REQUESTS,
-        num_warps=config.num_warps,
+    window_layout = layout_of(last.fmt, last.page_size)
+    _launch(
+        (programs,),
+        (*_row_arguments(compressed), *_row_arguments(window), first.lens.shape[0], *_index_arguments(indices)),
+        constants_of(first.fmt, first.page_size)
+        | {
+            "WINDOW_PAGE_SIZE": window_layout.page_size,
+            "WINDOW_PAGE_BYTES": window_layout.page_bytes,
+            "WINDOW_SCALE_BASE": window_layout.scale_base,
+            "COMPRESSED": compressed is not None,
+            "RATIO": indices.ratio if indices else 0,
+            "TOPK": indices.topk if indices else 0,
+            "WINDOW": indices.window if indices else int(window is not None),
+            "ROWS": config.rows_per_program,
+            "TOKENS": config.tokens_per_program,
+            "COLUMNS": config.columns_per_program,
+            "REQUESTS": _REQUESTS,
+        },
+        config.num_warps,
     )
 
 

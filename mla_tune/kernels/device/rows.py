@@ -10,6 +10,7 @@ a V4 row and 0.43 ns a DSA row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -51,6 +52,18 @@ class Layout:
     def constants(self, prefix: str = "") -> dict[str, int]:
         """Keyword arguments of a kernel, as ``PAGE_SIZE`` or ``<prefix>PAGE_SIZE``."""
         return {f"{prefix}{name.upper()}": getattr(self, name) for name in self.__slots__} | {f"{prefix}ROPE": ROPE_DIM}
+
+
+@cache
+def layout_of(fmt: KVFormat, page_size: int) -> Layout:
+    """:meth:`Layout.of`, made once."""
+    return Layout.of(fmt, page_size)
+
+
+@cache
+def constants_of(fmt: KVFormat, page_size: int) -> dict[str, int]:
+    """:meth:`Layout.constants` without a prefix, made once, since a launch has no time for it; not to be changed."""
+    return layout_of(fmt, page_size).constants()
 
 
 @triton.jit

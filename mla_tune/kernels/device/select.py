@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mla_tune.kernels.device.launcher import Launcher
 from mla_tune.launch import SelectConfig
 
 
@@ -64,6 +65,9 @@ def _compact(
         tl.store(marks_ptr + row, tl.zeros((ROWS,), tl.uint8), mask=marked)
 
 
+_launch_mark, _launch_compact = Launcher(_mark), Launcher(_compact)
+
+
 def launch_mark(
     topk_indices: torch.Tensor,
     positions: torch.Tensor,
@@ -77,21 +81,12 @@ def launch_mark(
 ) -> None:
     """One launch; arguments as of :func:`mla_tune.kernels.select.mark_selected`, checked there."""
     num_tokens = positions.shape[0]
-    grid = (triton.cdiv(num_tokens, config.tokens_per_program), triton.cdiv(topk, config.columns_per_program))
-    _mark[grid](
-        topk_indices,
-        topk_indices.stride(0),
-        positions,
-        token_to_req,
-        base,
-        marks,
-        count,
-        num_tokens,
-        RATIO=ratio,
-        TOPK=topk,
-        TOKENS=config.tokens_per_program,
-        COLUMNS=config.columns_per_program,
-        num_warps=config.num_warps,
+    grid = (-(-num_tokens // config.tokens_per_program), -(-topk // config.columns_per_program))
+    _launch_mark(
+        grid,
+        (topk_indices, topk_indices.stride(0), positions, token_to_req, base, marks, count, num_tokens),
+        {"RATIO": ratio, "TOPK": topk, "TOKENS": config.tokens_per_program, "COLUMNS": config.columns_per_program},
+        config.num_warps,
     )
 
 
@@ -105,13 +100,9 @@ def launch_compact(
 ) -> None:
     """One launch; arguments as of :func:`mla_tune.kernels.select.compact_selected`, checked there."""
     num_rows = marks.shape[0]
-    _compact[(triton.cdiv(num_rows, config.rows_per_program),)](
-        marks,
-        row_slots,
-        row_map,
-        selected_slots,
-        count,
-        num_rows,
-        ROWS=config.rows_per_program,
-        num_warps=config.num_warps,
+    _launch_compact(
+        (-(-num_rows // config.rows_per_program),),
+        (marks, row_slots, row_map, selected_slots, count, num_rows),
+        {"ROWS": config.rows_per_program},
+        config.num_warps,
     )

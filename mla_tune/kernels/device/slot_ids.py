@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
+from mla_tune.kernels.device.launcher import Launcher
 from mla_tune.launch import SlotIdsConfig
 
 
@@ -69,6 +70,9 @@ def _request_slots(
     tl.store(out_ptr + row, slot.to(tl.int32), mask=in_range)
 
 
+_launch = Launcher(_request_slots)
+
+
 def launch(
     page_table: torch.Tensor,
     lens: torch.Tensor,
@@ -80,16 +84,9 @@ def launch(
 ) -> None:
     """One launch; ``from_end`` takes the last positions below ``lens``, otherwise the first."""
     num_rows, num_reqs = out.shape[0], lens.shape[0]
-    _request_slots[(triton.cdiv(num_rows, config.rows_per_program),)](
-        page_table,
-        page_table.stride(0),
-        lens,
-        cu_rows,
-        out,
-        num_rows,
-        num_reqs,
-        PAGE_SIZE=page_size,
-        FROM_END=from_end,
-        ROWS=config.rows_per_program,
-        num_warps=config.num_warps,
+    _launch(
+        (-(-num_rows // config.rows_per_program),),
+        (page_table, page_table.stride(0), lens, cu_rows, out, num_rows, num_reqs),
+        {"PAGE_SIZE": page_size, "FROM_END": from_end, "ROWS": config.rows_per_program},
+        config.num_warps,
     )
