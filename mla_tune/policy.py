@@ -197,6 +197,8 @@ class Policy(_Record, frozen=True, kw_only=True, omit_defaults=True):
     source: Source
     overlap: int = 0
     """Percent of its selection that a query was assumed to share with the one before it, where there is a top-k."""
+    provider: str | None = None
+    """Key of the engine whose kernels ran around attention (:mod:`mla_tune.provider`); None for this project's own."""
     kernel_config: tuple[KernelConfig, ...] = ()
     """Launch parameters of our own kernels that were tuned on this GPU; the others keep their defaults."""
     tables: tuple[Table, ...]
@@ -275,6 +277,8 @@ def _header(policy: Policy) -> Iterator[str]:
         yield from header_lines(policy.modelled, (entry for table in policy.tables for entry in table.uncertainty))
     builds = ", ".join(f"{library.name} {library.version}" for library in policy.environment.libraries)
     yield f"evidence: {policy.evidence}, {policy.source.measurements} measurements, {policy.regime} time"
+    if policy.provider is not None:
+        yield f"stages around attention: kernels of {policy.provider}"
     where = "CPU threads" if policy.gpu.sku == "cpu" else "SMs"
     yield f"GPU: {policy.gpu.sku}, {policy.gpu.sm_count} {where}; kernels: {builds or 'none'}"
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from mla_tune.engine import Engine, engine_choice, engine_heads, table_engine
 from mla_tune.policy_kernels import kernel_config_fault
 from mla_tune.policy_yaml import MAX_INT64, shown
+from mla_tune.provider import is_provider_key
 from mla_tune.site import FORWARD, MODELS, OVERLAPS, ModelConfig, SiteName
 from mla_tune.threshold import Threshold
 
@@ -51,6 +52,9 @@ def problems(policy: Policy) -> Iterator[Problem]:
     if policy.overlap not in OVERLAPS:
         accepted = ", ".join(map(str, OVERLAPS))
         yield Problem("overlap", f"must be one that inputs are built with: got {policy.overlap}; accepted: {accepted}")
+    if policy.provider is not None and not is_provider_key(policy.provider):
+        accepted = "sglang@VERSION, sglang@VERSION+topk_transform"
+        yield Problem("provider", f"must be the key of a provider: got {shown(policy.provider)}; accepted: {accepted}")
     for index, entry in enumerate(policy.kernel_config):
         reason = kernel_config_fault(entry)
         if reason is not None:

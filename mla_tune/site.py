@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from mla_tune.errors import UsageError
+from mla_tune.provider import Provider
 
 SWA_WINDOW = 128
 """Tokens of the sliding window that every V4 layer attends to beside its selection."""
@@ -74,6 +75,9 @@ CANDIDATES: dict[SiteName, tuple[str, ...]] = {
 }
 
 
+PROVIDED = ("sparse_fwd", "with_kvcache")
+"""Attention candidates that SGLang has, and so what is measured with its kernels."""
+
 _SELECTS_FEW = frozenset({LayerType.C4A, LayerType.DSA})
 """Layer types with a top-k: only there can rows be left out, the others select all or nothing."""
 
@@ -105,6 +109,8 @@ class Site:
     overlap: int = 0
     """Percent of its selection that a query shares with the one before it, where there is a top-k: what the inputs of a
     measurement assume, and no engine knows of. 0, independent selections, is what every measurement without it means."""
+    provider: Provider | None = None
+    """The engine whose kernels run the stages around attention; None for this project's own."""
 
     @property
     def key(self) -> str:
@@ -116,14 +122,17 @@ class Site:
             parts.append(f"k{self.topk}")
         if self.overlap:
             parts.append(f"o{self.overlap}")
+        if self.provider is not None:
+            parts.append(self.provider.key)
         return "/".join(parts)
 
     @classmethod
     def parse(cls, key: str) -> Site:
         """Read :attr:`key` back. Raises ``ValueError`` on anything that :attr:`key` cannot have written."""
         name, layer, *rest = key.split("/")
+        provider = Provider.parse(rest.pop()) if rest and "@" in rest[-1] else None
         numbers = {part[:1]: int(part[1:]) for part in rest}
-        site = cls(SiteName(name), LayerType(layer), numbers.get("h"), numbers.get("k"), numbers.get("o", 0))
+        site = cls(SiteName(name), LayerType(layer), numbers.get("h"), numbers.get("k"), numbers.get("o", 0), provider)
         if site.key != key:
             raise ValueError(f"not a site key: {key!r}")
         return site
@@ -141,11 +150,32 @@ class Site:
     def candidates(self) -> tuple[str, ...]:
         """Names of everything that can serve this site, sorted; which of them an engine has, its table says.
 
-        Only V3.2 has :data:`WITH_KVCACHE_MIXED`: V4's call takes its lengths per batch entry, so one entry a token.
+        Only V3.2 has :data:`WITH_KVCACHE_MIXED`: V4's call takes its lengths per batch entry, so one entry a token. With
+        a provider they are what that engine runs itself.
         """
+        if self.provider is not None and self.name is SiteName.PREFILL_ATTENTION:
+            return PROVIDED
         elsewhere = set() if self.layer in _SELECTS_FEW else {"sparse_fwd_selected"}
         elsewhere |= set() if self.layer is LayerType.DSA else {WITH_KVCACHE_MIXED}
         return tuple(name for name in CANDIDATES[self.name] if name not in elsewhere)
+
+
+@dataclass(frozen=True, slots=True)
+class Conditions:
+    """What measurements assume beyond what a model fixes: those behind one policy agree on it."""
+
+    overlap: int = 0
+    """See :attr:`Site.overlap`."""
+    provider: Provider | None = None
+    """See :attr:`Site.provider`."""
+
+    def at(self, site: Site) -> Site:
+        """``site`` under these conditions, whatever its own were."""
+        return replace(site.overlapping(self.overlap), provider=self.provider)
+
+
+PLAIN = Conditions()
+"""Independent selections, and this project's own kernels."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,10 +263,10 @@ def model(name: str) -> ModelConfig:
         raise UsageError(f"model must be a known one: got {name!r}; accepted: {', '.join(MODELS)}") from None
 
 
-def attention_sites(models: Iterable[ModelConfig]) -> dict[Site, ModelConfig]:
+def attention_sites(models: Iterable[ModelConfig], conditions: Conditions = PLAIN) -> dict[Site, ModelConfig]:
     """Every attention site of ``models`` with all their head counts, each with the last of the models that has it."""
     return {
-        model.site(SiteName.PREFILL_ATTENTION, layer, h_q): model
+        conditions.at(model.site(SiteName.PREFILL_ATTENTION, layer, h_q)): model
         for model in models
         for h_q in model.heads
         for layer in model.site_layers(SiteName.PREFILL_ATTENTION)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from mla_tune.errors import UsageError
+from mla_tune.provider import OWN
 from mla_tune.site import WITH_KVCACHE_MIXED, LayerType, Site, SiteName
 
 
@@ -43,8 +44,22 @@ def stages(site: Site, candidate: str) -> tuple[Stage, ...]:
     if site.name is SiteName.INDEXER_METADATA:
         return (Stage("metadata", Amortization.PER_LAYER_TYPE),)
     if candidate in ("with_kvcache", WITH_KVCACHE_MIXED):
-        return (Stage("schedule", Amortization.PER_LAYER_TYPE), Stage("attention", Amortization.PER_LAYER))
-    return _BY_CANDIDATE.get(candidate, _SPARSE_FWD)[site.layer]
+        found: tuple[Stage, ...] = (Stage("schedule", Amortization.PER_LAYER_TYPE), _ATTENTION)
+    else:
+        found = _BY_CANDIDATE.get(candidate, _SPARSE_FWD)[site.layer]
+    if site.provider is None or not site.provider.transforms or site.topk is None:
+        return found
+    shared = sum(stage.amortization is not Amortization.PER_LAYER for stage in found)
+    return (*found[:shared], TOPK_TRANSFORM, *found[shared:])
+
+
+def provided_by(site: Site, candidate: str, stage: str) -> str:
+    """Whose kernel runs ``stage`` of ``candidate``: ``own``, ``flash_mla``, ``deep_gemm``, or as ``sglang 0.5.23``."""
+    if stage in ("attention", "schedule"):
+        return "flash_mla"
+    if candidate == "deep_gemm":
+        return candidate
+    return str(site.provider) if site.provider is not None and stage in PROVIDED_STAGES else OWN
 
 
 def kernels(site: Site, candidate: str) -> tuple[str, ...]:
@@ -56,8 +71,8 @@ def kernels(site: Site, candidate: str) -> tuple[str, ...]:
 def stage_kernels(site: Site, candidate: str, stage: str) -> tuple[str, ...]:
     """Those of :func:`kernels` that one stage runs."""
     if site.name is SiteName.INDEXER_METADATA:
-        return ("metadata",) if candidate == "jit" else ()
-    if not candidate.startswith("sparse_fwd"):
+        return ("metadata",) if candidate == "jit" and site.provider is None else ()
+    if not candidate.startswith("sparse_fwd") or provided_by(site, candidate, stage) != OWN:
         return ()
     if stage == "combine":
         return ("combine_topk",) if site.topk is not None else ("combine_all",)
@@ -75,6 +90,11 @@ _KERNELS_OF: dict[str, tuple[str, ...]] = {
     "compact": ("select",),
     "prepare": ("prepare",),
 }
+
+PROVIDED_STAGES = frozenset({"topk_transform", "dequantize_compressed", "dequantize_window", "combine", "metadata"})
+"""Stages that an engine's kernels run where a site has a provider; slots are looked up by ours all the same."""
+TOPK_TRANSFORM = Stage("topk_transform", Amortization.PER_LAYER)
+"""An engine's selection of the top-k scores as the path wants it, rows or slots; ours takes the selection as given."""
 
 _WINDOW_IDS = Stage("window_ids", Amortization.PER_FORWARD)
 _ROW_IDS = Stage("row_ids", Amortization.PER_LAYER_TYPE)

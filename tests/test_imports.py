@@ -19,11 +19,12 @@ SERVING_MODULES = {
     "mla_tune",
     *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime", "threshold")),
     *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_kernels", "policy_rules", "policy_yaml")),
-    *(f"mla_tune.{name}" for name in ("site", "engine", "sku", "gpu", "packaged", "pins", "switches", "builds")),
+    *(f"mla_tune.{name}" for name in ("site", "provider", "engine", "sku", "gpu")),
+    *(f"mla_tune.{name}" for name in ("packaged", "pins", "switches", "builds")),
 }
 SERVICE_MODULES = {f"mla_tune.{name}" for name in ("serving", "ranks", "counters", "recording", "traffic")}
 
-WORDS = {"engine", "errors", "files", "launch", "site", "shape", "sku", "stages", "datasheet"}
+WORDS = {"engine", "errors", "files", "launch", "provider", "site", "shape", "sku", "stages", "datasheet"}
 """Modules of plain values: standard library only, and importable by every part that does not serve."""
 POLICY = {"policy", "policy_evidence", "policy_kernels", "policy_rules", "policy_yaml"}
 SWITCHING = {"switches", "pins", "builds"}
@@ -32,16 +33,17 @@ LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "launch": {"errors"},
-    "site": {"errors"},
+    "provider": set(),
+    "site": {"errors", "provider"},
     "engine": {"site"},
     "shape": {"errors", "site"},
     "sku": {"errors"},
-    "stages": {"errors", "site"},
+    "stages": {"errors", "provider", "site"},
     "datasheet": {"errors"},
     "policy": {"engine", "site", "sku", "shape", "errors", "files"} | POLICY,
     "threshold": set(),
     "policy_evidence": set(),
-    "policy_rules": {"engine", "site", "errors", "threshold"} | POLICY,
+    "policy_rules": {"engine", "provider", "site", "errors", "threshold"} | POLICY,
     "policy_kernels": {"errors", "launch"},
     "policy_yaml": {"errors"},
     "lookup": {"engine", "policy", "site", "errors", "threshold"},

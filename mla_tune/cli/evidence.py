@@ -10,8 +10,9 @@ from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError
 from mla_tune.packaged import packaged_policy
 from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
+from mla_tune.provider import OWN, Provider
 from mla_tune.runtime import Dispatcher
-from mla_tune.site import FORWARD, SiteName
+from mla_tune.site import FORWARD, Conditions, SiteName
 from mla_tune.site import model as find_model
 
 if TYPE_CHECKING:
@@ -31,6 +32,11 @@ def named_policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
     return parse_policy(shipped.read_bytes(), shipped.name), shipped.name
 
 
+def policy_conditions(policy: Policy) -> Conditions:
+    """What the measurements behind ``policy`` assume."""
+    return Conditions(policy.overlap, Provider.parse(policy.provider) if policy.provider else None)
+
+
 def measured_costs(policy: Policy, name: str, measurements: Path | None) -> CostModel:
     """Cost curves of the measurements behind ``policy``, which messages call ``name``.
 
@@ -42,8 +48,9 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
     from mla_tune.store.export import export_sha256, read_export
     from mla_tune.store.measurement import Regime
 
+    conditions = policy_conditions(policy)
     measured_sku = policy.modelled.scaled_from.sku if policy.modelled else policy.gpu.sku
-    export = measurements or export_path(measured_sku)
+    export = measurements or export_path(measured_sku, conditions.provider.name if conditions.provider else OWN)
     if measurements is None and not export.is_file():
         raise StoreError(
             f"a choice is explained by the measurements behind it: no file {export} here; run this in a checkout that has "
@@ -58,7 +65,7 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
         )
     if export_sha256(export) != policy.source.sha256:
         render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
-    rows = usable(found.measurements, found.tuned, policy.overlap)
+    rows = usable(found.measurements, found.tuned, conditions)
     costs = CostModel(environment, rows, regime=Regime(policy.regime))
     if not policy.modelled:
         return costs

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from mla_tune.errors import UsageError
+from mla_tune.provider import PROVIDERS
 from mla_tune.site import MODELS, OVERLAPS, ModelConfig, SiteName
 from mla_tune.site import model as find_model
 from mla_tune.store.measurement import Regime
@@ -38,6 +39,18 @@ TimeoutOption = Annotated[
 OverlapOption = Annotated[
     int, typer.Option("--overlap", help="Percent of its selection that a query shares with the one before it.")
 ]
+
+
+ProviderOption = Annotated[
+    str, typer.Option("--provider", help="Whose kernels run around attention: own (the default) or sglang.")
+]
+
+
+def checked_provider(word: str) -> str:
+    """``word``, if a sweep can be asked for it. Raises :class:`UsageError`."""
+    if word not in PROVIDERS:
+        raise UsageError(f"--provider must be a known one: got {word!r}; accepted: {', '.join(PROVIDERS)}")
+    return word
 
 
 def checked_overlap(overlap: int) -> int:

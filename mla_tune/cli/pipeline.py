@@ -21,11 +21,13 @@ from mla_tune.learn.observations import Observations
 from mla_tune.learn.refine import crossover_shapes
 from mla_tune.learn.repeat import Repetition
 from mla_tune.learn.repeat import compare as compare_sweeps
-from mla_tune.learn.usable import usable
+from mla_tune.learn.usable import stored_provider, usable
 from mla_tune.learn.work import Array
 from mla_tune.policy import HeldOut, Policy, Source, load_policy, write_policy
+from mla_tune.provider import OWN
 from mla_tune.shape import Shape
-from mla_tune.site import ModelConfig, Site, SiteName, attention_sites
+from mla_tune.site import PLAIN as PLAIN_CONDITIONS
+from mla_tune.site import Conditions, ModelConfig, Site, SiteName, attention_sites
 from mla_tune.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_sha256, read_export, write_export
@@ -55,6 +57,8 @@ class Plan:
     recorded: Path | None = None
     """File of the traffic that weighs the doubts of an adaptive sweep."""
     objective: Objective = PLAIN
+    conditions: Conditions = PLAIN_CONDITIONS
+    """Those of every point."""
 
 
 def make_plan(
@@ -84,10 +88,11 @@ def make_plan(
     return Plan(grid, preset, tuple(models), tuple(names), points, recorded, objective)
 
 
-def overlapping(plan: Plan, overlap: int) -> Plan:
-    """The points of ``plan`` that have a top-k, with inputs whose neighbours share so much of their selection."""
-    points = (replace(p, site=p.site.overlapping(overlap)) for p in plan.points if p.site.topk is not None)
-    return replace(plan, points=tuple(points))
+def under(plan: Plan, conditions: Conditions) -> Plan:
+    """The points of ``plan`` under ``conditions``; with an overlap, those alone that have a top-k."""
+    wanted = [p for p in plan.points if p.site.topk is not None or not conditions.overlap]
+    points = tuple(replace(p, site=conditions.at(p.site)) for p in wanted)
+    return replace(plan, points=points, conditions=conditions)
 
 
 def run_sweep(
@@ -95,13 +100,13 @@ def run_sweep(
 ) -> list[Report]:
     """Measure the plan, then where its curves say that more is worth knowing; a report for each round."""
     first = sweep.run(database, plan.points, budget_s, on_progress)
-    if first.left or any(point.site.overlap for point in plan.points):  # what follows is of independent selections
+    if first.left or plan.conditions.overlap:  # what follows is of independent selections
         return [first]
     if not plan.preset.dense:
         return [first, *_adaptive_rounds(plan, sweep, database, budget_s - first.elapsed_s, on_progress)]
     known = {(point.site, point.shape) for point in plan.points}
     # Only of the plan: with the crossovers' own timings in it, each further sweep would place new ones.
-    measured = _usable(database, sweep.environment)
+    measured = _usable(database, sweep.environment, plan.conditions)
     costs = CostModel(sweep.environment, [m for m in measured if (m.site, m.shape) in known])
     crossovers = [
         Point(site, shape)
@@ -117,7 +122,7 @@ def _adaptive_rounds(
     """Fit, measure where a wrong choice is expected to cost most, and again, until nothing is left in doubt or no time."""
     deadline = time.monotonic() + budget_s
     while (left_s := deadline - time.monotonic()) > 0:
-        costs = CostModel(sweep.environment, _usable(database, sweep.environment))
+        costs = CostModel(sweep.environment, _usable(database, sweep.environment, plan.conditions))
         points = doubtful_points(costs, plan)
         if not points:
             return
@@ -132,7 +137,7 @@ def doubtful_points(costs: CostModel, plan: Plan) -> list[Point]:
     if SiteName.PREFILL_ATTENTION not in plan.names:
         return []
     found = []
-    for site, model in attention_sites(plan.models).items():
+    for site, model in attention_sites(plan.models, plan.conditions).items():
         tried = set(costs.observations.shapes(site))
         shapes = [shape for shape in pool(plan.grid, model, site) if shape not in tried]
         weights = 1.0 if plan.recorded is None else _doubt_weights(plan, site, shapes, costs.environment.sm_count)
@@ -144,7 +149,7 @@ def _doubt_weights(plan: Plan, site: Site, shapes: Sequence[Shape], sm_count: in
     """(num_shapes,) how much a loss counts by the traffic of all swept models that have the site."""
     recorded: Counter[Recorded] = Counter()
     for model in plan.models:
-        if site in attention_sites([model]):
+        if site in attention_sites([model], plan.conditions):
             recorded.update(plan.objective.recorded(site.name, model.name))
     return shape_weights(recorded, shapes, sm_count)
 
@@ -159,11 +164,12 @@ class Measured:
     reports: tuple[Report, ...]
     bounds: tuple[Bound, ...]
     """Limits that it looked for, because something failed."""
+    conditions: Conditions = PLAIN_CONDITIONS
 
     def observations(self) -> Observations:
-        """What its database holds of its environment."""
+        """What its database holds of its environment and conditions."""
         with Database.open(self.path, create=False) as database:
-            return Observations(_usable(database, self.environment))
+            return Observations(_usable(database, self.environment, self.conditions))
 
 
 def compare(first: Measured, second: Measured) -> Repetition:
@@ -213,9 +219,9 @@ def export(database: Path, environment: Environment, path: Path) -> None:
         write_export(path, environment, *_stored(opened, environment))
 
 
-def _usable(database: Database, environment: Environment) -> tuple[Measurement, ...]:
-    """What a policy of independent selections would be fitted on."""
-    return usable(database.measurements(environment.id), database.tuned(environment.id))
+def _usable(database: Database, environment: Environment, conditions: Conditions) -> tuple[Measurement, ...]:
+    """What a policy of these conditions would be fitted on."""
+    return usable(database.measurements(environment.id), database.tuned(environment.id), conditions)
 
 
 def _stored(database: Database, environment: Environment) -> tuple[list[Measurement], list[Try], list[Tuned]]:
@@ -244,20 +250,25 @@ def fit(
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
     overlap: int = 0,
     *,
+    provider: str = OWN,
     wishes: Wishes = NO_WISHES,
 ) -> Fitted:
     """Fit the policy of an export and write it. Nothing is written unless the fit succeeds.
 
     ``overlap`` chooses the measurements: of inputs whose neighbouring selections overlap by so many percent.
+    ``provider`` does too: ``own``, an engine or a provider's key; see :func:`mla_tune.learn.usable.stored_provider`.
     """
     found = read_export(measurements)
-    rows = usable(found.measurements, found.tuned, overlap)
+    conditions = Conditions(overlap, stored_provider(found.measurements, provider))
+    rows = usable(found.measurements, found.tuned, conditions)
     words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
     if first_call_bound_s != FIRST_CALL_BOUND_S:
         words += ["--first-call-bound", repr(first_call_bound_s)]
     words += wishes.words()
     if overlap:
         words += ["--overlap", str(overlap)]
+    if conditions.provider:
+        words += ["--provider", conditions.provider.key]
     source = Source(
         file=measurements.as_posix(),
         sha256=export_sha256(measurements),

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 from mla_tune.gpu import GpuIdentity, detect_gpu
+from mla_tune.provider import OWN
 from mla_tune.sku import CPU, resolve_sku
 
 
@@ -63,14 +64,18 @@ def database_path(sku: str) -> Path:
     return Path("db") / f"{sku}.db"
 
 
-def export_path(sku: str) -> Path:
-    """The committed export of a SKU's measurements, below the current folder."""
-    return Path("db") / f"{sku}.jsonl"
+def export_path(sku: str, provider: str = OWN) -> Path:
+    """The committed export of a SKU's measurements, below the current folder; another file for an engine's kernels."""
+    return Path("db") / f"{_named(sku, provider)}.jsonl"
 
 
-def policy_path(sku: str) -> Path:
-    """The policy of a SKU, below the current folder."""
-    return Path("policies") / f"{sku}.yaml"
+def policy_path(sku: str, provider: str = OWN) -> Path:
+    """The policy of a SKU, below the current folder; another file for an engine's kernels."""
+    return Path("policies") / f"{_named(sku, provider)}.yaml"
+
+
+def _named(sku: str, provider: str) -> str:
+    return sku if provider == OWN else f"{sku}.{provider.partition('@')[0]}"
 
 
 def validation_path(sku: str) -> Path:

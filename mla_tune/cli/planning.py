@@ -92,6 +92,12 @@ def _measured(
             f"a split is measured on the GPU that it is predicted for: {found.policy} is for {found.sku}, this machine is "
             f"{device.sku}; pass --gpu and its policy, or run this on that GPU"
         )
+    provider = found.pricer.costs.observations.conditions.provider
+    if provider is not None:
+        raise UsageError(
+            f"a split is measured with this project's own kernels: {found.policy} is of {provider}; accepted: a policy "
+            "without a provider; pass another --policy, or leave --measure out"
+        )
     from mla_tune.cli.render import note
     from mla_tune.learn.evaluate import table_scope
     from mla_tune.replay.mixed import timed

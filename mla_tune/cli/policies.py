@@ -13,6 +13,7 @@ from mla_tune.cli.evidence import measured_costs, named_policy
 from mla_tune.cli.options import (
     OverlapOption,
     PolicyOption,
+    ProviderOption,
     TrafficOption,
     byte_count,
     checked_overlap,
@@ -22,6 +23,7 @@ from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.engine import Engine
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.policy import Table
+from mla_tune.provider import OWN
 from mla_tune.runtime import Dispatcher
 from mla_tune.shape import Shape
 from mla_tune.site import FORWARD
@@ -58,6 +60,7 @@ def fit(
         str | None, typer.Option("--max-workspace-bytes", help="Most workspace of a choice, for example 512MiB.")
     ] = None,
     overlap: OverlapOption = 0,
+    provider: ProviderOption = OWN,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
@@ -74,9 +77,9 @@ def fit(
         traffic=traffic,
         max_workspace_bytes=None if cap is None else byte_count("--max-workspace-bytes", cap),
     )
-    source = measurements or export_path(policy_sku(gpu))
-    target = out or policy_path(read_export(source).environment.sku)
-    fitted = pipeline.fit(source, target, first_call_bound, checked_overlap(overlap), wishes=wishes)
+    source = measurements or export_path(policy_sku(gpu), provider)
+    target = out or policy_path(read_export(source).environment.sku, provider)
+    fitted = pipeline.fit(source, target, first_call_bound, checked_overlap(overlap), provider=provider, wishes=wishes)
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)

@@ -19,6 +19,7 @@ from rich.table import Table as RichTable
 from mla_tune.cli.places import export_path
 from mla_tune.engine import Engine
 from mla_tune.policy import HeldOut, Policy, Row, Table
+from mla_tune.provider import OWN
 from mla_tune.sku import CPU
 
 if TYPE_CHECKING:
@@ -157,9 +158,11 @@ def provenance(policy: Policy, source: str) -> None:
     libraries = (
         ", ".join(f"{library.name} {library.version}" for library in environment.libraries) or "no kernel library"
     )
+    kernels = f", around attention the kernels of {policy.provider}" if policy.provider else ""
     console.print(
         f"{source}: schema {policy.schema}, {policy.evidence} with driver {environment.driver}, torch {environment.torch}, "
-        f"triton {environment.triton}, {libraries}\n{policy.source.measurements} measurements in {policy.source.file} "
+        f"triton {environment.triton}, {libraries}{kernels}\n"
+        f"{policy.source.measurements} measurements in {policy.source.file} "
         f"(sha256 {policy.source.sha256[:16]}); made by: {policy.source.command}",
         highlight=False,
     )
@@ -241,18 +244,32 @@ def explanation(result: Explanation, table: Table, as_json: bool) -> None:
         highlight=False,
     )
     console.print(f"choice: {decision.candidate}, because: {_because(decision)}", highlight=False)
-    columns = RichTable("candidate", "layer", "stage", "runs once per", f"us per {result.unit}")
+    lines = [line for candidate in result.candidates for line in candidate.stages]
+    # Whose kernels they are is said where some are an engine's: the others are the same everywhere.
+    whose = ["kernel of"] if any(line.provider not in _FIXED for line in lines) else []
+    columns = RichTable("candidate", "layer", "stage", *whose, "runs once per", f"us per {result.unit}")
     for candidate in result.candidates:
         for index, line in enumerate(candidate.stages):
             once = str(line.amortization).removeprefix("per_").replace("_", " ")
             name = candidate.candidate if index == 0 else ""
-            columns.add_row(name, str(line.layer), line.stage, once, f"{line.latency_us:.2f}")
+            columns.add_row(
+                name, str(line.layer), line.stage, *[line.provider for _ in whose], once, f"{line.latency_us:.2f}"
+            )
         measured = f" (measured here: {candidate.measured_us:.2f})" if candidate.measured_us is not None else ""
         columns.add_row(
-            "", "", f"sum x {candidate.correction:.3f}, whole path over sum", "", f"{candidate.total_us:.2f}{measured}"
+            "",
+            "",
+            f"sum x {candidate.correction:.3f}, whole path over sum",
+            *("" for _ in whose),
+            "",
+            f"{candidate.total_us:.2f}{measured}",
         )
         columns.add_section()
     console.print(columns)
+
+
+_FIXED = (OWN, "flash_mla", "deep_gemm")
+"""Whose kernels run without any ``--provider``."""
 
 
 def _because(decision: Decision) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,20 +16,25 @@ from mla_tune.cli.options import (
     JsonOption,
     ModelOption,
     OverlapOption,
+    ProviderOption,
     SiteOption,
     TimeoutOption,
     TrafficOption,
     checked_overlap,
+    checked_provider,
     chosen_models,
     chosen_sites,
     positive_seconds,
 )
 from mla_tune.cli.places import Device, database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import UsageError
+from mla_tune.provider import OWN, Provider
+from mla_tune.site import Conditions
 from mla_tune.sweep.preset import find_preset
 
 if TYPE_CHECKING:
     from mla_tune.cli.pipeline import Measured, Plan
+    from mla_tune.sweep.runner import Sweep
 
 _MOST_REPEATS = 9
 
@@ -52,6 +57,7 @@ def sweep(
     traffic: TrafficOption = None,
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
     overlap: OverlapOption = 0,
+    provider: ProviderOption = OWN,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its estimated time, measure nothing.")
     ] = False,
@@ -68,8 +74,8 @@ def sweep(
     from mla_tune.cli import pipeline
 
     plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset, traffic)
-    if checked_overlap(overlap):
-        plan = pipeline.overlapping(plan, overlap)
+    plan = pipeline.under(plan, Conditions(checked_overlap(overlap)))
+    checked_provider(provider)
     if dry_run:
         device_output.plan(plan.points, device, as_json)
         return
@@ -82,6 +88,7 @@ def sweep(
             repeat=repeat,
             path=db or database_path(device.sku),
             fits=not no_fit and not overlap,  # the committed policy is that of independent selections
+            provider=provider,
             as_json=as_json,
         )
     )
@@ -98,11 +105,23 @@ class _Request:
     repeat: int
     path: Path
     fits: bool
+    provider: str
+    """``own``, or the engine whose installed kernels are to run; its export and policy are files of their own."""
     as_json: bool
+
+    @property
+    def export(self) -> Path:
+        """The export that it writes."""
+        return export_path(self.device.sku, self.provider)
+
+    @property
+    def policy(self) -> Path:
+        """The policy that it writes."""
+        return policy_path(self.device.sku, self.provider)
 
     def outputs(self) -> list[Path]:
         """Every file that it writes."""
-        derived = [export_path(self.device.sku), policy_path(self.device.sku)] if self.fits else []
+        derived = [self.export, self.policy] if self.fits else []
         return [*self.databases(), *derived]
 
     def databases(self) -> list[Path]:
@@ -116,7 +135,7 @@ def _sweep(request: _Request) -> None:
 
     for output in request.outputs():  # now, not after minutes of measuring
         make_folder(output)
-    export, policy = export_path(request.device.sku), policy_path(request.device.sku)
+    export, policy = request.export, request.policy
     first, *others = [_measure(request, path) for path in request.databases()]
     if request.fits:
         pipeline.export(first.path, first.environment, export)
@@ -125,7 +144,7 @@ def _sweep(request: _Request) -> None:
     fitted = None
     try:
         if request.fits:
-            fitted = pipeline.fit(export, policy, wishes=Wishes(traffic=request.plan.recorded))
+            fitted = pipeline.fit(export, policy, provider=_key(first), wishes=Wishes(traffic=request.plan.recorded))
     finally:
         if request.as_json:
             repeats = [pipeline.compare(first, other) for other in others]
@@ -152,14 +171,30 @@ def _measure(request: _Request, path: Path) -> Measured:
 
     kind, timeout_s = request.device.kind, request.timeout_s
     with sweep_lock(path), Database.open(path) as database:
-        with (
-            Sweep(kind, timeout_s, sampling_s=request.plan.preset.sampling_s) as worker,
-            device_output.live_progress(quiet=request.as_json) as on_progress,
-        ):
-            reports = pipeline.run_sweep(request.plan, worker, database, request.budget_s, on_progress)
+        with Sweep(kind, timeout_s, sampling_s=request.plan.preset.sampling_s) as worker:
+            conditions = replace(request.plan.conditions, provider=_provider(worker, request.provider))
+            plan = pipeline.under(request.plan, conditions)
+            with device_output.live_progress(quiet=request.as_json) as on_progress:
+                reports = pipeline.run_sweep(plan, worker, database, request.budget_s, on_progress)
         environment, rest_s = worker.environment, request.budget_s - sum(report.elapsed_s for report in reports)
         bounds = []
         if rest_s > 0 and not any(report.left for report in reports) and pipeline.failing(database, environment):
             with Prober(kind, timeout_s) as prober:
                 bounds = pipeline.probe(prober, database, None, rest_s, device_output.tried(quiet=request.as_json))
-    return pipeline.Measured(path, environment, tuple(reports), tuple(bounds))
+    return pipeline.Measured(path, environment, tuple(reports), tuple(bounds), conditions)
+
+
+def _provider(worker: Sweep, word: str) -> Provider | None:
+    """The provider that ``--provider`` means on this machine; what of it had to be left out is said once."""
+    if word == OWN:
+        return None
+    offer = worker.offer(word)
+    if offer.left_out:
+        render.warn(offer.left_out)
+    return offer.provider
+
+
+def _key(measured: Measured) -> str:
+    """What ``fit --provider`` has to say for the same measurements."""
+    provider = measured.conditions.provider
+    return provider.key if provider else OWN

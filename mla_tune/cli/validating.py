@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mla_tune.cli import device_output
-from mla_tune.cli.evidence import named_policy
+from mla_tune.cli.evidence import named_policy, policy_conditions
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
     GpuOption,
@@ -53,7 +54,9 @@ def validate(
     grid = cpu_grid() if device.kind == "cpu" else gpu_grid(device.sm_count)
     path = db or validation_path(device.sku)
     make_folder(path)
-    wanted = validation_points(grid, models, seed, points)
+    conditions = policy_conditions(loaded)
+    drawn = validation_points(grid, models, seed, points)
+    wanted = [replace(point, site=conditions.at(point.site)) for point in drawn]
     result = judge(_measured(device.kind, path, wanted, timeout, loaded.regime, as_json), loaded)
     missed = result.missed(Goal())
     device_output.validation(result, missed, as_json)

@@ -12,7 +12,16 @@ from functools import lru_cache
 
 import torch
 
-from mla_tune.kernels import flash_mla, indexer, sparse_fwd, sparse_fwd_fused, sparse_fwd_selected, split, with_kvcache
+from mla_tune.kernels import (
+    flash_mla,
+    indexer,
+    sglang_kernels,
+    sparse_fwd,
+    sparse_fwd_fused,
+    sparse_fwd_selected,
+    split,
+    with_kvcache,
+)
 from mla_tune.kernels.formats import kv_format
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
@@ -66,6 +75,10 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
     The sentence names the missing package, the architecture or the shape rule. On the CPU every candidate has a torch
     implementation of the same stages.
     """
+    if site.provider is not None:
+        reason = sglang_kernels.unsupported(site.provider, site.name, candidate, device.kind)
+        if reason is not None:
+            return reason
     if device.kind == "cpu" or candidate in _ADDED:
         return None
     if site.name is SiteName.INDEXER_METADATA:

@@ -13,8 +13,7 @@ import torch
 
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
-from mla_tune.kernels.indexer import BLOCK_KV
-from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata
+from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.launch import Backend
 from mla_tune.kernels.prepare import IndexJob, RowsJob, prepare_rows

@@ -12,14 +12,13 @@ from functools import lru_cache
 
 import torch
 
-from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
+from mla_tune.errors import MissingPackageError
+from mla_tune.kernels import sglang_kernels
+from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
 from mla_tune.launch import DEFAULT_LAUNCHES, Launches
 from mla_tune.site import Site
 from mla_tune.stages import stages
-
-BLOCK_KV = 64
-"""Rows per page of the indexer's key cache in both engines."""
 
 
 @lru_cache(maxsize=1)
@@ -42,7 +41,10 @@ def prepare(
     """Bind ``candidate`` to ``context_lens`` (num_qo_tokens, 1) int32."""
     (stage,) = stages(site, candidate)
     output = Output()
-    make = _maker(context_lens, candidate, num_sms, launches)
+    if site.provider is not None and candidate == "jit":
+        make = _provided(context_lens, num_sms)
+    else:
+        make = _maker(context_lens, candidate, num_sms, launches)
 
     def run() -> None:
         output.tensor = make()
@@ -58,3 +60,12 @@ def _maker(context_lens: torch.Tensor, candidate: str, num_sms: int, launches: L
         return lambda: paged_mqa_logits_metadata_serial(context_lens, BLOCK_KV, num_sms)
     metadata = importlib.import_module("deep_gemm").get_paged_mqa_logits_metadata
     return lambda: metadata(context_lens, BLOCK_KV, num_sms)
+
+
+def _provided(context_lens: torch.Tensor, num_sms: int) -> Callable[[], torch.Tensor]:
+    """SGLang's kernel in the place of ours: it gives the same table."""
+    bound = sglang_kernels.metadata(context_lens, num_sms)
+    if isinstance(bound, sglang_kernels.Missing):
+        raise MissingPackageError(bound.reason)
+    run = bound.run
+    return lambda: run()[0]

@@ -18,6 +18,8 @@ from mla_tune.launch import DEFAULT_LAUNCHES, MetadataConfig
 
 SPLIT_TOKENS = 256
 """Context tokens of one split, fixed in DeepGEMM."""
+BLOCK_KV = 64
+"""Rows per page of the indexer's key cache in both engines."""
 _BLOCK_SIZES = (32, 64)
 
 

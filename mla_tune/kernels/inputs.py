@@ -52,6 +52,8 @@ class AttentionInputs:
     positions: torch.Tensor  # (num_qo_tokens,) int32, in the request
     token_to_req: torch.Tensor  # (num_qo_tokens,) int32
     workspace: torch.Tensor  # (work.rows, head_dim) bf16, where candidates dequantize to: as in an engine they share it
+    scores: torch.Tensor | None = None
+    """(num_qo_tokens, rows of the longest context) float32 whose top-k is the selection, where a provider transforms it."""
 
     @property
     def head_dim(self) -> int:
@@ -124,10 +126,25 @@ def required_bytes(site: Site, shape: AnyShape) -> int:
     queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + outputs * 512) * 2
     partials = shape.num_qo_tokens * (site.h_q or 0) * 512 * 4 * paged
     indices = shape.num_qo_tokens * (work.selection_width + matrices * (work.index_width + 1)) * 4
+    scores = 0
+    if transforms(site):  # with the slots and rows that the transform writes, and page tables of every query and token
+        longest = shape.context // site.layer.compress_ratio
+        scores = shape.num_qo_tokens * (4 * score_columns(longest) + 8 * work.selection_width + longest // 16)
+        scores += 4 * shape.num_reqs * longest
     index_scratch = shape.num_qo_tokens * work.selection_width * (64 if site.overlap else 16)
     # Beside the workspace: a slot a row for sparse_fwd, two, a mark and a place for sparse_fwd_selected.
     workspace = work.rows * (fmt.head_dim * 2 + 4 + 13) + 4
-    return caches + queries + partials + indices + index_scratch + workspace + (1 << 30)
+    return caches + queries + partials + indices + index_scratch + scores + workspace + (1 << 30)
+
+
+def transforms(site: Site) -> bool:
+    """Whether a top-k transform is a stage of ``site``."""
+    return site.provider is not None and site.provider.transforms and site.topk is not None
+
+
+def score_columns(rows: int) -> int:
+    """Columns of the scores of contexts of at most ``rows`` rows: whole loads of 16 bytes."""
+    return max(4, -(-rows // 4) * 4)
 
 
 class InputBuilder:
@@ -156,7 +173,7 @@ class InputBuilder:
         counts = [seq // layer.compress_ratio for seq in seqs] if layer.compress_ratio else [0] * len(seqs)
         window = self._cache(V4, SWA_PAGE_SIZE, seqs, windows) if layer.has_window else None
         compressed = self._cache(fmt, layer.page_size, counts, counts) if layer is not LayerType.SWA_ONLY else None
-        h_q = site.h_q or 0
+        h_q, topk = site.h_q or 0, self._topk(site, positions, token_to_req)
         return AttentionInputs(
             site=site,
             shape=shape,
@@ -165,7 +182,7 @@ class InputBuilder:
             attn_sink=self._normal(h_q) if layer.has_window else None,
             window=window,
             compressed=compressed,
-            topk_indices=self._topk(site, positions, token_to_req),
+            topk_indices=topk,
             seq_lens=self._ints(seqs),
             window_start=self._ints([seq - rows for seq, rows in zip(seqs, windows, strict=True)]),
             row_counts=self._ints(counts),
@@ -174,6 +191,7 @@ class InputBuilder:
             positions=positions,
             token_to_req=token_to_req,
             workspace=torch.empty(workload(site, shape).rows, fmt.head_dim, dtype=torch.bfloat16, device=self._device),
+            scores=None if topk is None or not transforms(site) else self._scores(topk, max(counts)),
         )
 
     def context_lens(self, site: Site, shape: AnyShape) -> torch.Tensor:
@@ -255,6 +273,14 @@ class InputBuilder:
         if site.overlap:
             chosen = self._shared(chosen, low, low + width, token_to_req, site.overlap / 100)
         return torch.where(chosen < available, chosen, -1.0).int()
+
+    def _scores(self, topk: torch.Tensor, rows: int) -> torch.Tensor:
+        """Scores below 0 but for the selected rows, in rows of a whole number of 16 bytes: the kernel's loads."""
+        scores = -torch.rand(len(topk), score_columns(rows), generator=self._generator, device=self._device)
+        high = 1.0 + torch.rand(topk.shape, generator=self._generator, device=self._device)
+        token, column = (topk >= 0).nonzero(as_tuple=True)
+        scores[token, topk[token, column].long()] = high[token, column]
+        return scores
 
     def _shared(
         self, chosen: torch.Tensor, low: torch.Tensor, end: torch.Tensor, token_to_req: torch.Tensor, part: float

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mla_tune.kernels.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.provided import sparse_fwd_runs
 from mla_tune.kernels.workspace import SparseWorkspace
 from mla_tune.launch import DEFAULT_LAUNCHES, Launches
 
@@ -14,4 +15,4 @@ def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launche
     bound = SparseWorkspace(
         inputs, kernels, launches, split=inputs.work.compressed_rows, combines=inputs.site.layer.has_window
     )
-    return bound.prepared("sparse_fwd", bound.runs())
+    return bound.prepared("sparse_fwd", bound.runs() | sparse_fwd_runs(bound))

@@ -9,13 +9,16 @@ already there. The selection arrives as cache slots, which is what the engine's 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from mla_tune.kernels.attention_cpu import schedule_cpu, with_kvcache_cpu
 from mla_tune.kernels.flash_mla import FlashMla, KvCacheCall
 from mla_tune.kernels.formats import PagedSelection, paged_view
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.kernels.prepared import BoundStage, Output, Prepared, Run
+from mla_tune.kernels.provided import Selections, selections
 from mla_tune.site import WITH_KVCACHE_MIXED
 from mla_tune.stages import stages
 
@@ -26,34 +29,30 @@ def prepare(inputs: AttentionInputs, kernels: FlashMla | None, candidate: str = 
 
 
 def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla, candidate: str) -> Prepared:
-    schedule_stage, attention_stage = stages(inputs.site, candidate)
-    output = Output()
-    call = _call(inputs, one_entry=candidate == WITH_KVCACHE_MIXED)
+    output, chosen = Output(), selections(inputs)
+    one_entry = candidate == WITH_KVCACHE_MIXED
+    if chosen.transform is not None:  # the schedule's calls read a selection as well
+        chosen.transform()
+    fixed = _call(inputs, chosen.parts, one_entry=one_entry)
     filled = kernels.new_schedule()
 
+    def call() -> KvCacheCall:
+        return fixed if chosen.transform is None else _call(inputs, chosen.parts, one_entry=one_entry)
+
     def attention() -> None:
-        output.tensor = kernels.with_kvcache(call, filled)
+        output.tensor = kernels.with_kvcache(call(), filled)
 
     def attention_with_schedule() -> None:
-        output.tensor = kernels.with_kvcache(call, kernels.new_schedule())
+        output.tensor = kernels.with_kvcache(call(), kernels.new_schedule())
 
-    return Prepared(
-        candidate=candidate,
-        stages=(
-            BoundStage(schedule_stage, attention_with_schedule, baseline=attention),
-            BoundStage(attention_stage, attention),
-        ),
-        output=output,
-    )
+    return _prepared(inputs, candidate, chosen, output, attention_with_schedule, attention, baseline=attention)
 
 
 def _prepare_cpu(inputs: AttentionInputs, candidate: str) -> Prepared:
-    schedule_stage, attention_stage = stages(inputs.site, candidate)
-    output = Output()
-    selections = inputs.selections()
-    lengths = torch.stack([part.lengths for part in selections]).sum(0)
+    output, chosen = Output(), selections(inputs)
+    lengths = torch.stack([part.lengths for part in chosen.parts]).sum(0)
     if candidate == WITH_KVCACHE_MIXED:  # one entry has one length: every query is taken to be as wide as the indices
-        lengths = torch.full_like(lengths, sum(part.slot_ids.shape[1] for part in selections))
+        lengths = torch.full_like(lengths, sum(part.slot_ids.shape[1] for part in chosen.parts))
     h_q, head_dim = inputs.q.shape[1:]
     plan = schedule_cpu(lengths, h_q, head_dim)
 
@@ -62,18 +61,36 @@ def _prepare_cpu(inputs: AttentionInputs, candidate: str) -> Prepared:
         plan = schedule_cpu(lengths, h_q, head_dim)
 
     def attention() -> None:
-        output.tensor = with_kvcache_cpu(inputs.q, plan, selections, inputs.sm_scale, inputs.attn_sink)
+        output.tensor = with_kvcache_cpu(inputs.q, plan, chosen.parts, inputs.sm_scale, inputs.attn_sink)
 
+    return _prepared(inputs, candidate, chosen, output, schedule, attention)
+
+
+def _prepared(
+    inputs: AttentionInputs,
+    candidate: str,
+    chosen: Selections,
+    output: Output,
+    schedule: Run,
+    attention: Run,
+    baseline: Run | None = None,
+) -> Prepared:
+    """The candidate's stages in the order of the site; ``baseline`` is taken from the schedule's time."""
+    bound = {"attention": (attention, None), "schedule": (schedule, baseline)}
+    if chosen.transform is not None:
+        bound["topk_transform"] = (chosen.transform, None)
     return Prepared(
         candidate=candidate,
-        stages=(BoundStage(schedule_stage, schedule), BoundStage(attention_stage, attention)),
+        stages=tuple(BoundStage(stage, *bound[stage.name]) for stage in stages(inputs.site, candidate)),
         output=output,
+        buffers=chosen.scratch,
+        scratch=chosen.scratch,
     )
 
 
-def _call(inputs: AttentionInputs, *, one_entry: bool) -> KvCacheCall:
+def _call(inputs: AttentionInputs, parts: Sequence[PagedSelection], *, one_entry: bool) -> KvCacheCall:
     """The kernel's arguments: V4 has the window first and the selection as extra cache, V3.2 the selection only."""
-    first, *more = inputs.selections()
+    first, *more = parts
     extra = more[0] if more else None
     return KvCacheCall(
         q=inputs.q,

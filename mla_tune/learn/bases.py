@@ -152,6 +152,12 @@ _BYTES = (Resource.CLOCK, Resource.MEMORY)
 _BY_NAME = {
     "schedule": _IN_QUERIES,
     "metadata": _IN_QUERIES,
+    # It reads every score: for each query the compressed context of its request.
+    "topk_transform": Basis(
+        lambda w: [_ones(w), w.num_qo_tokens, w.num_qo_tokens * w.compressed_rows / w.num_reqs],
+        lambda w: [_octaves(w.num_qo_tokens), _octaves(w.compressed_rows / w.num_reqs)],
+        (Resource.CLOCK, Resource.DEVICE, Resource.MEMORY),
+    ),
     "dequantize_compressed": Basis(
         lambda w: [_ones(w), w.compressed_rows],
         lambda w: [_octaves(w.compressed_rows)],

@@ -15,7 +15,7 @@ from mla_tune.learn.observations import Observations, Shares, group
 from mla_tune.learn.work import Array, Work, work
 from mla_tune.site import LayerType, Site
 from mla_tune.sku import Environment
-from mla_tune.stages import Amortization, Stage, stages
+from mla_tune.stages import Amortization, Stage, provided_by, stages
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Regime
 from mla_tune.store.probe import Try
 
@@ -29,6 +29,8 @@ class StageCost:
     layer: LayerType
     stage: str
     amortization: Amortization
+    provider: str
+    """Whose kernel runs it; see :func:`mla_tune.stages.provided_by`."""
     latency_us: float
     """The share that is paid, before the whole-path correction: per layer, or per forward for a whole forward."""
 
@@ -96,6 +98,7 @@ class CandidateCosts:
                 self.site.layer,
                 stage.name,
                 stage.amortization,
+                provided_by(self.site, self.candidate, stage.name),
                 float(latency_us[0]) * share.of(stage.amortization) * layers,
             )
             for path in self.paths

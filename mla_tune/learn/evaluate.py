@@ -20,7 +20,7 @@ from mla_tune.lookup import decide
 from mla_tune.policy import HeldOut, Policy, Slowdown, Table
 from mla_tune.policy_rules import POLICY_RULE
 from mla_tune.shape import Shape
-from mla_tune.site import FORWARD, MODELS, SiteName
+from mla_tune.site import FORWARD, MODELS, PLAIN, Conditions, SiteName
 from mla_tune.store.measurement import Role
 
 Rule = Callable[[int, int, int], str]
@@ -75,7 +75,7 @@ def _hand_written(table: Table) -> list[tuple[str, Rule]]:
 
 def held_out_points(observations: Observations, table: Table) -> list[HeldOutPoint]:
     """Every held-out point of a table at which all its candidates ran, in the order of the shapes."""
-    where = table_scope(table, observations.overlap)
+    where = table_scope(table, observations.conditions)
     judged = rules(table)
     points = []
     for shape in where.swept(observations, Role.HELD_OUT):
@@ -152,9 +152,9 @@ def is_single_layer_attention(table: Table) -> bool:
     return table.site == SiteName.PREFILL_ATTENTION and table.layer != FORWARD and table.engine is Engine.SGLANG
 
 
-def table_scope(table: Table, overlap: int = 0) -> Scope:
-    """What ``table`` chooses for; ``overlap`` is that of its policy's inputs."""
-    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, table.engine, overlap)
+def table_scope(table: Table, conditions: Conditions = PLAIN) -> Scope:
+    """What ``table`` chooses for; ``conditions`` are those of its policy's measurements."""
+    return scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, table.engine, conditions)
 
 
 def _summary(names: Iterable[str], slowdowns: Sequence[tuple[float, ...]]) -> HeldOut:

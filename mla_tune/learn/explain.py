@@ -51,8 +51,8 @@ def explain(costs: CostModel, table: Table, shape: Shape) -> Explanation:
 
     Raises :class:`mla_tune.errors.FitError` if ``costs`` lacks a candidate of the table.
     """
-    overlap = costs.observations.overlap
-    where = scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, table.engine, overlap)
+    conditions = costs.observations.conditions
+    where = scope(SiteName(table.site), MODELS[table.model], table.layer, table.h_q, table.engine, conditions)
     explained = (_candidate(costs, where, name, shape) for name in table.candidates)
     return Explanation(
         shape=shape,

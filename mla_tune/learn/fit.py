@@ -67,8 +67,8 @@ def fit_policy(
     """
     costs = CostModel(environment, measurements, tries, objective.regime)
     require_regime(costs.observations)
-    overlap = costs.observations.overlap
-    fitted = (fit_table(costs, scope, first_call_bound_s, objective) for scope in scopes(overlap))
+    conditions = costs.observations.conditions
+    fitted = (fit_table(costs, scope, first_call_bound_s, objective) for scope in scopes(conditions))
     tables = [table for table in fitted if table is not None]
     if not tables:
         raise FitError(
@@ -83,7 +83,8 @@ def fit_policy(
         regime=str(costs.observations.regime),
         environment=policy_environment(environment),
         source=source,
-        overlap=overlap,
+        overlap=conditions.overlap,
+        provider=conditions.provider.key if conditions.provider else None,
         kernel_config=kernel_configs(entry.launch for entry in tuned),
         tables=tuple(tables),
         objective=objective.stated(),
@@ -183,7 +184,7 @@ def left_out(measurements: Iterable[Measurement], policy: Policy) -> list[str]:
             )
             if part
         )
-        for scope in scopes(observations.overlap)
+        for scope in scopes(observations.conditions)
         if _incumbent_ran(observations, scope)
         and (scope.name, scope.model.name, scope.h_q, scope.layer, scope.engine) not in there
     ]

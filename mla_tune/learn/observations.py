@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from statistics import median
 
 from mla_tune.shape import Shape
-from mla_tune.site import ModelConfig, Site, SiteName
+from mla_tune.site import Conditions, ModelConfig, Site, SiteName
 from mla_tune.stages import Amortization, stages
 from mla_tune.store.measurement import (
     PER_FORWARD_TOTAL,
@@ -87,7 +87,7 @@ class Observations:
     def __init__(
         self, measurements: Iterable[Measurement], tries: Iterable[Try] = (), regime: Regime | None = None
     ) -> None:
-        """``measurements`` share one overlap of selections, as :func:`mla_tune.learn.usable.usable` sees to."""
+        """``measurements`` share their conditions, as :func:`mla_tune.learn.usable.usable` sees to."""
         self._tries: dict[tuple[Site, str], list[Try]] = {}
         for attempt in sorted(tries, key=lambda attempt: attempt.key):
             self._tries.setdefault((attempt.site, attempt.candidate), []).append(attempt)
@@ -112,9 +112,10 @@ class Observations:
                 self._parts.setdefault(point, {})[m.part] = m
 
     @property
-    def overlap(self) -> int:
-        """The overlap of neighbouring selections that the measurements assume."""
-        return max((site.overlap for site in self._roles), default=0)
+    def conditions(self) -> Conditions:
+        """What the measurements assume: the overlap of neighbouring selections, and whose kernels ran."""
+        overlap = max((site.overlap for site in self._roles), default=0)
+        return Conditions(overlap, next((site.provider for site in self._roles), None))
 
     def shapes(self, site: Site, role: Role | None = None) -> list[Shape]:
         """Shapes at which anything was attempted, sorted."""

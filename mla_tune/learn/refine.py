@@ -33,7 +33,7 @@ def crossover_shapes(costs: CostModel, models: Iterable[ModelConfig]) -> list[tu
             for names in engine_choices(costs, site)
             for shape in _site_crossovers(costs, model, site, names)
         ]
-        for site, model in attention_sites(models).items()
+        for site, model in attention_sites(models, costs.observations.conditions).items()
     ]
     return [found for row in zip_longest(*columns) for found in row if found is not None]
 

@@ -55,8 +55,9 @@ class Repetition:
 
 def compare(first: Observations, second: Observations) -> Repetition:
     """Compare two sweeps. Raises :class:`FitError` if they have no comparison in common."""
-    pairs = [pair for scope in scopes() if _compared(scope) for pair in _verdicts(first, second, scope)]
-    differences = [d for scope in scopes() if _compared(scope) for d in _differences(first, second, scope)]
+    compared = [scope for scope in scopes(first.conditions) if _compared(scope)]
+    pairs = [pair for scope in compared for pair in _verdicts(first, second, scope)]
+    differences = [d for scope in compared for d in _differences(first, second, scope)]
     if not pairs:
         raise FitError(
             "two sweeps are compared where both measured every candidate: got no such point; "

@@ -13,7 +13,7 @@ from mla_tune.learn.interval import Interval
 from mla_tune.learn.observations import Observations, shares
 from mla_tune.learn.work import Array, Work
 from mla_tune.shape import Shape
-from mla_tune.site import FORWARD, MODELS, ModelConfig, Site, SiteName
+from mla_tune.site import FORWARD, MODELS, PLAIN, Conditions, ModelConfig, Site, SiteName
 from mla_tune.store.measurement import Role
 
 
@@ -80,17 +80,17 @@ class Scope:
         return sorted(set.intersection(*(set(observations.shapes(site, role)) for site, _ in self.parts)))
 
 
-def scopes(overlap: int = 0) -> Iterator[Scope]:
+def scopes(conditions: Conditions = PLAIN) -> Iterator[Scope]:
     """Every table that a policy can have, in the order of its file: site, model, engine, heads, layer types, forward.
 
-    ``overlap`` is that of the selections that it is for; see :attr:`mla_tune.site.Site.overlap`.
+    ``conditions`` are those of the measurements that it is fitted on.
     """
     for name in SiteName:
         for model in MODELS.values():
             for engine in Engine:
                 if table_engine(engine, name, model) is engine:
                     for h_q in engine_heads(engine, model) if name is SiteName.PREFILL_ATTENTION else (None,):
-                        yield from _layer_scopes(name, model, h_q, engine, overlap)
+                        yield from _layer_scopes(name, model, h_q, engine, conditions)
 
 
 def scope(
@@ -99,14 +99,16 @@ def scope(
     layer: str,
     h_q: int | None,
     engine: Engine = Engine.SGLANG,
-    overlap: int = 0,
+    conditions: Conditions = PLAIN,
 ) -> Scope:
-    """The scope of one table; its key is taken to be valid. ``overlap`` as in :func:`scopes`."""
-    return next(found for found in _layer_scopes(name, model, h_q, engine, overlap) if found.layer == layer)
+    """The scope of one table; its key is taken to be valid. ``conditions`` as in :func:`scopes`."""
+    return next(found for found in _layer_scopes(name, model, h_q, engine, conditions) if found.layer == layer)
 
 
-def _layer_scopes(name: SiteName, model: ModelConfig, h_q: int | None, engine: Engine, overlap: int) -> Iterator[Scope]:
-    sites = [model.site(name, layer, h_q).overlapping(overlap) for layer in model.site_layers(name)]
+def _layer_scopes(
+    name: SiteName, model: ModelConfig, h_q: int | None, engine: Engine, conditions: Conditions
+) -> Iterator[Scope]:
+    sites = [conditions.at(model.site(name, layer, h_q)) for layer in model.site_layers(name)]
     for site in sites:
         yield Scope(name, model, site.layer, h_q, ((site, 1),), engine)
     # A forward computes metadata once for all layers of a type, and attention in each of them.

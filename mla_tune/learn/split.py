@@ -77,7 +77,7 @@ class Planner:
         if table.site != SiteName.PREFILL_ATTENTION:
             raise UsageError(f"a batch is planned for {SiteName.PREFILL_ATTENTION}: got a table of {table.site}")
         self.layer = table.layer
-        self._costs, self._scope = costs, table_scope(table)
+        self._costs, self._scope = costs, table_scope(table, costs.observations.conditions)
         self._names, self._noise_band = table.candidates, table.noise_band
         self._limits = {limit.candidate: limit.num_qo_tokens for limit in table.limits}
 

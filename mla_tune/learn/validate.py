@@ -103,7 +103,7 @@ class _Judged:
 def _judged(observations: Observations, table: Table) -> Iterator[_Judged]:
     if not is_single_layer_attention(table) or len(table.candidates) < 2:
         return
-    scope = table_scope(table)
+    scope = table_scope(table, observations.conditions)
     (site, _), *_ = scope.parts
     label = f"{table.model} h_q {table.h_q} {table.layer}"
     for shape in observations.shapes(site):

@@ -69,14 +69,14 @@ class Comparison:
 
 def compare(pricer: Pricer, observations: Observations, shapes: Sequence[RaggedShape]) -> Comparison:
     """``observations`` hold the measurements of ``shapes``, each filed under its three integers."""
-    table = pricer.tables.attention
+    table, conditions = pricer.tables.attention, pricer.costs.observations.conditions
     prices = pricer.prices(shapes)
     lines: list[Line] = []
-    whole = scope(SiteName.PREFILL_ATTENTION, pricer.model, FORWARD, table.h_q)
+    whole = scope(SiteName.PREFILL_ATTENTION, pricer.model, FORWARD, table.h_q, conditions=conditions)
     for index, shape in enumerate(shapes):
         key = shape.evened()
         for layer, (site, count) in zip(prices.attention, pricer.sites, strict=True):
-            alone = scope(SiteName.PREFILL_ATTENTION, pricer.model, site.layer, table.h_q)
+            alone = scope(SiteName.PREFILL_ATTENTION, pricer.model, site.layer, table.h_q, conditions=conditions)
             for row, name in enumerate(layer.candidates):
                 us = alone.measured_us(observations, name, key)
                 total_us = None if us is None else count * us

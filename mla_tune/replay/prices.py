@@ -76,9 +76,12 @@ class Pricer:
         """Raises :class:`PolicyError` if a table names a candidate that the measurements lack."""
         self.costs, self.tables = costs, tables
         self.model = tables.model
-        self._attention = scope(SiteName.PREFILL_ATTENTION, self.model, FORWARD, tables.attention.h_q)
+        conditions = costs.observations.conditions
+        attention, metadata = SiteName.PREFILL_ATTENTION, SiteName.INDEXER_METADATA
+        h_q = tables.attention.h_q
+        self._attention = scope(attention, self.model, FORWARD, h_q, conditions=conditions)
         self.sites: tuple[tuple[Site, int], ...] = self._attention.parts
-        self._metadata = scope(SiteName.INDEXER_METADATA, self.model, FORWARD, None)
+        self._metadata = scope(metadata, self.model, FORWARD, None, conditions=conditions)
         for table, parts in ((tables.attention, self.sites), (tables.metadata, self._metadata.parts)):
             for site, _ in parts:
                 lacking = set(table.candidates) - set(costs.candidates(site))

@@ -4,7 +4,8 @@ JSON lines. Line 1 is a header with the environment; then comes a line for each 
 each try of a probe, and one for each set of tuned launch parameters, all sorted. The same content gives the same bytes,
 whatever order it was taken or inserted in. Raw and disturbed samples stay in the database; latencies are kept to 0.001 us
 and first calls to 1 us, which is far below their noise. Version 1 had no tries and did not say why sampling stopped,
-version 2 knew of no launch parameters; both are read as well.
+version 2 knew of no launch parameters, version 3 of no
+kernels but the project's own; all are read as well.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ from mla_tune.store.probe import Try
 from mla_tune.store.tuned import Tuned, tuned_fault
 
 FORMAT = "mla-tune-measurements"
-VERSION = 3
+VERSION = 4
+_WITHOUT_PROVIDERS = 3
 _WITHOUT_LAUNCHES = 2
 MAX_BYTES = 64 * 2**20
 """Largest export that is read: ten times what a sweep of every site of a GPU writes, small enough for any machine."""
@@ -114,12 +116,14 @@ def export_lines(
     described = msgspec.convert(asdict(environment), EnvironmentRecord)
     # What an earlier version can hold is written as that version: committed exports stay the bytes that they are.
     news = bool(launches) or any(m.launches or m.site.overlap for m in rows)
+    provided = any(m.site.provider for m in rows) or any(attempt.site.provider for attempt in attempts)
+    least = VERSION if provided else _WITHOUT_PROVIDERS if news else _WITHOUT_LAUNCHES
     header = Header(
         format=FORMAT,
-        version=VERSION if news else _WITHOUT_LAUNCHES,
+        version=least,
         points=len(points),
         tries=len(attempts),
-        launches=len(launches) if news else msgspec.UNSET,
+        launches=len(launches) if least >= _WITHOUT_PROVIDERS else msgspec.UNSET,
         environment=described,
     )
     yield encode_line(header)

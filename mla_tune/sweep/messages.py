@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mla_tune.launch import DEFAULT_LAUNCHES, Config, Launches
+from mla_tune.provider import Provider
 from mla_tune.site import SiteName
 from mla_tune.sku import Environment
 from mla_tune.store.measurement import Measurement, Outcome, Regime
@@ -56,6 +57,22 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class Wanted:
+    """The question whether an engine's kernels can run here; the answer is :class:`Offer` or :class:`Refused`."""
+
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """An engine's kernels that can run here."""
+
+    provider: Provider
+    left_out: str = ""
+    """One line: which stage it cannot run here, and why."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tried:
     """What became of a :class:`Trial`."""
 
@@ -77,7 +94,7 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """First message instead of :class:`Hello`: the device cannot be used, with the reason in one line."""
+    """Instead of :class:`Hello` or :class:`Offer`: why the device or the kernels cannot be used, in one line."""
 
     reason: str
 
@@ -104,5 +121,5 @@ class Lost:
     detail: str
 
 
-Message = Hello | Refused | Entering | Done | Lost | Tried
+Message = Hello | Refused | Offer | Entering | Done | Lost | Tried
 """Anything that a worker may say."""

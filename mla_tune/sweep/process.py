@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
-from mla_tune.sweep.messages import Hello, Message, Refused, Task, Trial
+from mla_tune.sweep.messages import Hello, Message, Offer, Refused, Task, Trial, Wanted
 
 START_TIMEOUT_S = 180.0
 """Longest wait for a new worker: importing torch and creating a CUDA context on a cold machine takes tens of seconds."""
@@ -61,7 +61,7 @@ class WorkerProcess:
         """Process id."""
         return self._process.pid
 
-    def send(self, task: Task | Trial) -> None:
+    def send(self, task: Task | Trial | Wanted) -> None:
         """Hand it a task. Raises ``OSError`` if it is dead."""
         self._connection.send(task)
 
@@ -71,6 +71,18 @@ class WorkerProcess:
             return None
         message: Message = self._connection.recv()
         return message
+
+    def offer(self, name: str, timeout_s: float) -> Offer:
+        """The kernels of engine ``name`` as they can run here. Raises :class:`EnvironmentMismatchError` if they cannot."""
+        try:
+            self.send(Wanted(name))
+            message = self.receive(timeout_s)
+        except (EOFError, OSError):
+            message = Refused(f"importing the kernels of {name} failed: {self.epitaph()}")
+        if isinstance(message, Offer):
+            return message
+        reason = message.reason if isinstance(message, Refused) else f"no answer within {timeout_s:.0f} s"
+        raise EnvironmentMismatchError(reason)
 
     def epitaph(self) -> str:
         """How it ended and the last line that it printed, for a process that is dead or dying."""

@@ -19,7 +19,7 @@ from mla_tune.store.measurement import Measurement, Outcome
 from mla_tune.store.tuned import launches_from
 from mla_tune.sweep.attempt import attempt
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.messages import NOTHING_ADDED, TIMING, Added, Task
+from mla_tune.sweep.messages import NOTHING_ADDED, TIMING, Added, Offer, Task
 from mla_tune.sweep.outcomes import Deaths, GivenUp, failures
 from mla_tune.sweep.process import WorkerProcess
 
@@ -90,6 +90,10 @@ class Sweep:
     def worker_pid(self) -> int | None:
         """Process id of the worker of the moment."""
         return self._worker.pid
+
+    def offer(self, name: str) -> Offer:
+        """The kernels of engine ``name`` as they can run here. Raises :class:`EnvironmentMismatchError` if they cannot."""
+        return self._worker.offer(name, self._timeout_s)
 
     def run(
         self,

@@ -16,10 +16,12 @@ from pathlib import Path
 
 from mla_tune.bench.device import detect_environment
 from mla_tune.errors import MlaTuneError
+from mla_tune.kernels import sglang_kernels
+from mla_tune.kernels.sglang_kernels import Missing
 from mla_tune.store.measurement import Measurement
 from mla_tune.sweep.failure import DeviceLostError
 from mla_tune.sweep.measure import PointMeasurer
-from mla_tune.sweep.messages import Done, Entering, Hello, Lost, Refused, Task, Trial, Tried
+from mla_tune.sweep.messages import Done, Entering, Hello, Lost, Offer, Refused, Task, Trial, Tried, Wanted
 from mla_tune.sweep.trial import KernelTrials
 
 _PR_SET_PDEATHSIG = 1
@@ -48,11 +50,19 @@ def serve(connection: Connection, kind: str, added: str) -> None:
 
 
 def _answer_tasks(connection: Connection, measurer: PointMeasurer, trials: KernelTrials) -> None:
-    answer: Done | Lost | Tried = Done(())
+    answer: Done | Lost | Tried | Offer | Refused = Done(())
     while not isinstance(answer, Lost):
         task = connection.recv()
-        answer = _try(trials, task) if isinstance(task, Trial) else _measure(connection, measurer, task)
+        if isinstance(task, Wanted):
+            answer = _offer(measurer.device.kind)
+        else:
+            answer = _try(trials, task) if isinstance(task, Trial) else _measure(connection, measurer, task)
         connection.send(answer)
+
+
+def _offer(kind: str) -> Offer | Refused:
+    found = sglang_kernels.installed(kind)  # the only engine that can be wanted
+    return Refused(found.reason) if isinstance(found, Missing) else Offer(found.provider, found.left_out)
 
 
 def _try(trials: KernelTrials, trial: Trial) -> Tried | Lost:

@@ -69,6 +69,10 @@ USAGE = {
         [*SWEEP, "--overlap", "30"],
         "--overlap must be a known model: got 30; accepted: 0, 50, 80, 95",
     ),
+    "unknown provider": (
+        [*SWEEP, "--provider", "vllm"],
+        "--provider must be a known one: got 'vllm'; accepted: own, sglang",
+    ),
     "unknown layer": (["lookup", "1", "1", *PLACE, "--layer", "c5a"], "got 'c5a'; accepted: swa_only, c4a"),
     "layer of another model": (["lookup", "1", "1", *PLACE, "--layer", "dsa"], "got dsa; accepted: c4a"),
     "layer without an indexer": (["explain", "1", "1", *PLACE, "--layer", "c128a"], "got c128a; accepted: c4a"),

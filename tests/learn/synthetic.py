@@ -44,6 +44,8 @@ def stage_us(site: Site, candidate: str, stage: str, shape: Shape) -> float:
         return 12 + 0.065 * tokens + (10_000 if tokens > 19371 else 0)
     if stage == "metadata":
         return 19 + 0.0042 * tokens if candidate == "deep_gemm" else 6 + 0.0002 * tokens
+    if stage == "topk_transform":
+        return 4 + tokens * load.compressed_rows / shape.num_reqs * (3e-6 if candidate == "sparse_fwd" else 2e-6)
     rows = load.compressed_rows if stage in ("row_ids", "dequantize_compressed") else load.window_rows
     scale = {"dequantize_compressed": 4.5e-4, "dequantize_window": 4.5e-4, "row_ids": 3e-6, "window_ids": 1e-5}
     if stage in ("mark", "compact", "dequantize_selected"):

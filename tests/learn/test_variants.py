@@ -12,7 +12,7 @@ from mla_tune.learn.fit import fit_policy
 from mla_tune.learn.usable import usable
 from mla_tune.policy import Policy, Table, dump_policy, parse_policy
 from mla_tune.shape import Shape
-from mla_tune.site import LayerType, Site, SiteName
+from mla_tune.site import Conditions, LayerType, Site, SiteName
 from mla_tune.store.measurement import Measurement, Role
 from mla_tune.store.tuned import Tuned
 from tests.learn.synthetic import ENVIRONMENT, SOURCE, World, fit_shapes, held_out_shapes
@@ -64,7 +64,7 @@ def test_a_policy_is_of_one_overlap_and_independent_without_a_word() -> None:
     assert independent == fitted(measured(C4A))
     assert independent.overlap == 0
     assert b"overlap" not in dump_policy(independent)
-    assert fitted(list(usable(both, overlap=95))).overlap == 95
+    assert fitted(list(usable(both, conditions=Conditions(overlap=95)))).overlap == 95
 
 
 def test_what_ran_with_other_launch_parameters_is_not_fitted() -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 from hypothesis import strategies as st
 
 from mla_tune.launch import KERNELS, CombineConfig, DequantizeConfig, KernelLaunch
+from mla_tune.provider import Provider
 from mla_tune.shape import Shape
 from mla_tune.site import LayerType, Site, SiteName
 from mla_tune.sku import Environment, KernelLibrary
@@ -32,7 +33,10 @@ CPU_ENVIRONMENT = Environment("cpu", 2, 0, "Some Processor", "", "2.13.0", "", (
 C4A = Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 512)
 METADATA = Site(SiteName.INDEXER_METADATA, LayerType.C4A)
 SHAPE = Shape(16, 8192, 131072)
-SITES = (C4A, replace(C4A, overlap=80), Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64), METADATA)
+SITES = (
+    *(C4A, replace(C4A, overlap=80), replace(C4A, provider=Provider("sglang", "0.5.23", transforms=True))),
+    *(Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64), METADATA),
+)
 
 
 def timing(latency_us: float = 812.3456, *, shape: Shape = SHAPE, part: str = "attention") -> Measurement:

@@ -201,7 +201,7 @@ def _refused(path: Path, data: bytes) -> str:
         (b"not json", "malformed"),
         (b"[]", "Expected `object`"),
         (b"\xff", "malformed"),
-        (b'{"format": "mla-tune-measurements", "version": 4, "later": 1}', "version up to 3: got 4; upgrade"),
+        (b'{"format": "mla-tune-measurements", "version": 5, "later": 1}', "version up to 4: got 5; upgrade"),
         (b'{"format": "mla-tune-measurements", "version": 0, "environment": {}}', "missing required field"),
         (b'{"format": "other", "version": 1, "environment": {}}', "missing required field"),
         (b'{"format": "mla-tune-measurements", "version": 1, "deep": ' + b"[" * 100_000, "header"),
