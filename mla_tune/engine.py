@@ -41,7 +41,8 @@ class EngineChoice:
 
 
 _SHARED = ("sparse_fwd", "with_kvcache")
-_VARIANTS = ("sparse_fwd_fused", "sparse_fwd_selected")
+VARIANTS = ("sparse_fwd_fused", "sparse_fwd_selected")
+"""What only :attr:`Engine.OWN` can take."""
 _VLLM_DSA = ("sparse_fwd", WITH_KVCACHE_MIXED)
 _VLLM = {
     Engine.VLLM: EngineChoice("sparse_fwd", _VLLM_DSA),
@@ -55,7 +56,7 @@ def engine_choice(engine: Engine, name: SiteName, layer: LayerType) -> EngineCho
         return EngineChoice(incumbent(name, layer), ("deep_gemm", "jit"))
     if engine in _VLLM and layer is LayerType.DSA:
         return _VLLM[engine]
-    variants = _VARIANTS if engine is Engine.OWN else ()
+    variants = VARIANTS if engine is Engine.OWN else ()
     return EngineChoice(incumbent(name, layer), tuple(sorted((*_SHARED, *variants))))
 
 

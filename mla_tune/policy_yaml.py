@@ -82,6 +82,8 @@ class _Reader:
     def __init__(self, text: str, source: str) -> None:
         self._next: Any = _LOADER(text).get_event
         self._source = source
+        self._plain: dict[str, Value] = {}
+        """What plain scalars were read as: most of a policy is a few keys, written a thousand times."""
 
     def document(self) -> Value:
         self._next()  # the stream's start
@@ -99,6 +101,8 @@ class _Reader:
 
     def _value(self, event: Any, depth: int) -> Value:
         kind = type(event)
+        if kind is yaml.ScalarEvent and event.value in self._plain and not event.style and event.anchor is event.tag is None:
+            return self._plain[event.value]
         if kind is yaml.AliasEvent:
             self._refuse(event, f"aliases are not accepted: got {shown('*' + event.anchor)}; write the value out")
         if event.anchor is not None:
@@ -106,7 +110,10 @@ class _Reader:
         if event.tag is not None:
             self._refuse(event, f"tags are not accepted: got {shown(event.tag)}; remove it")
         if kind is yaml.ScalarEvent:
-            return self._scalar(event)
+            value = self._scalar(event)
+            if not event.style:
+                self._plain[event.value] = value
+            return value
         if depth == MAX_DEPTH:
             self._refuse(event, f"nesting must be at most {MAX_DEPTH} levels; {REBUILD}")
         return self._mapping(depth + 1) if kind is yaml.MappingStartEvent else self._sequence(depth + 1)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from mla_tune.cli.places import make_folder
 from mla_tune.cli.wishes import NO_WISHES, Wishes
+from mla_tune.engine import VARIANTS
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.learn.acquire import doubts
 from mla_tune.learn.costs import CostModel
@@ -99,7 +100,8 @@ def run_sweep(
     plan: Plan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
 ) -> list[Report]:
     """Measure the plan, then where its curves say that more is worth knowing; a report for each round."""
-    first = sweep.run(database, plan.points, budget_s, on_progress)
+    without = () if plan.preset.variants else VARIANTS
+    first = sweep.run(database, plan.points, budget_s, on_progress, without)
     if first.left or plan.conditions.overlap:  # what follows is of independent selections
         return [first]
     if not plan.preset.dense:
@@ -126,7 +128,7 @@ def _adaptive_rounds(
         points = doubtful_points(costs, plan)
         if not points:
             return
-        yield sweep.run(database, points, left_s, on_progress)
+        yield sweep.run(database, points, left_s, on_progress, () if plan.preset.variants else VARIANTS)
 
 
 def doubtful_points(costs: CostModel, plan: Plan) -> list[Point]:

@@ -23,13 +23,15 @@ class Preset:
     """Points that an adaptive sweep adds to each site before the curves are fitted again."""
     sampling_s: float
     """Time that the samples of one point may take in one regime; a median that is known to 1 % takes less."""
+    variants: bool
+    """Measure our own variants of a path too, which no engine but ours has: half of a point's time."""
     budget_s: Mapping[str, float]
     """Seconds of measuring by kind of device."""
 
 
-QUICK = Preset("quick", False, 3, 2, 2, 0.08, MappingProxyType({"cuda": 45.0, "cpu": 60.0}))
-DEFAULT = Preset("default", False, 4, 2, 2, 0.12, MappingProxyType({"cuda": 90.0, "cpu": 150.0}))
-FULL = Preset("full", True, 36, 6, 0, 0.3, MappingProxyType({"cuda": 540.0, "cpu": 600.0}))
+QUICK = Preset("quick", False, 3, 2, 2, 0.08, False, MappingProxyType({"cuda": 45.0, "cpu": 60.0}))
+DEFAULT = Preset("default", False, 4, 2, 2, 0.12, False, MappingProxyType({"cuda": 90.0, "cpu": 150.0}))
+FULL = Preset("full", True, 36, 6, 0, 0.3, True, MappingProxyType({"cuda": 540.0, "cpu": 600.0}))
 PRESETS = {preset.name: preset for preset in (QUICK, DEFAULT, FULL)}
 
 

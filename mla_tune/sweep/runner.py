@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mla_tune.launch import DEFAULT_LAUNCHES, Launches
@@ -101,11 +101,15 @@ class Sweep:
         points: Iterable[Point],
         budget_s: float = float("inf"),
         on_progress: Callable[[Progress], None] | None = None,
+        without: Collection[str] = (),
     ) -> Report:
-        """Measure what ``database`` lacks of ``points`` for this environment, until ``budget_s`` seconds are over."""
+        """Measure what ``database`` lacks of ``points`` for this environment, until ``budget_s`` seconds are over.
+
+        Candidates that ``without`` names are left alone.
+        """
         plan = list(points)
         self._launches = launches_from(database.tuned(self.environment.id))
-        tasks = missing_tasks(database, self.environment, plan, self._added, self._launches)
+        tasks = missing_tasks(database, self.environment, plan, self._added, self._launches, without)
         start = time.monotonic()
         failed = disturbed = done = 0
         deaths = Deaths()
@@ -189,8 +193,9 @@ def missing_tasks(
     plan: Iterable[Point],
     added: Added = NOTHING_ADDED,
     launches: Launches = DEFAULT_LAUNCHES,
+    without: Collection[str] = (),
 ) -> list[Task]:
-    """The points of ``plan`` with the candidates that have no row for ``environment`` yet, in plan order.
+    """The points of ``plan`` with the candidates, ``without`` some, that have no row for ``environment`` yet, in order.
 
     A row that was taken with other launch parameters than ``launches`` is none.
     """
@@ -199,7 +204,7 @@ def missing_tasks(
     for point in plan:
         names = (*point.site.candidates, *added.at(point))
         key, digests = (point.site.key, point.shape), launch_digests(point, launches)
-        left = tuple(name for name in names if (*key, name, digests.get(name, "")) not in done)
+        left = tuple(n for n in names if n not in without and (*key, n, digests.get(n, "")) not in done)
         if left:
             tasks.append(Task(point, left))
     return tasks
