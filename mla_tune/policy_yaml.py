@@ -101,7 +101,12 @@ class _Reader:
 
     def _value(self, event: Any, depth: int) -> Value:
         kind = type(event)
-        if kind is yaml.ScalarEvent and event.value in self._plain and not event.style and event.anchor is event.tag is None:
+        if (
+            kind is yaml.ScalarEvent
+            and event.value in self._plain
+            and not event.style
+            and event.anchor is event.tag is None
+        ):
             return self._plain[event.value]
         if kind is yaml.AliasEvent:
             self._refuse(event, f"aliases are not accepted: got {shown('*' + event.anchor)}; write the value out")

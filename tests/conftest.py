@@ -78,10 +78,11 @@ class Target:
 def h200_costs() -> CostModel:
     """Curves of the committed H200 measurements, each fitted when it is first asked for."""
     from mla_tune.learn.costs import CostModel
+    from mla_tune.learn.usable import usable
     from mla_tune.store.export import read_export
 
     found = read_export(Path(__file__).parent.parent / "db" / "nvidia-h200.jsonl")
-    return CostModel(found.environment, found.measurements, found.tries)
+    return CostModel(found.environment, usable(found.measurements, found.tuned), found.tries)
 
 
 @pytest.fixture(scope="session", params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,11 +15,12 @@ from mla_tune.learn.costs import CostModel
 from mla_tune.learn.evaluate import overall
 from mla_tune.learn.modelled import model_policy
 from mla_tune.learn.observations import Observations
+from mla_tune.learn.usable import usable
 from mla_tune.policy import dump_policy, load_policy
 from mla_tune.site import MODELS, SiteName
 from mla_tune.sku import SKUS
 from mla_tune.store.export import export_lines, export_sha256, read_export
-from mla_tune.store.measurement import Role
+from mla_tune.store.measurement import PER_LAYER_TOTAL, Role
 
 ROOT = Path(__file__).parent.parent
 POLICIES = sorted((ROOT / "policies").glob("*.yaml"))
@@ -95,7 +96,7 @@ def test_the_committed_policy_is_rebuilt_byte_for_byte_without_torch(export: Pat
 @pytest.mark.parametrize("export", EXPORTS, ids=_skus(EXPORTS))
 def test_a_committed_export_is_what_exporting_it_again_would_write_and_stays_small(export: Path) -> None:
     found = read_export(export)
-    lines = export_lines(found.environment, found.measurements, found.tries)
+    lines = export_lines(found.environment, found.measurements, found.tries, found.tuned)
     assert "".join(f"{line.rstrip()}\n" for line in lines) == export.read_text()
     assert export.stat().st_size < 5_000_000
     assert load_policy(ROOT / "policies" / f"{export.stem}.yaml").source.sha256 == export_sha256(export)
@@ -111,7 +112,8 @@ def test_the_h200_was_measured_at_both_sites_with_every_model_head_count_and_lay
 
 
 def test_readme_states_the_table_that_the_committed_measurements_give() -> None:
-    rows = read_export(H200).measurements
+    export = read_export(H200)
+    rows = usable(export.measurements, export.tuned)
     judged = overall(Observations(rows), load_policy(ROOT / "policies" / "nvidia-h200.yaml"))
     stated = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
     expected = [
@@ -119,9 +121,10 @@ def test_readme_states_the_table_that_the_committed_measurements_give() -> None:
         for rule in judged.slowdown
     ]
     assert stated == expected
-    held_out = {(m.site, m.shape) for m in rows if m.role is Role.HELD_OUT and m.site.h_q}
+    whole = [m for m in rows if m.part == PER_LAYER_TOTAL and m.candidate == "sparse_fwd" and m.site.h_q]
+    held_out = {(m.site, m.shape) for m in whole if m.role is Role.HELD_OUT}
     assert f"{judged.points} pairs of a table and a held-out shape, over {len(held_out)} measured" in README
-    assert len({(m.site, m.shape) for m in rows}) == int(_stated(r"(\d+) points, 1078 of them"))
+    assert len({(m.site, m.shape) for m in export.measurements}) == int(_stated(r"holds (\d+) points in all"))
 
 
 def _stated(pattern: str) -> str:

@@ -70,9 +70,10 @@ def test_a_policy_is_of_one_overlap_and_independent_without_a_word() -> None:
 def test_what_ran_with_other_launch_parameters_is_not_fitted() -> None:
     tuned = (Tuned(KernelLaunch("combine_topk", 0, CombineConfig(1, 1024, 4)), 3.0, 4.0, 9),)
     stale = measured(C4A)
-    assert {m.candidate for m in usable(stale, tuned)} == {"with_kvcache", "sparse_fwd_fused"}
+    assert {m.candidate for m in usable(stale, tuned) if m.part != "attention"} == {"with_kvcache", "sparse_fwd_fused"}
     digest = "x" * 12
-    assert usable([replace(m, launches=digest) for m in stale]) == ()
+    left = usable([replace(m, launches=digest) for m in stale])
+    assert {m.part for m in left} == {"attention", "schedule"}  # no kernel of ours is in these
     policy = fitted(stale, tuned)
     assert [(entry.kernel, entry.size_from) for entry in policy.kernel_config] == [("combine_topk", 0)]
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
+from mla_tune.engine import Engine as Chooser
 from mla_tune.learn.costs import CostModel
+from mla_tune.learn.usable import usable
 from mla_tune.policy import Table, load_policy
 from mla_tune.replay.engine import Engine
 from mla_tune.replay.prices import Pricer, Tables
@@ -29,13 +31,14 @@ def export() -> Export:
 
 @cache
 def _costs() -> CostModel:
-    return CostModel(export().environment, export().measurements, export().tries)
+    return CostModel(export().environment, usable(export().measurements, export().tuned), export().tries)
 
 
 @cache
 def pricer(model: str = "deepseek-v4-flash", h_q: int = 64) -> Pricer:
     """Prices by the committed policy and measurements."""
-    found = {(t.site, t.model, t.h_q, t.layer): t for t in load_policy(ROOT / "policies" / "nvidia-h200.yaml").tables}
+    tables = load_policy(ROOT / "policies" / "nvidia-h200.yaml").tables
+    found = {(t.site, t.model, t.h_q, t.layer): t for t in tables if t.engine == Chooser.SGLANG}
 
     def table(site: SiteName, heads: int | None, layer: str) -> Table:
         return found[str(site), model, heads, layer]

@@ -91,7 +91,8 @@ def test_the_rest_of_a_forward_speaks_for_fewer_of_them() -> None:
             [rest_us * 131072 / chunk for chunk in CHUNK_SIZES]
         )
         advised.append(advise(found, 0.01).chunk_tokens)
-    assert advised == sorted(set(advised))
+    assert advised == sorted(advised)
+    assert advised[0] < advised[-1]
     assert advised[-1] == CHUNK_SIZES[-1]
 
 
@@ -124,11 +125,17 @@ def test_8192_against_32768_for_one_prompt_of_128k_is_within_a_few_percent_at_th
 
 
 def measured_peaks() -> list[tuple[Site, str, Shape, int]]:
-    """Workspace of every attention candidate at every point of the committed export, bytes."""
+    """Workspace of the candidates that engines have at every point of the committed export, bytes.
+
+    The variants are still counted by the formula of ``sparse_fwd``, which is up to 64 MiB too much for the fused one.
+    """
     peaks = {
         (m.site, m.candidate, m.shape): m.workspace_bytes
         for m in export().measurements
-        if m.outcome is Outcome.OK and m.workspace_bytes is not None and m.site.name is SiteName.PREFILL_ATTENTION
+        if m.outcome is Outcome.OK
+        and m.workspace_bytes is not None
+        and m.site.name is SiteName.PREFILL_ATTENTION
+        and m.candidate in ("sparse_fwd", "with_kvcache")
     }
     # The peak of with_kvcache was taken with the output of the call before it still held: that is not its own.
     return [
