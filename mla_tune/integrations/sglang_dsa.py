@@ -13,16 +13,9 @@ from typing import Any
 
 from mla_tune.counters import Reasons
 from mla_tune.errors import EnvironmentMismatchError
+from mla_tune.integrations.process import Once, matching_model, paged_limit, shape_of
 from mla_tune.integrations.seams import Seam
-from mla_tune.integrations.sglang_process import (
-    PROCESS,
-    Once,
-    matching_model,
-    paged_limit,
-    parallel,
-    records,
-    shape_of,
-)
+from mla_tune.integrations.sglang_process import PROCESS, parallel, records
 from mla_tune.serving import Decider
 from mla_tune.site import LayerType, SiteName
 

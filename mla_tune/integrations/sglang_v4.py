@@ -18,18 +18,9 @@ from typing import Any
 
 from mla_tune.counters import Reasons
 from mla_tune.errors import EnvironmentMismatchError
+from mla_tune.integrations.process import SPARSE, Once, matching_model, paged_limit, shape_of, user_set
 from mla_tune.integrations.seams import Seam
-from mla_tune.integrations.sglang_process import (
-    PROCESS,
-    SPARSE,
-    Once,
-    matching_model,
-    paged_limit,
-    parallel,
-    records,
-    shape_of,
-    user_set,
-)
+from mla_tune.integrations.sglang_process import PROCESS, parallel, records
 from mla_tune.serving import Decider
 from mla_tune.site import FORWARD, LayerType, SiteName
 

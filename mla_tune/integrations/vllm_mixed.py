@@ -18,8 +18,8 @@ from typing import Any
 from mla_tune.counters import Reasons
 from mla_tune.engine import FEW_HEADS, Engine
 from mla_tune.errors import EnvironmentMismatchError
+from mla_tune.integrations.process import Once, matching_model, paged_limit
 from mla_tune.integrations.seams import Seam
-from mla_tune.integrations.sglang_process import Once, matching_model, paged_limit
 from mla_tune.integrations.vllm_process import PROCESS, capturing, records, user_setting
 from mla_tune.serving import Decider
 from mla_tune.site import WITH_KVCACHE_MIXED, LayerType, SiteName

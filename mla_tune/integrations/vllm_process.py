@@ -7,8 +7,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from mla_tune.integrations.process import Process
 from mla_tune.integrations.seams import Hooks, Seam, installed_version
-from mla_tune.integrations.sglang_process import Process
 from mla_tune.ranks import agree
 from mla_tune.runtime import Dispatcher
 from mla_tune.serving import Service
