@@ -79,7 +79,13 @@ def test_spawned_children_get_the_hooks_and_a_process_without_a_backend_only_wha
     assert parent.startswith("parent False")
     assert loaded <= {
         *("mla_tune", "mla_tune.errors", "mla_tune.integrations", "mla_tune.integrations.post_import"),
-        *("mla_tune.integrations.sglang", "mla_tune.site", "mla_tune.switches", "yaml"),  # yaml is the engine's
+        *(
+            "mla_tune.integrations.sglang",
+            "mla_tune.provider",
+            "mla_tune.site",
+            "mla_tune.switches",
+            "yaml",
+        ),  # yaml is the engine's
     }
 
 

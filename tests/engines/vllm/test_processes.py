@@ -76,7 +76,14 @@ def test_spawned_children_get_the_hooks_and_a_process_without_a_backend_only_wha
     child, parent = done.stdout.strip().split("\n")[-2:]
     assert child == "child False mla_tune.integrations.vllm_mixed mla_tune.integrations.vllm_v4"
     assert set(parent.split()[1:]) <= {
-        *("mla_tune", "mla_tune.errors", "mla_tune.site", "mla_tune.switches", "mla_tune.integrations"),
+        *(
+            "mla_tune",
+            "mla_tune.errors",
+            "mla_tune.provider",
+            "mla_tune.site",
+            "mla_tune.switches",
+            "mla_tune.integrations",
+        ),
         *("mla_tune.integrations.post_import", "mla_tune.integrations.vllm"),
     }
 
