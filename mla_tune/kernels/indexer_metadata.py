@@ -35,9 +35,9 @@ def paged_mqa_logits_metadata(
 
     An SM without work, and the last entry, start at ``(rows, 0)``. ``block_kv`` (32 or 64 tokens a page) is only
     checked: a split is a whole number of either. One launch, and one compiled kernel for any number of rows above 256: each
-    of the ``num_sms + 1`` programs reads all ``4 * rows`` bytes (from the L2 but for the first; 17 MB in all for 32768
-    rows and 132 SMs, 1.2 us at 64 bytes a clock and SM), finds its own entry, and writes 8 bytes. Latency is the bound:
-    the launch, one round of loads up to 32768 rows, a scan. Raises :class:`UsageError`.
+    program reads all ``4 * rows`` bytes (from the L2 but for the first; 2 MB in all for 32768 rows and 132 SMs, with 8
+    entries a program), finds its entries, and writes 8 bytes for each. Latency is the bound: the launch, one round of loads
+    up to 32768 rows, a scan. Raises :class:`UsageError`.
     """
     out = _checked_out(context_lens, block_kv, num_sms, out)
     if choose_backend(context_lens, backend) is Backend.TORCH:

@@ -2,9 +2,9 @@
 """Triton kernels: the schedule of the paged indexer kernel, for any number of rows in one launch.
 
 A program computes a few entries and reads all rows for them: 4 bytes a row. A grid-wide scan would read them once, at the
-price of a grid-wide wait; one program for each entry reads 17 MB from the L2 for 32768 rows and 132 SMs, 3 us at the
-5.5 TB/s that an H100's or H200's L2 gives, and has one program more than there are SMs. With 8 entries a program it is
-2 MB, and 1.2 us for each program at 64 bytes a clock. What bounds the time then is latency: rounds of loads that wait for
+price of a grid-wide wait; one program for each entry reads 17 MB from the L2 for 32768 rows and 132 SMs, and has one
+program more than there are SMs. With 8 entries a program it is 2 MB, and 1.2 us for each program at 64 bytes a clock of
+1.75 GHz. What bounds the time then is latency: rounds of loads that wait for
 each other, and, with a cold L2, the kernel's own instructions. So up to :data:`SMALL_ROWS` rows go to a kernel of one
 round and one warp with a fifth of the code, and the other one reads as many rows in a round as its registers hold.
 """

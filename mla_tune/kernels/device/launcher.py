@@ -2,7 +2,8 @@
 """Launching Triton kernels with little work on the host.
 
 Triton's own launch binds every argument to its name, builds a key of strings from all of them and asks the driver about
-every pointer: 2 us an argument, and more than 100 us for a kernel of 48 arguments. Here the key is a tuple of what Triton
+every pointer: 119 us on the host of an H100 for the fused preparation, which has 48 arguments, 28 to 31 us on an H200's with
+what follows. Here the key is a tuple of what Triton
 specializes on (dtypes, alignment to 16 bytes, integers that are 1, multiples of 16 or wider than 32 bits, the constants),
 and what was compiled for it is launched by address. Whatever is not known yet goes through Triton.
 """
@@ -66,7 +67,7 @@ class Launcher:
         )
 
     def _bind(self, arguments: tuple[Argument, ...]) -> tuple[list[Any], tuple[object, ...]]:
-        """Arguments as the driver takes them, and what Triton compiles for: every line here costs a launch 1 us."""
+        """Arguments as the driver takes them, and what Triton compiles for; a third of a launch's time on the host is spent here."""
         found: list[Any] = [a if a is None or type(a) is int else a.data_ptr() for a in arguments]  # type: ignore[union-attr]
         kinds = [a if a is None else False if type(a) is int else a.dtype for a in arguments]  # type: ignore[union-attr]
         bits = 0
