@@ -11,7 +11,6 @@ from pathlib import Path
 
 from mla_tune.cli.places import make_folder
 from mla_tune.cli.wishes import NO_WISHES, Wishes
-from mla_tune.engine import VARIANTS
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.learn.acquire import doubts
 from mla_tune.learn.costs import CostModel
@@ -100,8 +99,7 @@ def run_sweep(
     plan: Plan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
 ) -> list[Report]:
     """Measure the plan, then where its curves say that more is worth knowing; a report for each round."""
-    without = () if plan.preset.variants else VARIANTS
-    first = sweep.run(database, plan.points, budget_s, on_progress, without)
+    first = sweep.run(database, plan.points, budget_s, on_progress, plan.preset.without)
     if first.left or plan.conditions.overlap:  # what follows is of independent selections
         return [first]
     if not plan.preset.dense:
@@ -128,7 +126,7 @@ def _adaptive_rounds(
         points = doubtful_points(costs, plan)
         if not points:
             return
-        yield sweep.run(database, points, left_s, on_progress, () if plan.preset.variants else VARIANTS)
+        yield sweep.run(database, points, left_s, on_progress, plan.preset.without)
 
 
 def doubtful_points(costs: CostModel, plan: Plan) -> list[Point]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -34,6 +35,7 @@ from mla_tune.sweep.preset import find_preset
 
 if TYPE_CHECKING:
     from mla_tune.cli.pipeline import Measured, Plan
+    from mla_tune.store.tuned import Tuned
     from mla_tune.sweep.runner import Sweep
 
 _MOST_REPEATS = 9
@@ -136,7 +138,9 @@ def _sweep(request: _Request) -> None:
     for output in request.outputs():  # now, not after minutes of measuring
         make_folder(output)
     export, policy = request.export, request.policy
-    first, *others = [_measure(request, path) for path in request.databases()]
+    path, *repeats_at = request.databases()
+    first = _measure(request, path)
+    others = [_measure(request, path, _tuned(first)) for path in repeats_at]  # with the first one's launch parameters
     if request.fits:
         pipeline.export(first.path, first.environment, export)
     if not request.as_json:
@@ -161,8 +165,16 @@ def _sweep(request: _Request) -> None:
         render.next_command(fitted.policy, policy)
 
 
-def _measure(request: _Request, path: Path) -> Measured:
-    """One sweep into the database at ``path``."""
+def _tuned(measured: Measured) -> list[Tuned]:
+    """Launch parameters that a sweep ran with."""
+    from mla_tune.store.database import Database
+
+    with Database.open(measured.path, create=False) as database:
+        return database.tuned(measured.environment.id)
+
+
+def _measure(request: _Request, path: Path, tuned: Sequence[Tuned] = ()) -> Measured:
+    """One sweep into the database at ``path``, which takes over ``tuned``."""
     from mla_tune.cli import pipeline
     from mla_tune.store.database import Database
     from mla_tune.store.lock import sweep_lock
@@ -172,6 +184,7 @@ def _measure(request: _Request, path: Path) -> Measured:
     kind, timeout_s = request.device.kind, request.timeout_s
     with sweep_lock(path), Database.open(path) as database:
         with Sweep(kind, timeout_s, sampling_s=request.plan.preset.sampling_s) as worker:
+            database.record_tuned(worker.environment, tuned)
             conditions = replace(request.plan.conditions, provider=_provider(worker, request.provider))
             plan = pipeline.under(request.plan, conditions)
             with device_output.live_progress(quiet=request.as_json) as on_progress:

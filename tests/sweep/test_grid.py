@@ -21,6 +21,7 @@ from mla_tune.sweep.grid import (
     cpu_grid,
     gpu_grid,
     grid_points,
+    seed_points,
     verification_points,
 )
 from tests.shapes import every_site
@@ -116,6 +117,13 @@ def test_a_budget_that_ends_after_a_third_has_points_to_fit_and_to_judge_every_a
     points = grid_points(grid, MODELS.values(), [SiteName.PREFILL_ATTENTION], SEED)
     seen = {(point.site, point.role) for point in points[: len(points) // 3]}
     assert seen == {(site, role) for site in every_site(SiteName.PREFILL_ATTENTION) for role in Role}
+
+
+@grids
+def test_an_adaptive_sweep_measures_all_seeds_before_anything_that_judges(grid: Grid) -> None:
+    roles = [point.role for point in seed_points(grid, MODELS.values(), SiteName, SEED)]
+    assert roles == sorted(roles, key=lambda role: role is Role.HELD_OUT)
+    assert set(roles) == set(Role)
 
 
 @grids

@@ -21,6 +21,7 @@ from mla_tune.stages import stages
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Outcome, Role
 from mla_tune.sweep.grid import Point
+from mla_tune.sweep.preset import FULL, QUICK
 from mla_tune.sweep.runner import Progress, Sweep
 from tests.command import ENVIRONMENT, is_running, wait_until_gone
 from tests.conftest import HAS_CUDA
@@ -59,6 +60,18 @@ def test_a_second_run_measures_only_what_is_missing(sweep: Sweep, database: Data
     assert (second.points, second.already_done, second.left) == (1, 2, 0)
     kept = [row for row in database.measurements(first.environment.id) if row.shape != POINTS[2].shape]
     assert kept == stored
+
+
+def test_what_a_sweep_goes_without_is_measured_by_the_next_that_does_not(sweep: Sweep, database: Database) -> None:
+    def candidates() -> set[str]:
+        return {row.candidate for row in database.measurements(sweep.environment.id)}
+
+    everything = {name for point in POINTS for name in point.site.candidates}
+    sweep.run(database, POINTS, without=QUICK.without)
+    assert candidates() == everything - {"sparse_fwd_fused", "sparse_fwd_selected"} != everything
+    assert FULL.without == ()
+    sweep.run(database, POINTS, without=FULL.without)
+    assert candidates() == everything
 
 
 def test_every_part_of_every_candidate_is_stored_with_its_role(sweep: Sweep, database: Database) -> None:
