@@ -16,7 +16,7 @@ from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.launch import Backend
-from mla_tune.kernels.prepare import IndexJob, RowsJob, prepare_rows
+from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
 from mla_tune.kernels.select import compact_selected, mark_selected
 from mla_tune.kernels.slot_ids import build_compressed_row_ids
 from mla_tune.kernels.workspace import present
@@ -152,8 +152,11 @@ def metadata_case(context_lens: torch.Tensor, sm_count: int) -> KernelCase:
     return KernelCase(run, (out,), context_lens.nbytes + out.nbytes)
 
 
-def prepare_case(inputs: AttentionInputs) -> KernelCase:
-    """Compressed rows, window rows and indices of a c4a layer."""
+def prepare_case(inputs: AttentionInputs, layered: bool = False) -> KernelCase:
+    """Compressed rows, window rows and indices of a c4a layer.
+
+    Each run binds the preparation anew; with ``layered`` only the first does, and a run gives what a layer has of its own.
+    """
     compressed, window, topk = present(inputs.compressed), present(inputs.window), inputs.topk_indices
     if topk is None:
         raise ValueError(f"{inputs.site.key} has no top-k selection")
@@ -180,8 +183,14 @@ def prepare_case(inputs: AttentionInputs) -> KernelCase:
         topk=inputs.site.topk or 0,
     )
 
+    bound: dict[tuple[Config | None, Backend | None], Preparation] = {}
+
     def run(config: Config | None, backend: Backend | None) -> None:
-        prepare_rows(*jobs, indices, config if isinstance(config, PrepareConfig) else None, backend)
+        if not layered or (config, backend) not in bound:
+            given = config if isinstance(config, PrepareConfig) else None
+            bound[config, backend] = Preparation(*jobs, indices, given, backend)
+        own = (compressed.data, window.data, topk) if layered else ()
+        bound[config, backend].run(*own)
 
     row_bytes = compressed.fmt.bytes_per_token + 2 * compressed.fmt.head_dim
     moved = inputs.work.rows * row_bytes + topk.nbytes + indices.out.nbytes

@@ -6,7 +6,7 @@ Small shapes are bound by launches, not by bytes: at 64 query tokens and 8K cont
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -74,32 +74,86 @@ class IndexJob:
         return SWA_WINDOW
 
 
-def prepare_rows(
-    compressed: RowsJob | None,
-    window: RowsJob | None,
-    indices: IndexJob | None = None,
-    config: PrepareConfig | None = None,
-    backend: Backend | None = None,
-) -> None:
-    """Dequantize the rows of both caches (one may be absent) and combine ``indices``, which need both.
+Alike = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+"""What a layer's tensor has in common with the one bound: dtype, device, shape and strides."""
 
-    Equal to the slot ids, :func:`~mla_tune.kernels.dequantize.dequantize_k_cache_paged` and
+
+class Preparation:
+    """One preparation, bound once and run at every layer of a forward.
+
+    What the layers share (page tables, positions, the workspace) is checked and looked up here. Dequantizes the rows of
+    both caches (one may be absent) and combines ``indices``, which need both. Equal to the slot ids,
+    :func:`~mla_tune.kernels.dequantize.dequantize_k_cache_paged` and
     :func:`~mla_tune.kernels.combine.combine_topk_swa_indices` one after the other. A row moves the same bytes less the
-    8 of its slot, plus the ends of the requests from the L2. Raises :class:`UsageError` where there is nothing to do, or
-    the caches differ in their format.
+    8 of its slot, plus the ends of the requests from the L2.
     """
-    jobs = [job for job in (compressed, window) if job is not None]
-    if not jobs or (indices is not None and len(jobs) < 2):
-        raise UsageError("a preparation needs rows of one cache at least, and of both with indices: got fewer")
-    if jobs[0].fmt != jobs[-1].fmt:
-        raise UsageError(f"both caches must have one format: got {jobs[0].fmt.name} and {jobs[-1].fmt.name}")
-    if choose_backend(jobs[0].out, backend) is Backend.TORCH:
-        _prepare_torch(compressed, window, indices)
-        return
-    from mla_tune.kernels.device import prepare as device
 
-    rows = sum(job.out.shape[0] for job in jobs)
-    device.launch(compressed, window, indices, config or DEFAULT_LAUNCHES.prepare(rows))
+    def __init__(
+        self,
+        compressed: RowsJob | None,
+        window: RowsJob | None,
+        indices: IndexJob | None = None,
+        config: PrepareConfig | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        """Raises :class:`UsageError` where there is nothing to do, or the caches differ in their format."""
+        jobs = [job for job in (compressed, window) if job is not None]
+        if not jobs or (indices is not None and len(jobs) < 2):
+            raise UsageError("a preparation needs rows of one cache at least, and of both with indices: got fewer")
+        if jobs[0].fmt != jobs[-1].fmt:
+            raise UsageError(f"both caches must have one format: got {jobs[0].fmt.name} and {jobs[-1].fmt.name}")
+        self._jobs = (compressed, window, indices)
+        self._alike = (
+            _alike(compressed.cache if compressed else None),
+            _alike(window.cache if window else None),
+            _alike(indices.topk_indices if indices else None),
+        )
+        self._torch = choose_backend(jobs[0].out, backend) is Backend.TORCH
+        if not self._torch:
+            from mla_tune.kernels.device import prepare as device
+
+            rows = sum(job.out.shape[0] for job in jobs)
+            self._bound = device.bind(compressed, window, indices, config or DEFAULT_LAUNCHES.prepare(rows))
+            self._places = (device.CACHE, device.WINDOW_CACHE, device.TOPK_INDICES)
+
+    def run(
+        self,
+        cache: torch.Tensor | None = None,
+        window_cache: torch.Tensor | None = None,
+        topk_indices: torch.Tensor | None = None,
+    ) -> None:
+        """Prepare one layer: with its own caches and selection, or with those of the jobs where it gives none.
+
+        They must be like those of the jobs in shape, strides and dtype; :class:`UsageError` if not.
+        """
+        own = [(at, tensor) for at, tensor in enumerate((cache, window_cache, topk_indices)) if tensor is not None]
+        for at, tensor in own:
+            _check_alike(self._alike[at], tensor)
+        if self._torch:
+            compressed, window, indices = self._jobs
+            _prepare_torch(
+                compressed and replace(compressed, cache=compressed.cache if cache is None else cache),
+                window and replace(window, cache=window.cache if window_cache is None else window_cache),
+                indices
+                and replace(indices, topk_indices=indices.topk_indices if topk_indices is None else topk_indices),
+            )
+        elif self._bound is not None:
+            self._bound(tuple([(self._places[at], tensor) for at, tensor in own]))
+
+
+def _alike(tensor: torch.Tensor | None) -> Alike | None:
+    return None if tensor is None else (tensor.dtype, tensor.device, tensor.shape, tensor.stride())
+
+
+def _check_alike(bound: Alike | None, own: torch.Tensor) -> None:
+    if bound is None:
+        raise UsageError("a layer may give what its preparation was bound to: got a tensor that it has no use for")
+    if _alike(own) != bound:
+        dtype, device, shape, strides = bound
+        raise UsageError(
+            f"a layer's tensor must be like the one bound, {dtype} {tuple(shape)} on {device} with strides {strides}: "
+            f"got {own.dtype} {tuple(own.shape)} on {own.device} with strides {own.stride()}"
+        )
 
 
 def _prepare_torch(compressed: RowsJob | None, window: RowsJob | None, indices: IndexJob | None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from mla_tune.kernels.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepare import IndexJob, RowsJob, prepare_rows
+from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.workspace import SparseWorkspace
 from mla_tune.launch import DEFAULT_LAUNCHES, Launches
@@ -23,11 +23,8 @@ def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launche
     # Slots are looked up on the way: nobody needs a list of them.
     bound.scratch = tuple(t for t in bound.scratch if t is not bound.row_slots and t is not bound.window_slots)
     del bound.row_slots, bound.window_slots
-    compressed, window, indices = _compressed(bound), _window(bound), _indices(bound)
-    config = launches.prepare(inputs.work.rows)
-    return bound.prepared(
-        "sparse_fwd_fused", bound.runs() | {"prepare": lambda: prepare_rows(compressed, window, indices, config)}
-    )
+    preparation = Preparation(_compressed(bound), _window(bound), _indices(bound), launches.prepare(inputs.work.rows))
+    return bound.prepared("sparse_fwd_fused", bound.runs() | {"prepare": preparation.run})
 
 
 def _compressed(bound: SparseWorkspace) -> RowsJob | None:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder, PagedCache
-from mla_tune.kernels.prepare import IndexJob, RowsJob, prepare_rows
+from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
 from mla_tune.kernels.reference import (
     combine_reference,
     compressed_row_ids_reference,
@@ -74,7 +74,7 @@ def test_one_launch_prepares_what_the_references_say(
     inputs = InputBuilder(torch.device(target.device), seed=1).attention(LAYERS[layer], shape)
     compressed, window = rows_job(inputs, inputs.compressed, False), rows_job(inputs, inputs.window, True)
     indices = index_job(inputs)
-    prepare_rows(compressed, window, indices, config, target.backend)
+    Preparation(compressed, window, indices, config, target.backend).run()
     for job, windowed in ((compressed, False), (window, True)):
         if job is not None:
             assert_equal(job.out, expected_rows(job, windowed), target)
@@ -82,6 +82,43 @@ def test_one_launch_prepares_what_the_references_say(
         out, lengths = expected_indices(indices, layer)
         assert torch.equal(indices.out, out)
         assert torch.equal(indices.out_lengths, lengths)
+
+
+@pytest.mark.parametrize("layer", list(LayerType))
+@given(shape=shapes(max_reqs=3, max_extend=4, max_context=40), layers=st.integers(2, 3))
+@settings(max_examples=4)
+def test_each_layer_is_prepared_from_its_own_caches_and_selection(
+    target: Target, layer: LayerType, shape: Shape, layers: int
+) -> None:
+    builds = [InputBuilder(torch.device(target.device), seed).attention(LAYERS[layer], shape) for seed in range(layers)]
+    first = builds[0]
+    compressed, window = rows_job(first, first.compressed, False), rows_job(first, first.window, True)
+    indices = index_job(first)
+    preparation = Preparation(compressed, window, indices, None, target.backend)
+    for own in (*builds, first):
+        cache, window_cache = (kept.data if kept else None for kept in (own.compressed, own.window))
+        topk = own.topk_indices if indices else None
+        preparation.run(cache, window_cache, topk)
+        for job, windowed, data in ((compressed, False, cache), (window, True, window_cache)):
+            if job is not None and data is not None:
+                assert_equal(job.out, expected_rows(replace(job, cache=data), windowed), target)
+        if indices is not None and topk is not None:
+            out, lengths = expected_indices(replace(indices, topk_indices=topk), layer)
+            assert torch.equal(indices.out, out)
+            assert torch.equal(indices.out_lengths, lengths)
+
+
+def test_a_layer_whose_tensors_differ_from_those_bound_is_refused_in_one_line() -> None:
+    inputs = InputBuilder(torch.device("cpu")).attention(LAYERS[LayerType.DSA], Shape(2, 4, 300))
+    compressed = rows_job(inputs, inputs.compressed, False)
+    assert compressed is not None
+    preparation, cache = Preparation(compressed, None), compressed.cache
+    for own in (cache[:-1], cache.int(), cache.T.contiguous().T):
+        with pytest.raises(UsageError, match=r"must be like the one bound, torch.uint8 .*: got torch\.") as error:
+            preparation.run(own)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UsageError, match="it has no use for"):
+        preparation.run(None, cache)
 
 
 def expected_indices(job: IndexJob, layer: LayerType) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,8 +132,8 @@ def test_wrong_arguments_are_refused_in_one_line() -> None:
     indices = index_job(inputs)
     assert compressed is not None
     wrong_calls: list[Callable[[], object]] = [
-        lambda: prepare_rows(None, None, None),
-        lambda: prepare_rows(compressed, None, indices),
+        lambda: Preparation(None, None, None),
+        lambda: Preparation(compressed, None, indices),
         lambda: replace(compressed, lens=compressed.lens[:1]),
         lambda: replace(compressed, out=compressed.out.float()),
         lambda: replace(compressed, out=compressed.out[:, :500]),

@@ -47,24 +47,32 @@ class Launcher:
         self, grid: tuple[int, ...], arguments: tuple[Argument, ...], constants: Mapping[str, Any], num_warps: int
     ) -> None:
         """Launch ``grid`` (one to three sizes) programs of ``num_warps`` warps."""
+        self.bind(grid, arguments, constants, num_warps)()
+
+    def bind(
+        self, grid: tuple[int, ...], arguments: tuple[Argument, ...], constants: Mapping[str, Any], num_warps: int
+    ) -> Bound:
+        """The same launch, to be made any number of times while the memory of its tensors stays theirs."""
+        return Bound(self, grid, arguments, constants, num_warps, *(self._bind(arguments) if self._names else ([], ())))
+
+    def compiled(self, bound: Bound, device: int) -> Any:
+        """What Triton compiled for ``bound``; None if it did not yet."""
+        return self._compiled.get((bound.kinds, bound.num_warps, device, bound.values))
+
+    def through_triton(self, bound: Bound) -> None:
+        """Triton's own launch; what it compiled is kept (in its interpreter there is nothing)."""
         if not self._names:
-            self._kernel[grid](*arguments, **constants, num_warps=num_warps)
+            self._kernel[bound.grid](*bound.arguments, **bound.constants, num_warps=bound.num_warps)
             return
-        addresses, kinds = self._bind(arguments)
-        values = constants.values()
-        driver = triton.runtime.driver.active
-        device = driver.get_current_device()
-        key = (kinds, num_warps, device, *values)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            self._check_order(arguments, constants)
-            self._compiled[key] = self._kernel[grid](*arguments, **constants, num_warps=num_warps)
-            return
-        # As Triton calls it, its hooks left out: what they are for (Proton) is too slow for what this is for.
-        stream, hooks = driver.get_current_stream(device), (None, None, None)
-        compiled.run(
-            *(*grid, 1, 1)[:3], stream, compiled.function, compiled.packed_metadata, *hooks, *addresses, *values
-        )
+        self._check_order(bound.arguments, bound.constants)
+        device = triton.runtime.driver.active.get_current_device()
+        compiled = self._kernel[bound.grid](*bound.arguments, **bound.constants, num_warps=bound.num_warps)
+        self._compiled[bound.kinds, bound.num_warps, device, bound.values] = compiled
+
+    @property
+    def interprets(self) -> bool:
+        """Whether Triton's interpreter runs the kernel: nothing is compiled then, and there may be no device."""
+        return not self._names
 
     def _bind(self, arguments: tuple[Argument, ...]) -> tuple[list[Any], tuple[object, ...]]:
         """Arguments as the driver takes them, and what Triton compiles for: a third of a launch's time on the host."""
@@ -86,6 +94,79 @@ class Launcher:
         expected = self._names[len(arguments) :]
         if tuple(constants) != expected:
             raise TypeError(f"constants of {self._kernel.__name__} must be {expected}: got {tuple(constants)}")
+
+
+class Bound:
+    """A launch whose arguments were looked at once; :meth:`Launcher.bind` makes it.
+
+    What the layers of a forward share is not bound again at each of them: a layer gives the few tensors of its own.
+    """
+
+    __slots__ = (
+        "_addresses",
+        "_compiled",
+        "_launcher",
+        "arguments",
+        "constants",
+        "grid",
+        "kinds",
+        "num_warps",
+        "values",
+    )
+
+    def __init__(
+        self,
+        launcher: Launcher,
+        grid: tuple[int, ...],
+        arguments: tuple[Argument, ...],
+        constants: Mapping[str, Any],
+        num_warps: int,
+        addresses: list[Any],
+        kinds: tuple[object, ...],
+    ) -> None:
+        self._launcher, self._addresses, self.kinds = launcher, addresses, kinds
+        self._compiled: dict[int, Any] = {}
+        self.arguments, self.constants, self.values = arguments, constants, tuple(constants.values())
+        self.grid, self.num_warps = (*grid, 1, 1)[:3], num_warps
+
+    def __call__(self, changed: tuple[tuple[int, torch.Tensor], ...] = ()) -> None:
+        """Launch, with the tensors ``changed`` in the place of those bound at their positions."""
+        launcher = self._launcher
+        if changed and (launcher.interprets or not self._alike(changed)):
+            self._with(changed)()
+            return
+        if launcher.interprets:
+            launcher.through_triton(self)
+            return
+        driver = triton.runtime.driver.active
+        device = driver.get_current_device()
+        compiled = self._compiled.get(device) or launcher.compiled(self, device)
+        if compiled is None:
+            launcher.through_triton(self._with(changed) if changed else self)
+            return
+        self._compiled[device] = compiled
+        addresses = self._addresses
+        if changed:
+            addresses = addresses.copy()
+            for at, tensor in changed:
+                addresses[at] = tensor.data_ptr()
+        # As Triton calls it, its hooks (the three None) left out: what they are for is too slow for what this is for.
+        packed, hooks = compiled.packed_metadata, (None, None, None)
+        stream = driver.get_current_stream(device)
+        compiled.run(*self.grid, stream, compiled.function, packed, *hooks, *addresses, *self.values)
+
+    def _alike(self, changed: tuple[tuple[int, torch.Tensor], ...]) -> bool:
+        """Whether Triton sees no difference: the same dtypes, and addresses as well aligned."""
+        return all(
+            tensor.dtype is self.kinds[at] and (tensor.data_ptr() ^ self._addresses[at]) % _ALIGNMENT == 0
+            for at, tensor in changed
+        )
+
+    def _with(self, changed: tuple[tuple[int, torch.Tensor], ...]) -> Bound:
+        arguments = list(self.arguments)
+        for at, tensor in changed:
+            arguments[at] = tensor
+        return self._launcher.bind(self.grid, tuple(arguments), self.constants, self.num_warps)
 
 
 def _integer_kind(value: int) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from mla_tune.kernels.device.combine import combine_tokens
-from mla_tune.kernels.device.launcher import Launcher
+from mla_tune.kernels.device.launcher import Bound, Launcher
 from mla_tune.kernels.device.rows import constants_of, dequantize_rows, layout_of, requests_of, slots_of
 from mla_tune.kernels.prepare import IndexJob, RowsJob
 from mla_tune.launch import PrepareConfig
@@ -142,14 +142,20 @@ def _prepare(
         )  # fmt: skip
 
 
-_launch = Launcher(_prepare)
+_launcher = Launcher(_prepare)
 
 
-def launch(compressed: RowsJob | None, window: RowsJob | None, indices: IndexJob | None, config: PrepareConfig) -> None:
-    """One launch; arguments as of :func:`mla_tune.kernels.prepare.prepare_rows`, checked there."""
+CACHE, WINDOW_CACHE, TOPK_INDICES = 0, 7, 15
+"""Positions of the arguments that every layer has its own of."""
+
+
+def bind(
+    compressed: RowsJob | None, window: RowsJob | None, indices: IndexJob | None, config: PrepareConfig
+) -> Bound | None:
+    """One launch; arguments as of :class:`mla_tune.kernels.prepare.Preparation`, checked there. None: nothing to do."""
     first, last = compressed or window, window or compressed
     if first is None or last is None:
-        return
+        return None
     rows = config.rows_per_program
     programs = -(-first.out.shape[0] // rows)
     if last is not first:
@@ -158,9 +164,9 @@ def launch(compressed: RowsJob | None, window: RowsJob | None, indices: IndexJob
         tokens, width = indices.out.shape
         programs += -(-tokens // config.tokens_per_program) * -(-width // config.columns_per_program)
     if programs == 0:
-        return
+        return None
     window_layout = layout_of(last.fmt, last.page_size)
-    _launch(
+    return _launcher.bind(
         (programs,),
         (*_row_arguments(compressed), *_row_arguments(window), first.lens.shape[0], *_index_arguments(indices)),
         constants_of(first.fmt, first.page_size)
