@@ -22,7 +22,7 @@ from mla_tune.errors import PolicyError
 from mla_tune.policy_evidence import Modelled, TrafficWeights, Uncertainty, WorkspaceCap, header_lines
 from mla_tune.policy_kernels import KernelConfig
 from mla_tune.policy_rules import problems
-from mla_tune.policy_yaml import REBUILD, line_of, read_yaml, shown, write_yaml
+from mla_tune.policy_text import REBUILD, read_written, shown, write_yaml
 
 SCHEMA_VERSION = 2
 MAX_POLICY_BYTES = 1 << 20
@@ -229,15 +229,9 @@ def read_policy_file(path: str | os.PathLike[str]) -> bytes:
 def parse_policy(data: bytes, source: str) -> Policy:
     """The policy in ``data``, checked; ``source`` names the file in errors. Raises :class:`PolicyError`."""
     text = _decode(data, source)
-    raw = read_yaml(text, source)
-    _check_schema(raw, source)
-    try:
-        policy = msgspec.convert(raw, Policy, strict=True)
-    except msgspec.ValidationError as error:
-        rule, _, place = str(error).partition(" - at `$")
-        path = place.strip("`.")
-        got = "" if rule.startswith("Object") else f" ({shown(_value_at(raw, path))})"
-        raise _error(text, source, path, f"does not fit schema {SCHEMA_VERSION}: {rule}{got}") from None
+    policy = _as_written(text)
+    if policy is None:
+        policy = _as_yaml(text, source)
     problem = next(problems(policy), None)
     if problem is not None:
         raise _error(text, source, problem.path, problem.text)
@@ -294,6 +288,32 @@ def _decode(data: bytes, source: str) -> str:
         raise PolicyError(f"{source}:{line}: must be UTF-8: got byte 0x{byte:02x}; {REBUILD}") from None
 
 
+def _as_written(text: str) -> Policy | None:
+    """The policy in a text that this version wrote; None for any other, valid or not."""
+    raw = read_written(text)
+    if raw is None or raw.get("schema") != SCHEMA_VERSION:
+        return None
+    try:
+        return msgspec.convert(raw, Policy, strict=True)
+    except msgspec.ValidationError:
+        return None
+
+
+def _as_yaml(text: str, source: str) -> Policy:
+    """The policy in any text, or what is wrong with it."""
+    from mla_tune.policy_yaml import read_yaml
+
+    raw = read_yaml(text, source)
+    _check_schema(raw, source)
+    try:
+        return msgspec.convert(raw, Policy, strict=True)
+    except msgspec.ValidationError as error:
+        rule, _, place = str(error).partition(" - at `$")
+        path = place.strip("`.")
+        got = "" if rule.startswith("Object") else f" ({shown(_value_at(raw, path))})"
+        raise _error(text, source, path, f"does not fit schema {SCHEMA_VERSION}: {rule}{got}") from None
+
+
 def _check_schema(raw: Any, source: str) -> None:
     """The version first: a newer file should ask for an upgrade, not complain about a key that we don't know."""
     if not isinstance(raw, dict):
@@ -308,6 +328,8 @@ def _check_schema(raw: Any, source: str) -> None:
 
 
 def _error(text: str, source: str, path: str, rule: str) -> PolicyError:
+    from mla_tune.policy_yaml import line_of
+
     line = line_of(text, path)
     return PolicyError(f"{source}:{line}: {path or 'the file'} {rule}; {REBUILD}")
 

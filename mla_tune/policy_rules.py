@@ -6,12 +6,13 @@ import math
 import re
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
 
 from mla_tune.engine import Engine, engine_choice, engine_heads, table_engine
 from mla_tune.policy_kernels import kernel_config_fault
-from mla_tune.policy_yaml import MAX_INT64, shown
+from mla_tune.policy_text import MAX_INT64, shown
 from mla_tune.provider import is_provider_key
 from mla_tune.site import FORWARD, MODELS, OVERLAPS, ModelConfig, SiteName
 from mla_tune.threshold import Threshold
@@ -157,16 +158,19 @@ def _keys(path: str, table: Table) -> Iterator[Problem]:
         yield Problem(f"{path}.h_q", f"must be one that {model.name} has there: got {table.h_q}; accepted: {accepted}")
 
 
+@cache
 def accepted_engines(site: SiteName, model: ModelConfig) -> tuple[Engine, ...]:
     """Engines that may have tables of their own for ``site`` and ``model``."""
     return tuple(engine for engine in Engine if table_engine(engine, site, model) is engine)
 
 
+@cache
 def accepted_heads(site: SiteName, model: ModelConfig, engine: Engine = Engine.SGLANG) -> tuple[int | None, ...]:
     """Head counts that tables of ``site`` and ``model`` may have; the one None where heads play no role."""
     return (None,) if site is SiteName.INDEXER_METADATA else engine_heads(engine, model)
 
 
+@cache
 def accepted_candidates(site: SiteName, model: ModelConfig, engine: Engine) -> tuple[str, ...]:
     """Candidates that ``engine`` can take somewhere in ``model``, sorted."""
     names = {name for layer in model.site_layers(site) for name in engine_choice(engine, site, layer).candidates}
@@ -228,10 +232,10 @@ def _crossing(path: str, table: Table) -> Iterator[Problem]:
             )
             for c in row.choices
         ]
-        for place, (before, after) in enumerate(pairwise(line.exactly_at(end) for line in lines), 1):
-            if after < before:
+        for place, (before, line) in enumerate(pairwise(lines), 1):
+            if line.is_below(before, end):
                 rule = "must stay above the threshold before it to the row's end, rounded as it is served"
-                yield Problem(f"{path}[{index}].choices[{place}].num_qo_tokens_to", f"{rule}: got {float(after):g}")
+                yield Problem(f"{path}[{index}].choices[{place}].num_qo_tokens_to", f"{rule}: got {line.at(end)}")
 
 
 def _choices(path: str, row: Row, candidates: Collection[str]) -> Iterator[Problem]:
@@ -246,25 +250,29 @@ def _choices(path: str, row: Row, candidates: Collection[str]) -> Iterator[Probl
     ends = [c.num_qo_tokens_from if c.num_qo_tokens_to is None else c.num_qo_tokens_to for c in choices]
     yield from _ascending(path, "num_qo_tokens_to", list(enumerate(ends)))
     for index, choice in enumerate(choices):
-        place = f"{path}[{index}]"
-        yield from _one_of(f"{place}.candidate", choice.candidate, candidates)
+        if choice.candidate not in candidates:
+            yield from _one_of(f"{path}[{index}].candidate", choice.candidate, candidates)
         if index and choice.candidate == choices[index - 1].candidate:
-            yield Problem(f"{place}.candidate", f"must differ from the choice before it: got {choice.candidate} twice")
-        yield from _evidence(place, choice, first=not index)
+            rule = "must differ from the choice before it"
+            yield Problem(f"{path}[{index}].candidate", f"{rule}: got {choice.candidate} twice")
+        if not (choice.bracket is choice.interval is choice.win is None):
+            yield from _evidence(f"{path}[{index}]", choice, first=not index)
 
 
 def _evidence(path: str, choice: Choice, *, first: bool) -> Iterator[Problem]:
     """What a choice says of its own threshold."""
-    factors = {"bracket": choice.bracket, "interval": choice.interval}
-    for name, pair in {**factors, "win": choice.win}.items():
-        if pair is not None and first:
-            yield Problem(f"{path}.{name}", f"must be absent on the first choice of a row: got {list(pair)}")
-    for name, pair in factors.items():
+    factors = (("bracket", choice.bracket), ("interval", choice.interval))
+    if first:
+        for name, pair in (*factors, ("win", choice.win)):
+            if pair is not None:
+                yield Problem(f"{path}.{name}", f"must be absent on the first choice of a row: got {list(pair)}")
+    for name, pair in factors:
         if pair is not None and not 0 <= pair[0] <= 1 <= pair[1] < math.inf:
             rule = "must be factors [low, high] around the threshold, with 0 <= low <= 1 <= high"
             yield Problem(f"{path}.{name}", f"{rule}: got {list(pair)}")
-    if choice.win is not None and not all(-1 < win < math.inf for win in choice.win):
-        yield Problem(f"{path}.win", f"must be two relative differences above -1: got {list(choice.win)}")
+    win = choice.win
+    if win is not None and not (-1 < win[0] < math.inf and -1 < win[1] < math.inf):
+        yield Problem(f"{path}.win", f"must be two relative differences above -1: got {list(win)}")
 
 
 def _held_out(path: str, held_out: HeldOut, *, measured: bool) -> Iterator[Problem]:

@@ -9,39 +9,19 @@ Built on PyYAML's event stream, so that nothing is resolved or constructed behin
 
 from __future__ import annotations
 
-import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from decimal import Decimal
 from typing import Any, NoReturn
 
 import yaml
 
 from mla_tune.errors import PolicyError
-
-Value = Any
-"""A tree of dict (string keys), list, str, int, float, bool and None."""
-
-MAX_DEPTH = 16
-"""Nesting that is read; the schema needs 8."""
-MAX_INT64 = 2**63 - 1
-REBUILD = "rebuild the file with `mla-tune fit`"
-"""The next step of every error about a file's content."""
+from mla_tune.policy_text import MAX_DEPTH, MAX_INT64, REBUILD, RESERVED, Value, shown
 
 _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 _INT = re.compile(r"-?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+")
 _CONSTANTS = {"true": True, "false": False, "null": None}
-# Words that some YAML reader takes for a boolean or a null, whatever their case.
-_RESERVED = frozenset({"y", "n", "yes", "no", "on", "off", "true", "false", "null"})
 _PLAIN_START = re.compile(r"[A-Za-z_/]")
-_PLAIN_WRITTEN = re.compile(r"[A-Za-z_/][A-Za-z0-9_./+-]*( [A-Za-z0-9_./+-]+)*")
-
-
-def shown(value: object) -> str:
-    """``value`` as an error prints it: on one line and short."""
-    text = repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def read_yaml(text: str, source: str) -> Value:
@@ -154,7 +134,7 @@ class _Reader:
             return float(text)
         if text in _CONSTANTS:
             return _CONSTANTS[text]
-        if not _PLAIN_START.match(text) or text.lower() in _RESERVED or not text.isprintable():
+        if not _PLAIN_START.match(text) or text.lower() in RESERVED or not text.isprintable():
             accepted = "decimal integers like 12, decimals like 1.25, true, false, null, words; quote any other string"
             self._refuse(
                 event, f"plain values must read the same in every YAML version: got {shown(text)}; accepted: {accepted}"
@@ -164,66 +144,3 @@ class _Reader:
     def _refuse(self, event: Any, rule: str) -> NoReturn:
         mark = event.start_mark
         raise PolicyError(f"{self._source}:{mark.line + 1}:{mark.column + 1}: {rule}")
-
-
-def write_yaml(
-    value: Mapping[str, Value], *, one_line: frozenset[str] = frozenset(), one_line_items: frozenset[str] = frozenset()
-) -> str:
-    """``value`` in block style, in its own key order, as text that :func:`read_yaml` reads back equal.
-
-    Values of the keys in ``one_line``, each item of the keys in ``one_line_items``, and lists of scalars are written in
-    flow style on one line. Raises :class:`PolicyError` for a string that is not one printable line.
-    """
-    return "".join(f"{line}\n" for line in _block(value, "", one_line, one_line_items))
-
-
-def _block(value: Mapping[str, Value], pad: str, one_line: frozenset[str], items: frozenset[str]) -> Iterator[str]:
-    for key, below in value.items():
-        if key in one_line or not _is_nested(below):
-            yield f"{pad}{key}: {_flow(below)}"
-        elif isinstance(below, Mapping):
-            yield f"{pad}{key}:"
-            yield from _block(below, f"{pad}  ", one_line, items)
-        else:
-            yield f"{pad}{key}:"
-            for item in below:
-                lines = iter([_flow(item)]) if key in items else _block(item, f"{pad}    ", one_line, items)
-                yield f"{pad}  - {next(lines).lstrip()}"
-                yield from lines
-
-
-def _is_nested(value: Value) -> bool:
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return any(isinstance(item, Mapping) for item in value)
-    return isinstance(value, Mapping) and bool(value)
-
-
-def _flow(value: Value) -> str:
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key}: {_flow(below)}" for key, below in value.items()) + "}"
-    if isinstance(value, str):
-        return _string(value)
-    if isinstance(value, Sequence):
-        return "[" + ", ".join(map(_flow, value)) + "]"
-    if isinstance(value, float):
-        return _decimal(value)
-    if value is None:
-        return "null"
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _decimal(value: float) -> str:
-    """All digits of ``value`` without an exponent; ``float`` reads them back to the same number."""
-    if not math.isfinite(value):
-        raise PolicyError(f"numbers of a policy must be finite: got {value}; fit again without that measurement")
-    digits = format(Decimal(float.__repr__(value)), "f")
-    return digits if "." in digits else f"{digits}.0"
-
-
-def _string(text: str) -> str:
-    if _PLAIN_WRITTEN.fullmatch(text) and text.lower() not in _RESERVED:
-        return text
-    if not text.isprintable():
-        raise PolicyError(f"strings of a policy must be one line of printable characters: got {shown(text)}")
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'

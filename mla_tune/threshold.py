@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from fractions import Fraction
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,9 +27,13 @@ class Threshold:
         """Least query tokens that reach the threshold."""
         return -(-(kv_tokens + self.offset) // self.per) if self.per else -self.offset
 
-    def exactly_at(self, kv_tokens: int) -> Fraction:
-        """The threshold itself, which no count need hit."""
-        return Fraction(kv_tokens + self.offset, self.per) if self.per else Fraction(-self.offset)
+    def is_below(self, other: Threshold, kv_tokens: int) -> bool:
+        """Whether this line is below ``other``'s there, to the fraction of a token, which no count need hit."""
+        (above, per), (other_above, other_per) = self._exactly_at(kv_tokens), other._exactly_at(kv_tokens)
+        return above * other_per < other_above * per
+
+    def _exactly_at(self, kv_tokens: int) -> tuple[int, int]:
+        return (kv_tokens + self.offset, self.per) if self.per else (-self.offset, 1)
 
     def below(self) -> str:
         """The Python expression that is true below the threshold."""

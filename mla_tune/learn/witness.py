@@ -172,8 +172,8 @@ class _Near:
 def _served(segments: tuple[Segment, ...], kv_tokens: Ends) -> tuple[Segment, ...]:
     """``segments`` with level thresholds, should rounding to integers make slanted ones pass each other in the row."""
     end = kv_tokens[1] or kv_tokens[0] + 1
-    lines = [Threshold.through((kv_tokens[0], end), (s.first, s.last)).exactly_at(end) for s in segments]
-    if lines == sorted(lines):
+    lines = [Threshold.through((kv_tokens[0], end), (s.first, s.last)) for s in segments]
+    if not any(line.is_below(before, end) for before, line in pairwise(lines)):
         return segments
     return tuple(Segment(s.candidate, s.first, s.first) for s in segments)
 

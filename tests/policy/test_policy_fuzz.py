@@ -6,12 +6,15 @@ import random
 from itertools import product
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import MlaTuneError
+from mla_tune.packaged import packaged_policies
 from mla_tune.policy import MAX_POLICY_BYTES, Limit, Policy, dump_policy, parse_policy
 from mla_tune.policy_rules import problems
+from mla_tune.policy_text import read_written
+from mla_tune.policy_yaml import read_yaml
 from mla_tune.runtime import Dispatcher
 from tests.policy.strategies import policy, table
 
@@ -52,6 +55,7 @@ FRAGMENTS = [
 
 def loads_or_refuses(data: bytes) -> bool:
     """Whether ``data`` was loaded; fails on anything but a valid policy or a one-line error of ours."""
+    reads_alike(data)
     refusal = ""
     try:
         loaded = parse_policy(data, "p.yaml")
@@ -63,6 +67,19 @@ def loads_or_refuses(data: bytes) -> bool:
     assert list(problems(loaded)) == []
     assert parse_policy(dump_policy(loaded), "again") == loaded
     answers_within_limits(loaded)
+    return True
+
+
+def reads_alike(data: bytes) -> bool:
+    """Whether the reader of what this project writes took ``data``; fails where it reads it otherwise than as YAML."""
+    try:
+        text = data.decode()
+    except UnicodeDecodeError:
+        return False
+    quick = read_written(text)
+    if quick is None:
+        return False
+    assert repr(quick) == repr(read_yaml(text, "p.yaml"))  # repr: 1, 1.0 and True are equal
     return True
 
 
@@ -110,6 +127,27 @@ def test_replaced_and_inserted_fragments_load_or_are_refused(edits: list[tuple[i
     for start, removed, inserted in edits:
         data = data[:start] + inserted + data[start + removed :]
     loads_or_refuses(data)
+
+
+PIECES = [
+    *("a: ", "b: ", "y: ", "null: ", "- ", "  ", "    ", "\n", "\n  ", "\na: ", "\nb:\n  "),
+    *("[", "]", "{", "}", ", ", ",", ":", '"', "#", "'", "/", "+", " ", "-", "."),
+    *("word", "two words", "e3", "1", "0", "1.5", "true", "null", "yes", "Null", "12345678901234567890"),
+]
+
+
+@settings(max_examples=3000, deadline=None)
+@given(st.lists(st.sampled_from(PIECES), max_size=14).map(lambda pieces: "a: " + "".join(pieces) + "\n"))
+@example("a: [word, two words]\nb:\n  - {a: 1, b: -1.5}\n  - {a: true}\n")
+@example("a: [1\nb: 2, 3]\n")
+@example('b:\n  - a: 1\n    b: [2]\n  - a: "y"\n')
+def test_the_reader_of_written_files_never_reads_another_value_than_yaml_has(text: str) -> None:
+    reads_alike(text.encode())
+
+
+def test_files_that_this_project_wrote_are_read_without_pyyaml() -> None:
+    written = (path.read_bytes() for path in packaged_policies().values())
+    assert all(map(reads_alike, (GOOD, LIMITED, *written)))
 
 
 @settings(max_examples=300, deadline=None)
