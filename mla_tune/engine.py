@@ -7,8 +7,9 @@ with all of them, which is another launch with another cost. Standard library on
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from mla_tune.site import WITH_KVCACHE_MIXED, LayerType, ModelConfig, SiteName, incumbent
 
@@ -30,8 +31,7 @@ FEW_HEADS = 32
 """Query heads a rank below which vLLM 0.33.0 changes its own choice for V3.2 (its ``MIN_HEADS_FOR_BF16_PREFILL``)."""
 
 
-@dataclass(frozen=True, slots=True)
-class EngineChoice:
+class EngineChoice(msgspec.Struct, frozen=True):
     """One engine at one site."""
 
     incumbent: str

@@ -2,7 +2,8 @@
 
 A kernel has one set of parameters for each *size class*: a range of the size that it is launched with (rows, query
 tokens). ``mla-tune tune`` finds them for a GPU, a policy carries them as ``kernel_config``, and whoever launches a kernel
-asks a :class:`Launches` for them. Standard library only: the policy's reader checks with it what it reads.
+asks a :class:`Launches` for them. The policy's reader checks with it what it reads, so every server imports it, and classes
+of msgspec are made in a tenth of the time that dataclasses take.
 """
 
 from __future__ import annotations
@@ -10,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
+
+import msgspec
 
 from mla_tune.errors import UsageError
 
@@ -23,8 +26,7 @@ def require_powers_of_two(**values: int) -> None:
             raise UsageError(f"{name} must be a power of two: got {value}; accepted: 1, 2, 4, 8, ...")
 
 
-@dataclass(frozen=True, slots=True)
-class DequantizeConfig:
+class DequantizeConfig(msgspec.Struct, frozen=True):
     """Launch of the dequantize kernel. The default is the fastest on an H200: 3.84 TB/s of a copy's 4.17, 2M rows."""
 
     rows_per_program: int = 4
@@ -42,8 +44,7 @@ class DequantizeConfig:
             require_powers_of_two(programs_per_sm=self.programs_per_sm)
 
 
-@dataclass(frozen=True, slots=True)
-class SlotIdsConfig:
+class SlotIdsConfig(msgspec.Struct, frozen=True):
     """Launch of the slot id kernel. The default is the fastest on an H200 at 16M rows of 64 requests (53 us)."""
 
     rows_per_program: int = 512
@@ -53,8 +54,7 @@ class SlotIdsConfig:
         require_powers_of_two(rows_per_program=self.rows_per_program, num_warps=self.num_warps)
 
 
-@dataclass(frozen=True, slots=True)
-class CombineConfig:
+class CombineConfig(msgspec.Struct, frozen=True):
     """Launch of the index combine kernel: ``tokens_per_program`` x ``columns_per_program`` indices in one step."""
 
     tokens_per_program: int = 8
@@ -73,8 +73,7 @@ class CombineConfig:
             require_powers_of_two(column_programs=self.column_programs)
 
 
-@dataclass(frozen=True, slots=True)
-class MetadataConfig:
+class MetadataConfig(msgspec.Struct, frozen=True):
     """Launch of the indexer metadata kernel: rows are split into ``tiles``, each read ``columns`` at a time.
 
     The default reads 8192 rows with one round of loads.
@@ -86,15 +85,14 @@ class MetadataConfig:
     entries_per_program: int = 8
 
     def __post_init__(self) -> None:
-        require_powers_of_two(**asdict(self))
+        require_powers_of_two(**msgspec.structs.asdict(self))
         if not 4 <= self.columns <= 256:
             raise UsageError(
                 f"columns must hold one 16-byte load, and their sum fit 32 bits: got {self.columns}; accepted: 4 to 256"
             )
 
 
-@dataclass(frozen=True, slots=True)
-class PrepareConfig:
+class PrepareConfig(msgspec.Struct, frozen=True):
     """Launch of the fused preparation: rows that a program dequantizes, and the tile of indices that it combines."""
 
     rows_per_program: int = 4
@@ -103,11 +101,10 @@ class PrepareConfig:
     columns_per_program: int = 128
 
     def __post_init__(self) -> None:
-        require_powers_of_two(**asdict(self))
+        require_powers_of_two(**msgspec.structs.asdict(self))
 
 
-@dataclass(frozen=True, slots=True)
-class SelectConfig:
+class SelectConfig(msgspec.Struct, frozen=True):
     """Launch of the two kernels that find the selected rows: entries marked, and rows compacted, by a program."""
 
     tokens_per_program: int = 4
@@ -116,7 +113,7 @@ class SelectConfig:
     num_warps: int = 4
 
     def __post_init__(self) -> None:
-        require_powers_of_two(**asdict(self))
+        require_powers_of_two(**msgspec.structs.asdict(self))
 
 
 Config = DequantizeConfig | SlotIdsConfig | CombineConfig | MetadataConfig | PrepareConfig | SelectConfig
@@ -124,8 +121,7 @@ Config = DequantizeConfig | SlotIdsConfig | CombineConfig | MetadataConfig | Pre
 _C = TypeVar("_C", bound=Config)
 
 
-@dataclass(frozen=True, slots=True)
-class SizeClass:
+class SizeClass(msgspec.Struct, frozen=True):
     """Sizes from ``size_from`` up to the next class, their default, and the size at which they are tuned."""
 
     size_from: int
@@ -133,8 +129,7 @@ class SizeClass:
     default: Config
 
 
-@dataclass(frozen=True, slots=True)
-class Kernel:
+class Kernel(msgspec.Struct, frozen=True):
     """One kernel whose launch can be tuned."""
 
     name: str
@@ -200,8 +195,7 @@ KERNELS: dict[str, Kernel] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class KernelLaunch:
+class KernelLaunch(msgspec.Struct, frozen=True):
     """Tuned parameters of one kernel in one size class."""
 
     kernel: str
@@ -265,7 +259,7 @@ DEFAULT_LAUNCHES = Launches()
 
 def parameters(config: Config) -> dict[str, int]:
     """Parameters by name, as they are stored; flags as 0 and 1."""
-    return {name: int(value) for name, value in asdict(config).items()}
+    return {name: int(value) for name, value in msgspec.structs.asdict(config).items()}
 
 
 def make_launch(kernel: str, size_from: int, values: Mapping[str, int]) -> KernelLaunch:
@@ -278,7 +272,7 @@ def make_launch(kernel: str, size_from: int, values: Mapping[str, int]) -> Kerne
             f"size_from must start a size class of {kernel}: got {size_from}; accepted: {', '.join(map(str, classes))}"
         )
     kind = type(classes[size_from].default)
-    known = {field.name: field.type for field in fields(kind)}
+    known = kind.__annotations__
     if set(values) != set(known):
         raise UsageError(
             f"launch must have the parameters of {kernel}: got {', '.join(values) or 'none'}; "

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby, pairwise
+
+import msgspec
 
 from mla_tune.errors import PolicyError
 from mla_tune.policy import Choice, Row, Table
@@ -34,8 +35,7 @@ class Reason(StrEnum):
     PIN = "pin"
 
 
-@dataclass(frozen=True, slots=True)
-class Explanation:
+class Explanation(msgspec.Struct, frozen=True):
     """One answer and the thresholds that led to it (None where no threshold was consulted)."""
 
     candidate: str
@@ -49,8 +49,7 @@ class Explanation:
     """Query tokens at these context tokens between which the crossover to that choice lies."""
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(msgspec.Struct, frozen=True):
     """A row and the context tokens at which it ends."""
 
     row: Row
@@ -145,7 +144,7 @@ def _group_tree(table: Table, group: list[Span], outside: str) -> str:
 
 def _row_tree(table: Table, span: Span, outside: str) -> str:
     q_low, q_high = table.measured.num_qo_tokens
-    if not table.limits and _inside(table, span):
+    if all(limit.num_qo_tokens >= q_high for limit in table.limits) and _inside(table, span):
         choices = [(span.threshold(choice).below(), repr(choice.candidate)) for choice in span.row.choices]
         return _cut("num_qo_tokens", choices, (q_low, q_high), outside)
 

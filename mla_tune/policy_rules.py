@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Collection, Iterable, Iterator
-from dataclasses import dataclass
 from functools import cache
 from itertools import groupby, pairwise
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from mla_tune.engine import Engine, engine_choice, engine_heads, table_engine
 from mla_tune.policy_kernels import kernel_config_fault
@@ -28,8 +29,7 @@ POLICY_RULE = "policy"
 """The rule name of the policy's own row in a held-out table."""
 
 
-@dataclass(frozen=True, slots=True)
-class Problem:
+class Problem(msgspec.Struct, frozen=True):
     """One broken rule. ``path`` is the place in the file, such as ``tables[3].rows[0].choices[1].candidate``."""
 
     path: str

@@ -6,7 +6,7 @@ export and the fit keep them apart without a rule of their own. Standard library
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 OWN = "own"
 """What ``--provider`` says for this project's kernels, which are the default; a site then has no provider."""
@@ -16,8 +16,7 @@ PROVIDERS = (OWN, SGLANG)
 _TRANSFORMS = "+topk_transform"
 
 
-@dataclass(frozen=True, slots=True)
-class Provider:
+class Provider(msgspec.Struct, frozen=True):
     """An engine whose kernels stand in for the project's own."""
 
     name: str

@@ -15,8 +15,9 @@ kernel build, and a candidate past its limit is never answered.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from enum import StrEnum
+
+import msgspec
 
 from mla_tune.errors import UsageError
 from mla_tune.site import CANDIDATES, SiteName
@@ -48,8 +49,7 @@ class RankMismatch(StrEnum):
     INCUMBENT = "incumbent"
 
 
-@dataclass(frozen=True, slots=True)
-class Switches:
+class Switches(msgspec.Struct, frozen=True):
     """The variables, parsed. The defaults are those of an empty environment."""
 
     policy: str | None = None

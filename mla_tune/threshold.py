@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class Threshold:
+class Threshold(msgspec.Struct, frozen=True):
     """``num_qo_tokens * per >= kv_tokens + offset``, as SGLang's rule for V3.2 has it; ``per`` 0: a constant count."""
 
     per: int

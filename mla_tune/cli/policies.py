@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
 from mla_tune.cli.evidence import measured_costs, named_policy
@@ -105,7 +105,7 @@ def lookup(
     loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
-    print(json.dumps(asdict(answer)) if as_json else answer.candidate)
+    print(json.dumps(msgspec.structs.asdict(answer)) if as_json else answer.candidate)
 
 
 def explain(

@@ -14,11 +14,12 @@ from importlib.metadata import PackageNotFoundError, version
 from types import FunctionType, ModuleType
 from typing import Any
 
+import msgspec
+
 _log = logging.getLogger("mla_tune")
 
 
-@dataclass(frozen=True, slots=True)
-class Seam:
+class Seam(msgspec.Struct, frozen=True):
     """One function of an engine module."""
 
     path: str

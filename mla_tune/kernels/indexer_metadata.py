@@ -97,3 +97,21 @@ def _metadata_torch(context_lens: torch.Tensor, num_sms: int) -> torch.Tensor:
     first = sm * (total // num_sms) + torch.minimum(sm, total % num_sms)
     row = torch.searchsorted(ends, first, right=True)
     return torch.stack((row, first - bounds[row]), dim=1)
+
+
+def shares(context_lens: torch.Tensor, schedule: torch.Tensor) -> torch.Tensor:
+    """What two schedules of ``context_lens`` agree in, whichever SMs get the splits that are left over.
+
+    int64 (num_sms + 1,): the first split, then how many splits each SM gets, ascending; all -1 where an entry names a row
+    or split that there is not. DeepGEMM's kernel and ours give what is left over to the first SMs, SGLang 0.5.23's to the
+    last.
+    """
+    splits = (context_lens.flatten().long() + (SPLIT_TOKENS - 1)) // SPLIT_TOKENS
+    row, split = schedule[:, 0].long(), schedule[:, 1].long()
+    of_row = torch.nn.functional.pad(splits, (0, 1))  # no split follows the last row
+    if not bool(((row >= 0) & (row <= splits.numel())).all()) or not bool(
+        ((split >= 0) & (split <= of_row[row])).all()
+    ):
+        return torch.full_like(row, -1)
+    starts = torch.nn.functional.pad(splits.cumsum(0), (1, 0))[row] + split
+    return torch.cat((starts[:1], starts.diff().sort().values))

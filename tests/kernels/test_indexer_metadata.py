@@ -1,12 +1,19 @@
+from bisect import bisect_right
+from itertools import accumulate
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
+from mla_tune.kernels.candidates import Device
+from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial, shares
 from mla_tune.kernels.reference import metadata_reference
 from mla_tune.launch import MetadataConfig
+from mla_tune.provider import Provider
+from mla_tune.site import LayerType, Site, SiteName
+from mla_tune.sweep.judge import IndexerJudge
 from tests.conftest import Target
 
 POISON = -77
@@ -99,3 +106,43 @@ def test_one_compiled_kernel_serves_every_number_of_rows() -> None:
     for num_rows in (258, 320, 8191):  # of the size classes that are compiled by now
         paged_mqa_logits_metadata(torch.ones(num_rows, dtype=torch.int32, device="cuda"), 64, 131)
     assert len(_metadata.device_caches[0][0]) == compiled_before
+
+
+def scheduled(lengths: list[int], starts: list[int]) -> torch.Tensor:
+    """The schedule whose SMs begin at the splits ``starts``."""
+    ends = list(accumulate(-(-length // 256) for length in lengths))
+    rows = [bisect_right(ends, start) for start in starts]
+    return torch.tensor([(row, start - (ends[row - 1] if row else 0)) for row, start in zip(rows, starts, strict=True)])
+
+
+@given(lengths=LENGTHS, num_sms=st.sampled_from([1, 3, 16]), data=st.data())
+@settings(max_examples=60)
+def test_schedules_agree_whoever_takes_what_is_left_over_and_not_if_one_takes_more(
+    lengths: list[int], num_sms: int, data: st.DataObject
+) -> None:
+    context_lens = torch.tensor(lengths, dtype=torch.int32)
+    expected = shares(context_lens, metadata_reference(context_lens, num_sms))
+    share, left = divmod(sum(-(-length // 256) for length in lengths), num_sms)
+    sizes = data.draw(st.permutations([share + (sm < left) for sm in range(num_sms)]))
+    assert torch.equal(shares(context_lens, scheduled(lengths, [0, *accumulate(sizes)])), expected)
+    if num_sms > 1 and share:
+        sizes = [sizes[0] - 1, sizes[1] + 1, *sizes[2:]]
+        alike = sorted(sizes) == sorted(share + (sm < left) for sm in range(num_sms))
+        assert torch.equal(shares(context_lens, scheduled(lengths, [0, *accumulate(sizes)])), expected) is alike
+
+
+@pytest.mark.parametrize("entry", [(-1, 0), (3, 0), (0, -1), (0, 3), (2, 1)])
+def test_a_schedule_of_rows_or_splits_that_there_are_not_agrees_with_none(entry: tuple[int, int]) -> None:
+    context_lens = torch.tensor([512, 1], dtype=torch.int32)
+    assert shares(context_lens, torch.tensor([(0, 0), entry, (2, 0)])).tolist() == [-1, -1, -1]
+
+
+@pytest.mark.parametrize("provider", [None, Provider("sglang", "0.5.23")])
+def test_only_a_providers_schedule_may_give_what_is_left_over_to_other_sms(provider: Provider | None) -> None:
+    site = Site(SiteName.INDEXER_METADATA, LayerType.C4A, provider=provider)
+    lengths = [700, 300, 1]
+    judge = IndexerJudge(site, torch.tensor(lengths, dtype=torch.int32), Device("cpu", 0, 4))
+    assert judge.verdict(scheduled(lengths, [0, 2, 4, 5, 6])) is None
+    last = judge.verdict(scheduled(lengths, [0, 1, 2, 4, 6]))
+    assert last == (None if provider else "3 of 5 entries differ, the first is 1: [0, 1] instead of [0, 2]")
+    assert judge.verdict(scheduled(lengths, [0, 3, 4, 5, 6])) is not None
