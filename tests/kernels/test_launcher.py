@@ -53,3 +53,21 @@ def test_what_triton_does_not_compile_for_is_one_launch() -> None:
 def test_constants_out_of_order_are_refused_before_anything_is_launched() -> None:
     with pytest.raises(TypeError, match="constants of _kernel must be"):
         LAUNCHER._check_order((ALIGNED, None, 7, 16), {"BLOCK": 4})
+
+
+@pytest.mark.parametrize(
+    ("at", "tensor", "alike"),
+    [
+        (0, ALIGNED, True),
+        (0, ALIGNED[4:], True),
+        (0, ALIGNED[1:], False),
+        (0, ALIGNED.int(), False),
+        (1, ALIGNED, False),
+    ],
+)
+def test_a_tensor_takes_the_place_of_another_only_where_triton_sees_no_difference(
+    at: int, tensor: torch.Tensor, alike: bool
+) -> None:
+    bound = LAUNCHER.bind((1,), (ALIGNED, None, 7, 16, 1), {"BLOCK": 4}, 4)
+    assert bound._alike(((at, tensor),)) is alike
+    assert (bound._with(((at, tensor),)).kinds == bound.kinds) is alike
