@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from itertools import groupby, pairwise
 
@@ -35,7 +36,8 @@ class Reason(StrEnum):
     PIN = "pin"
 
 
-class Explanation(msgspec.Struct, frozen=True):
+@dataclass(frozen=True, slots=True)
+class Explanation:
     """One answer and the thresholds that led to it (None where no threshold was consulted)."""
 
     candidate: str

@@ -7,6 +7,7 @@ the rule that no candidate is answered past its limit.
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 
 import msgspec
 
@@ -47,6 +48,4 @@ def pin_table(table: Table, candidate: str) -> Table:
 def pinned_reason(found: Explanation) -> Explanation:
     """An explanation from a pin's table, in a pin's words: it has no thresholds."""
     reason = Reason.PIN if found.reason is Reason.TABLE else found.reason
-    return msgspec.structs.replace(
-        found, reason=reason, num_reqs_from=None, kv_tokens_from=None, num_qo_tokens_from=None
-    )
+    return replace(found, reason=reason, num_reqs_from=None, kv_tokens_from=None, num_qo_tokens_from=None)

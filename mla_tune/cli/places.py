@@ -69,9 +69,10 @@ def export_path(sku: str, provider: str = OWN) -> Path:
     return Path("db") / f"{_named(sku, provider)}.jsonl"
 
 
-def policy_path(sku: str, provider: str = OWN) -> Path:
-    """The policy of a SKU, below the current folder; another file for an engine's kernels."""
-    return Path("policies") / f"{_named(sku, provider)}.yaml"
+def policy_path(sku: str, provider: str = OWN, overlap: int = 0) -> Path:
+    """The policy of a SKU, below the current folder; other files for an engine's kernels and for overlapping selections."""
+    assumed = f".overlap-{overlap}" if overlap else ""
+    return Path("policies") / f"{_named(sku, provider)}{assumed}.yaml"
 
 
 def _named(sku: str, provider: str) -> str:

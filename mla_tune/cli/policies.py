@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import msgspec
 import typer
 
 from mla_tune.cli.evidence import measured_costs, named_policy
@@ -78,8 +78,9 @@ def fit(
         max_workspace_bytes=None if cap is None else byte_count("--max-workspace-bytes", cap),
     )
     source = measurements or export_path(policy_sku(gpu), provider)
-    target = out or policy_path(read_export(source).environment.sku, provider)
-    fitted = pipeline.fit(source, target, first_call_bound, checked_overlap(overlap), provider=provider, wishes=wishes)
+    overlap = checked_overlap(overlap)
+    target = out or policy_path(read_export(source).environment.sku, provider, overlap)
+    fitted = pipeline.fit(source, target, first_call_bound, overlap, provider=provider, wishes=wishes)
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
@@ -105,7 +106,7 @@ def lookup(
     loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
     answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
-    print(json.dumps(msgspec.structs.asdict(answer)) if as_json else answer.candidate)
+    print(json.dumps(asdict(answer)) if as_json else answer.candidate)
 
 
 def explain(
