@@ -170,7 +170,6 @@ def accepted_heads(site: SiteName, model: ModelConfig, engine: Engine = Engine.S
     return (None,) if site is SiteName.INDEXER_METADATA else engine_heads(engine, model)
 
 
-@cache
 def accepted_candidates(site: SiteName, model: ModelConfig, engine: Engine) -> tuple[str, ...]:
     """Candidates that ``engine`` can take somewhere in ``model``, sorted."""
     names = {name for layer in model.site_layers(site) for name in engine_choice(engine, site, layer).candidates}

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import lru_cache
 from math import erf, exp, pi, sqrt
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,10 +17,11 @@ from mla_tune.learn.observations import Observations, shares
 from mla_tune.learn.work import work
 from mla_tune.shape import Shape
 from mla_tune.site import MODELS, ModelConfig, Site, attention_sites
-from mla_tune.store.export import Export, read_export
+from mla_tune.store.export import Export
 from mla_tune.store.measurement import Measurement, Role
 from mla_tune.sweep.grid import gpu_grid, pool, seed_points
 from mla_tune.sweep.preset import DEFAULT
+from tests.learn.recorded import recorded
 
 SITES = attention_sites(MODELS.values())
 
@@ -31,27 +31,27 @@ EVERYWHERE = ("sparse_fwd", "with_kvcache")
 
 
 @lru_cache(maxsize=1)
-def recorded() -> Export:
-    found = read_export(Path(__file__).parents[2] / "db" / "nvidia-h200.jsonl")
+def everywhere() -> Export:
+    found = recorded()
     return replace(found, measurements=tuple(m for m in found.measurements if m.candidate in EVERYWHERE))
 
 
 @lru_cache(maxsize=1)
 def rows_by_point() -> dict[tuple[Site, Shape], list[Measurement]]:
     found: dict[tuple[Site, Shape], list[Measurement]] = {}
-    for row in recorded().measurements:
+    for row in everywhere().measurements:
         found.setdefault((row.site, row.shape), []).append(row)
     return found
 
 
 @lru_cache(maxsize=1)
 def everything() -> Observations:
-    return Observations(recorded().measurements)
+    return Observations(everywhere().measurements)
 
 
 def costs_of(points: set[tuple[Site, Shape]]) -> CostModel:
     rows = rows_by_point()
-    return CostModel(recorded().environment, [row for point in sorted(points, key=str) for row in rows[point]])
+    return CostModel(everywhere().environment, [row for point in sorted(points, key=str) for row in rows[point]])
 
 
 def seeds() -> set[tuple[Site, Shape]]:
@@ -132,8 +132,8 @@ def test_nothing_is_in_doubt_without_a_second_candidate_or_without_shapes() -> N
     (site, model), *_ = SITES.items()
     costs = costs_of(seeds())
     assert doubts(costs, model, site, [], 3) == []
-    alone = [row for row in recorded().measurements if row.candidate == "sparse_fwd"]
-    assert doubts(CostModel(recorded().environment, alone), model, site, pool(gpu_grid(132), model, site), 3) == []
+    alone = [row for row in everywhere().measurements if row.candidate == "sparse_fwd"]
+    assert doubts(CostModel(everywhere().environment, alone), model, site, pool(gpu_grid(132), model, site), 3) == []
 
 
 @given(st.floats(0, 5), st.floats(1e-3, 5))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,11 +22,11 @@ from mla_tune.lookup import compile_table, spans
 from mla_tune.policy import Choice, Row, Table
 from mla_tune.shape import Shape
 from mla_tune.site import FORWARD, MODELS, SiteName
-from mla_tune.store.export import read_export
 from mla_tune.store.measurement import Role
 from mla_tune.threshold import Threshold
 from mla_tune.traffic import Shape as Recorded
 from mla_tune.traffic import Traffic
+from tests.learn.recorded import recorded
 
 MIB = 1 << 20
 PLACES = (
@@ -41,7 +40,7 @@ SCOPES = [scope(SiteName.PREFILL_ATTENTION, MODELS[model], layer, h_q) for model
 
 @lru_cache(maxsize=1)
 def h200() -> CostModel:
-    found = read_export(Path(__file__).parents[2] / "db" / "nvidia-h200.jsonl")
+    found = recorded()
     return CostModel(found.environment, found.measurements, found.tries)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -26,20 +25,15 @@ from mla_tune.lookup import decide
 from mla_tune.policy import Table
 from mla_tune.shape import Shape
 from mla_tune.site import MODELS, SiteName, attention_sites
-from mla_tune.store.export import Export, read_export
 from mla_tune.store.measurement import Regime, Role
 from mla_tune.sweep.grid import gpu_grid, pool
 from mla_tune.traffic import Shape as Recorded
 from mla_tune.traffic import Traffic
+from tests.learn.recorded import recorded
 from tests.learn.synthetic import C4A, ENVIRONMENT, FLASH, SOURCE, World, sweep
 
 SCOPE = scope(SiteName.PREFILL_ATTENTION, FLASH, "c4a", 64)
 CLEAN = sweep(World(noise=0.003), [C4A])
-
-
-@lru_cache(maxsize=1)
-def recorded() -> Export:
-    return read_export(Path(__file__).parents[2] / "db" / "nvidia-h200.jsonl")
 
 
 @lru_cache(maxsize=2)

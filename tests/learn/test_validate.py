@@ -14,8 +14,8 @@ from mla_tune.errors import FitError
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.validate import Goal, Validation, validate
 from mla_tune.policy import Choice, Policy, Row, load_policy
-from mla_tune.store.export import read_export
 from mla_tune.store.measurement import Measurement, Role
+from tests.learn.recorded import recorded
 
 ROOT = Path(__file__).parents[2]
 
@@ -23,9 +23,7 @@ ROOT = Path(__file__).parents[2]
 @lru_cache(maxsize=1)
 def fresh() -> tuple[Measurement, ...]:
     """What the committed H200 policy never saw."""
-    return tuple(
-        row for row in read_export(ROOT / "db" / "nvidia-h200.jsonl").measurements if row.role is Role.HELD_OUT
-    )
+    return tuple(row for row in recorded().measurements if row.role is Role.HELD_OUT)
 
 
 def committed() -> Policy:
