@@ -24,6 +24,7 @@ _log = logging.getLogger("mla_tune")
 def pin_table(table: Table, candidate: str) -> Table:
     """``table`` with ``candidate`` in place of all its choices; its limits stay.
 
+    In a modelled table the claimed query token counts are a limit too: of another GPU's kernels no other may be known.
     Raises :class:`PolicyError` for a candidate that the table has not measured, whose limits are therefore unknown.
     """
     if candidate not in table.candidates:
@@ -38,8 +39,10 @@ def pin_table(table: Table, candidate: str) -> Table:
                 "%s is pinned for %s of %s, and its first call on a new shape takes up to %.1f s",
                 *(candidate, table.site, table.model, barred.first_call_s),
             )
-    everywhere = Range(num_qo_tokens=EVERY_COUNT, kv_tokens=EVERY_COUNT, num_reqs=EVERY_COUNT)
-    start = EVERY_COUNT[0]
+    start, end = EVERY_COUNT
+    if table.uncertainty:
+        end = table.measured.num_qo_tokens[1]
+    everywhere = Range(num_qo_tokens=(start, end), kv_tokens=EVERY_COUNT, num_reqs=EVERY_COUNT)
     choice = Choice(num_qo_tokens_from=start, candidate=candidate)
     rows = (Row(num_reqs_from=start, kv_tokens_from=start, choices=(choice,)),)
     return msgspec.structs.replace(table, measured=everywhere, rows=rows)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mla_tune.errors import PolicyError
@@ -21,6 +21,8 @@ Value = Any
 
 MAX_DEPTH = 16
 """Nesting that is read; the schema needs 8."""
+_LONGEST_WORD = 1000
+"""YAML allows no key of more than 1024 characters."""
 _BLOCK_DEPTH, _FLOW_DEPTH = 6, 4
 """What this form needs; together they stay below the limit."""
 MAX_INT64 = 2**63 - 1
@@ -73,7 +75,7 @@ def read_written(text: str) -> dict[str, Value] | None:
     first = next((at for at, line in enumerate(lines) if not line.startswith("#")), len(lines))
     try:
         parts = [_parts(line) for line in lines[first:]]
-        return _Block(parts, _values({part[3] for part in parts if part[3] is not None})).document()
+        return _Block(parts, _values([part[3] for part in parts if part[3] is not None])).document()
     except (_UnsureError, ValueError, RecursionError):  # ValueError: not JSON
         return None
 
@@ -87,15 +89,19 @@ def _parts(line: str) -> _Part:
     if found is None:
         raise _UnsureError
     blanks, mark, key, flow, item = found.groups()
-    if item is not None and mark is None:
+    if (item is not None and mark is None) or len(key or "") > _LONGEST_WORD:
         raise _UnsureError
     return len(blanks) + (2 if mark else 0), mark is not None, key, flow if key else item
 
 
-def _values(flows: set[str]) -> dict[str, Value]:
-    """Values in flow style by their text: they are JSON, all in one array, once their words are in quotes."""
-    skeletons = {_NO_BRACKETS.sub("", flow) for flow in flows}
-    if any(flow.count('"') % 2 for flow in flows) or not all(map(_is_closed, skeletons)):
+def _values(flows: Iterable[str]) -> dict[str, Value]:
+    """Values in flow style by their text: they are JSON, all in one array, once their words are in quotes.
+
+    Each closes its quotes and, outside them, its brackets: none can reach into another's place in the array.
+    """
+    ordered = list(dict.fromkeys(flows))
+    skeletons = {_NO_BRACKETS.sub("", flow if '"' not in flow else "".join(flow.split('"')[::2])) for flow in ordered}
+    if any(flow.count('"') % 2 for flow in ordered) or not all(map(_is_closed, skeletons)):
         raise _UnsureError
     words: dict[str, str] = {}
 
@@ -103,18 +109,19 @@ def _values(flows: set[str]) -> dict[str, Value]:
         word = found[0]
         known = words.get(word)
         if known is None:
-            if word.lower() in RESERVED and word not in ("true", "false", "null"):
+            if len(word) > _LONGEST_WORD or (word.lower() in RESERVED and word not in ("true", "false", "null")):
                 raise _UnsureError
             known = words[word] = word if word in RESERVED else f'"{word}"'
         return known
 
-    ordered = list(flows)
     parts = ", ".join(ordered).split('"')
     for at in range(0, len(parts), 2):  # what is not quoted already
         part = parts[at]
         if part.count(":") != part.count(": ") or part.count(",") != part.count(", "):  # a:b is a string in YAML
             raise _UnsureError
         parts[at] = _WORD.sub(quoted, part)
+    if any(len(part) > _LONGEST_WORD for part in parts[1::2]):
+        raise _UnsureError
     array = '"'.join(parts)
     return dict(zip(ordered, _JSON.decode(f"[{array}]"), strict=True))
 

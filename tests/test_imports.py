@@ -18,15 +18,15 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 SERVING_MODULES = {
     "mla_tune",
     *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime", "threshold")),
-    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_kernels", "policy_rules", "policy_yaml")),
+    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_kernels", "policy_rules", "policy_text")),
     *(f"mla_tune.{name}" for name in ("site", "provider", "engine", "sku", "gpu")),
     *(f"mla_tune.{name}" for name in ("packaged", "pins", "switches", "builds")),
 }
 SERVICE_MODULES = {f"mla_tune.{name}" for name in ("serving", "ranks", "counters", "recording", "traffic")}
 
 WORDS = {"engine", "errors", "files", "launch", "provider", "site", "shape", "sku", "stages", "datasheet"}
-"""Modules of plain values: standard library only, and importable by every part that does not serve."""
-POLICY = {"policy", "policy_evidence", "policy_kernels", "policy_rules", "policy_yaml"}
+"""Modules of plain values: standard library and msgspec only, and importable by every part that does not serve."""
+POLICY = {"policy", "policy_evidence", "policy_kernels", "policy_rules", "policy_text", "policy_yaml"}
 SWITCHING = {"switches", "pins", "builds"}
 SERVICE = {"runtime", "serving", "ranks", "counters", "switches"}
 LAYERS: dict[str, set[str]] = {
@@ -45,7 +45,8 @@ LAYERS: dict[str, set[str]] = {
     "policy_evidence": set(),
     "policy_rules": {"engine", "provider", "site", "errors", "threshold"} | POLICY,
     "policy_kernels": {"errors", "launch"},
-    "policy_yaml": {"errors"},
+    "policy_text": {"errors"},
+    "policy_yaml": {"errors", "policy_text"},
     "lookup": {"engine", "policy", "site", "errors", "threshold"},
     "gpu": {"sku", "errors"},
     "packaged": {"errors"},

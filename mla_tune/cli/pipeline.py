@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mla_tune.cli.places import make_folder
 from mla_tune.cli.wishes import NO_WISHES, Wishes
-from mla_tune.errors import PolicyError, UsageError
+from mla_tune.errors import FitError, PolicyError, UsageError
 from mla_tune.learn.acquire import doubts
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.evaluate import Weighted, by_traffic, is_single_layer_attention, overall
@@ -261,6 +261,11 @@ def fit(
     found = read_export(measurements)
     conditions = Conditions(overlap, stored_provider(found.measurements, provider))
     rows = usable(found.measurements, found.tuned, conditions)
+    if overlap and not any(row.site.overlap == overlap for row in rows):
+        raise FitError(
+            f"--overlap {overlap} needs measurements of such selections: got none in {measurements}; "
+            f"next: mla-tune sweep --overlap {overlap}"
+        )
     words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
     if first_call_bound_s != FIRST_CALL_BOUND_S:
         words += ["--first-call-bound", repr(first_call_bound_s)]

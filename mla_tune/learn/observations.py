@@ -90,7 +90,7 @@ class Observations:
         """``measurements`` share their conditions, as :func:`mla_tune.learn.usable.usable` sees to."""
         self._tries: dict[tuple[Site, str], list[Try]] = {}
         for attempt in sorted(tries, key=lambda attempt: attempt.key):
-            self._tries.setdefault((attempt.site, attempt.candidate), []).append(attempt)
+            self._tries.setdefault((attempt.site.overlapping(0), attempt.candidate), []).append(attempt)
         ordered = sorted(measurements, key=_order)
         self.measurements = len(ordered)
         """How many there are, of any outcome and regime."""
@@ -122,8 +122,8 @@ class Observations:
         return sorted(s for s, r in self._roles.get(site, {}).items() if role is None or r is role)
 
     def tries(self, site: Site, candidate: str) -> list[Try]:
-        """A probe's tries, ordered by shape."""
-        return self._tries.get((site, candidate), [])
+        """A probe's tries, ordered by shape. What runs is a matter of sizes: the selections of neighbours play no role."""
+        return self._tries.get((site.overlapping(0), candidate), [])
 
     def candidates(self, site: Site) -> tuple[str, ...]:
         """Candidates with at least one whole timing among the fit points, sorted."""

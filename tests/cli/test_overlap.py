@@ -25,6 +25,18 @@ def test_a_fit_of_overlapping_selections_serves_the_selected_rows_and_leaves_the
     assert policy.overlap == 80
     served = {choice.candidate for table in policy.tables for row in table.rows for choice in row.choices}
     assert "sparse_fwd_selected" in served
+    c4a = next(table for table in policy.tables if (table.model, table.layer) == ("deepseek-v4-flash", "c4a"))
+    assert {limit.candidate: limit.fails_at for limit in c4a.limits} == {"with_kvcache": 83380}  # as found without
     again = run(tmp_path, *policy.source.command.split()[1:])
     assert again.returncode == 0
     assert load_policy(tmp_path / "policies/nvidia-h200.overlap-80.yaml") == policy
+
+
+def test_a_fit_of_selections_that_nobody_measured_is_refused_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "db").mkdir()
+    shutil.copy(ROOT / "db/nvidia-h200.jsonl", tmp_path / "db")
+    fit = run(tmp_path, "fit", "--gpu", "h200", "--overlap", "50")
+    assert fit.returncode == 1
+    assert "--overlap 50 needs measurements of such selections: got none in db/nvidia-h200.jsonl; next:" in fit.stderr
+    assert fit.stderr.count("\n") == 1
+    assert not (tmp_path / "policies").exists()

@@ -141,6 +141,11 @@ PIECES = [
 @example("a: [word, two words]\nb:\n  - {a: 1, b: -1.5}\n  - {a: true}\n")
 @example("a: [1\nb: 2, 3]\n")
 @example('b:\n  - a: 1\n    b: [2]\n  - a: "y"\n')
+@example('a: x, [ "]"\nb: z, "[" ]\n')
+@example('a: ["]"\nb: "[", 1]\nc: 2, 3\n')
+@example("k" * 1025 + ": 1\n")
+@example("a: {" + "k" * 1030 + ": 1}\n")
+@example('a: {"' + "k" * 1030 + '": 1}\n')
 def test_the_reader_of_written_files_never_reads_another_value_than_yaml_has(text: str) -> None:
     reads_alike(text.encode())
 

@@ -132,6 +132,14 @@ def test_a_pinned_candidate_is_answered_for_every_shape_up_to_its_limit(q: int, 
     assert found.explain(q, kv, 1).reason is (Reason.PIN if q <= 9000 else Reason.LIMIT)
 
 
+def test_a_pin_of_a_modelled_table_ends_where_the_counts_that_it_claims_do() -> None:
+    dispatcher = Dispatcher(modelled_policy(), source="test", switches=Switches(pins=("with_kvcache",)))
+    found = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")
+    last = modelled_policy().tables[0].measured.num_qo_tokens[1]
+    assert found.choose(last, 1 << 40, 1 << 20) == "with_kvcache"
+    assert found.choose(last + 1, 1 << 40, 1 << 20) == "sparse_fwd"
+
+
 def test_a_pin_leaves_other_sites_to_the_policy() -> None:
     dispatcher = Dispatcher(full_policy(), source="test", switches=Switches(pins=("with_kvcache",)))
     assert dispatcher.resolve("indexer_metadata", model="deepseek-v4-flash", layer="c4a").rule is Rule.POLICY
