@@ -47,6 +47,14 @@ def line_of(text: str, path: str) -> int | None:
     return node.start_mark.line + 1 if node is not None else None
 
 
+def value_at(raw: Value, path: str) -> Value:
+    """What stands at ``path``, such as ``tables[3].rows[0]``, in a value that :func:`read_yaml` gave."""
+    value = raw
+    for part in path.replace("[", ".").replace("]", "").split("."):
+        value = value[int(part)] if isinstance(value, list) else value[part]
+    return value
+
+
 def _child(node: yaml.Node | None, key: str, index: str) -> yaml.Node | None:
     if isinstance(node, yaml.MappingNode):
         return next((value for name, value in node.value if name.value == key), None)

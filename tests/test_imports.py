@@ -42,7 +42,7 @@ LAYERS: dict[str, set[str]] = {
     "datasheet": {"errors"},
     "policy": {"engine", "site", "sku", "shape", "errors", "files"} | POLICY,
     "threshold": set(),
-    "policy_evidence": set(),
+    "policy_evidence": POLICY,
     "policy_rules": {"engine", "provider", "site", "errors", "threshold"} | POLICY,
     "policy_kernels": {"errors", "launch"},
     "policy_text": {"errors"},
