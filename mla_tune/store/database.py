@@ -242,7 +242,7 @@ class Database:
         try:
             yield
             self._db.commit()
-        except BaseException:
+        except BaseException:  # an interrupt too: all of it or nothing
             self._db.rollback()
             raise
 
