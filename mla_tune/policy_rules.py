@@ -54,7 +54,7 @@ def problems(policy: Policy) -> Iterator[Problem]:
         accepted = ", ".join(map(str, OVERLAPS))
         yield Problem("overlap", f"must be one that inputs are built with: got {policy.overlap}; accepted: {accepted}")
     if policy.provider is not None and not is_provider_key(policy.provider):
-        accepted = "sglang@VERSION, sglang@VERSION+topk_transform"
+        accepted = "sglang@VERSION, sglang@VERSION+sglang-kernel@VERSION"
         yield Problem("provider", f"must be the key of a provider: got {shown(policy.provider)}; accepted: {accepted}")
     for index, entry in enumerate(policy.kernel_config):
         reason = kernel_config_fault(entry)

@@ -13,7 +13,7 @@ OWN = "own"
 SGLANG = "sglang"
 PROVIDERS = (OWN, SGLANG)
 """What a sweep can be asked for."""
-_TRANSFORMS = "+topk_transform"
+_KERNELS = "+sglang-kernel@"
 
 
 class Provider(msgspec.Struct, frozen=True):
@@ -21,23 +21,29 @@ class Provider(msgspec.Struct, frozen=True):
 
     name: str
     version: str
-    transforms: bool = False
-    """Whether its top-k transform is timed as a stage of both paths: paths with and without it are not compared."""
+    kernels: str = ""
+    """Release of sglang-kernel, with which its top-k transform is timed as a stage of both paths; empty where it is not."""
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the top-k transform is a stage: paths with and without it are not compared."""
+        return bool(self.kernels)
 
     @property
     def key(self) -> str:
-        """Stable text form, ``sglang@0.5.23`` or ``sglang@0.5.23+topk_transform``; :meth:`parse` reads it back."""
-        return f"{self.name}@{self.version}{_TRANSFORMS if self.transforms else ''}"
+        """Stable text form, ``sglang@0.5.23`` or ``sglang@0.5.23+sglang-kernel@0.4.10``; :meth:`parse` reads it back."""
+        return f"{self.name}@{self.version}{_KERNELS}{self.kernels}" if self.kernels else f"{self.name}@{self.version}"
 
     @classmethod
     def parse(cls, key: str) -> Provider:
         """Read :attr:`key` back. Raises ``ValueError`` on anything that :attr:`key` cannot have written."""
-        release = key.removesuffix(_TRANSFORMS)
+        release, marker, kernels = key.partition(_KERNELS)
         name, at, version = release.partition("@")
-        printable = version.isprintable() and not set(version) & set(" /@")
-        if name not in PROVIDERS[1:] or not at or not version or not printable:
+        given = (version, kernels) if marker else (version,)
+        printable = all(text and text.isprintable() and not set(text) & set(" /@") for text in given)
+        if name not in PROVIDERS[1:] or not at or not printable:
             raise ValueError(f"not the key of a provider: {key!r}")
-        return cls(name, version, release != key)
+        return cls(name, version, kernels)
 
     def __str__(self) -> str:
         return f"{self.name} {self.version}"

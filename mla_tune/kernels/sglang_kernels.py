@@ -25,6 +25,8 @@ from mla_tune.provider import SGLANG, Provider
 from mla_tune.site import SWA_WINDOW, LayerType, SiteName
 
 _OPS = "sglang.kernels.ops.attention"
+_KERNELS = "sglang-kernel"
+"""The distribution of the module ``sgl_kernel``, whose transform V3.2's KV-cache path takes."""
 _NEEDED = (
     ("dsv4.dequant_k_cache", "dequantize_k_cache_paged_dsv4"),
     ("dsa.dequant_k_cache", "dequantize_k_cache_paged_dsa"),
@@ -66,8 +68,9 @@ def installed(kind: str) -> Found | Missing:
             "next: `pip install sglang` in this environment, or pass --provider own"
         )
     reason = _untransformed(kind)
-    left_out = f"stage topk_transform is left out: {reason}" if reason else ""
-    return Found(Provider(SGLANG, version(SGLANG), transforms=not reason), left_out)
+    if reason:
+        return Found(Provider(SGLANG, version(SGLANG)), f"stage topk_transform is left out: {reason}")
+    return Found(Provider(SGLANG, version(SGLANG), version(_KERNELS)), "")
 
 
 @lru_cache(maxsize=8)
@@ -78,6 +81,8 @@ def unsupported(provider: Provider, name: SiteName, candidate: str, kind: str) -
         return f"{provider} is not here: {lacking}"
     if version(SGLANG) != provider.version:
         return f"{provider} is not here: this is sglang {version(SGLANG)}"
+    if provider.kernels and provider.kernels != (found := _kernels_version()):
+        return f"{_KERNELS} {provider.kernels} is not here: {f'this is {found}' if found else 'it is not installed'}"
     if kind == "cpu" and name is SiteName.INDEXER_METADATA and candidate == "jit":
         return "get_paged_mqa_logits_metadata of sglang is compiled for a GPU"
     return None
@@ -226,6 +231,8 @@ def _untransformed(kind: str) -> str:
     """Why the top-k transforms of both paths cannot run, in one line; empty if they can."""
     if kind == "cpu":
         return "its kernels are compiled for a GPU"
+    if not _kernels_version():
+        return f"the package {_KERNELS} is not installed"
     plan, fused = _function("dsv4.topk", "plan_topk_v2"), _imported("sgl_kernel", "fast_topk_transform_fused")
     for function in (plan, fused):
         if isinstance(function, Missing):
@@ -235,6 +242,14 @@ def _untransformed(kind: str) -> str:
     except Exception as error:  # it compiles itself here: whatever the tool chain says
         return _one_line("plan_topk_v2", error)
     return ""
+
+
+def _kernels_version() -> str:
+    """The release of sglang-kernel that is installed; empty if none is."""
+    try:
+        return version(_KERNELS)
+    except PackageNotFoundError:
+        return ""
 
 
 def _function(module: str, name: str) -> Any:
@@ -252,5 +267,5 @@ def _imported(module: str, name: str) -> Any:
 
 
 def _one_line(name: str, error: Exception) -> str:
-    said = str(error).splitlines()[0] if str(error) else ""
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
     return f"sglang has no {name} here ({type(error).__name__}: {said})"

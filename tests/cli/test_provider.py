@@ -16,7 +16,7 @@ from tests.cli.conftest import SWEEP
 from tests.command import run
 from tests.learn.synthetic import C4A, ENVIRONMENT, World, fit_shapes, held_out_shapes
 
-PROVIDER = Provider("sglang", "0.5.23", transforms=True)
+PROVIDER = Provider("sglang", "0.5.23", "0.4.10")
 
 
 def test_a_sweep_with_an_engines_kernels_needs_that_engine_and_says_so_in_one_line(tmp_path: Path) -> None:

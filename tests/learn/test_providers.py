@@ -22,7 +22,7 @@ from mla_tune.store.measurement import Measurement, Role
 from tests.learn.synthetic import C4A, ENVIRONMENT, METADATA, SOURCE, World, fit_shapes, held_out_shapes, stage_us
 
 RELEASE = Provider("sglang", "0.5.23")
-TRANSFORMS = Provider("sglang", "0.5.23", transforms=True)
+TRANSFORMS = Provider("sglang", "0.5.23", "0.4.10")
 
 
 def slower(site: Site, candidate: str, stage: str, shape: Shape) -> float:
@@ -43,7 +43,7 @@ THEIRS = measured(Conditions(provider=RELEASE).at(C4A), World(slower))
 TRANSFORMED = measured(Conditions(provider=TRANSFORMS).at(C4A), World(slower))
 
 
-@pytest.mark.parametrize("provider", [RELEASE, TRANSFORMS, Provider("sglang", "0.6.0rc1+cu130", transforms=True)])
+@pytest.mark.parametrize("provider", [RELEASE, TRANSFORMS, Provider("sglang", "0.6.0rc1+cu130", "0.4.10")])
 def test_a_site_says_whose_kernels_ran_only_where_they_are_not_ours(provider: Provider) -> None:
     for site in (C4A, METADATA, replace(C4A, overlap=80)):
         provided = replace(site, provider=provider)
@@ -99,7 +99,7 @@ def test_a_fit_takes_the_one_release_that_was_measured_and_asks_where_there_are_
     assert stored_provider([*OURS, *THEIRS], OWN) is None
     assert stored_provider([*OURS, *THEIRS], "sglang") == RELEASE
     assert stored_provider([*THEIRS, *TRANSFORMED], TRANSFORMS.key) == TRANSFORMS
-    accepted = r"accepted: own, sglang@0\.5\.23, sglang@0\.5\.23\+topk_transform; next: "
+    accepted = r"accepted: own, sglang@0\.5\.23, sglang@0\.5\.23\+sglang-kernel@0\.4\.10; next: "
     with pytest.raises(UsageError, match=f"got 'sglang'; {accepted}"):
         stored_provider([*THEIRS, *TRANSFORMED], "sglang")
     with pytest.raises(UsageError, match="got 'sglang'; accepted: own; next: `mla-tune sweep --provider sglang`"):

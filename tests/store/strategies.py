@@ -34,7 +34,7 @@ C4A = Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 512)
 METADATA = Site(SiteName.INDEXER_METADATA, LayerType.C4A)
 SHAPE = Shape(16, 8192, 131072)
 SITES = (
-    *(C4A, replace(C4A, overlap=80), replace(C4A, provider=Provider("sglang", "0.5.23", transforms=True))),
+    *(C4A, replace(C4A, overlap=80), replace(C4A, provider=Provider("sglang", "0.5.23", "0.4.10"))),
     *(Site(SiteName.PREFILL_ATTENTION, LayerType.SWA_ONLY, 64), METADATA),
 )
 

@@ -25,7 +25,7 @@ from mla_tune.sweep.measure import PointMeasurer
 from mla_tune.sweep.messages import Task
 
 HERE = Provider("sglang", "0.5.23")
-TRANSFORMS = Provider("sglang", "0.5.23", transforms=True)
+TRANSFORMS = Provider("sglang", "0.5.23", "0.4.10")
 FLASH, V3_2 = MODELS["deepseek-v4-flash"], MODELS["deepseek-v3.2"]
 LAYERS = [LayerType.SWA_ONLY, LayerType.C4A, LayerType.C128A, LayerType.DSA]
 SHAPE = Shape(2, 5, 4600)
@@ -133,6 +133,7 @@ def torch_transforms(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         "topk_transform_ragged_v2": ragged,
         "fast_topk_transform_fused": fused,
     }
+    monkeypatch.setattr(sglang_kernels, "_kernels_version", lambda: TRANSFORMS.kernels)
     real = sglang_kernels._imported
     monkeypatch.setattr(sglang_kernels, "_imported", lambda module, name: stand_ins.get(name) or real(module, name))
     return called
