@@ -85,7 +85,6 @@ class GraphTimer:
         self._watch = watch
         self._flush_source = torch.ones(max(2 * l2_bytes, 1 << 20) // 4, dtype=torch.int32, device="cuda")
         self._flush_sink = torch.empty((), dtype=torch.int64, device="cuda")
-        self._pool = torch.cuda.graph_pool_handle()
 
     def flush(self) -> None:
         """Evict everything from the L2 (asynchronously, on the current stream)."""
@@ -94,23 +93,26 @@ class GraphTimer:
     def measure(self, works: Sequence[Work], effort: Effort) -> list[Sampled]:
         """Samples of each work in microseconds. Each run must have been called before (warm)."""
         self._torch.cuda.synchronize()
+        # One for all captures of a call, whose works may read what another left; the next call's must not share it: a
+        # pool without graphs in which tensors live on takes no new ones.
+        pool = self._torch.cuda.graph_pool_handle()
         takes = []
         for work in works:
-            run = self._capture(work.run)
-            baseline = None if work.baseline is None else self._capture(work.baseline)
+            run = self._capture(work.run, pool)
+            baseline = None if work.baseline is None else self._capture(work.baseline, pool)
             takes.append(self._take(run, baseline))
         self._torch.cuda.synchronize()
         for take in takes:
             take()
         return sample_rounds(takes, effort, self._watch)
 
-    def _capture(self, run: Run) -> Callable[[], float]:
+    def _capture(self, run: Run, pool: tuple[int, int]) -> Callable[[], float]:
         """A function that replays ``run`` once and gives its microseconds."""
         torch = self._torch
         graph = torch.cuda.CUDAGraph()
         start, end = (_external_event(torch) for _ in range(2))
         torch.cuda.synchronize()
-        with torch.cuda.graph(graph, pool=self._pool):
+        with torch.cuda.graph(graph, pool=pool):
             start.record()
             run()
             end.record()

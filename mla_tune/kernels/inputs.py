@@ -126,15 +126,19 @@ def required_bytes(site: Site, shape: AnyShape) -> int:
     queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + outputs * 512) * 2
     partials = shape.num_qo_tokens * (site.h_q or 0) * 512 * 4 * paged
     indices = shape.num_qo_tokens * (work.selection_width + matrices * (work.index_width + 1)) * 4
-    scores = 0
-    if transforms(site):  # with the slots and rows that the transform writes, and page tables of every query and token
+    provided = 0
+    if transforms(site):  # scores, slots and rows that the transform writes, page tables of every query and token
         longest = shape.context // site.layer.compress_ratio
-        scores = shape.num_qo_tokens * (4 * score_columns(longest) + 8 * work.selection_width + longest // 16)
-        scores += 4 * shape.num_reqs * longest
+        provided = shape.num_qo_tokens * (4 * score_columns(longest) + 24 * work.selection_width + longest // 16)
+        provided += 4 * shape.num_reqs * longest
+    if (
+        site.provider is not None and site.layer is LayerType.DSA
+    ):  # its dequantize makes rows of its own; graphs keep some
+        provided += 3 * work.rows * fmt.head_dim * 2
     index_scratch = shape.num_qo_tokens * work.selection_width * (64 if site.overlap else 16)
     # Beside the workspace: a slot a row for sparse_fwd, two, a mark and a place for sparse_fwd_selected.
     workspace = work.rows * (fmt.head_dim * 2 + 4 + 13) + 4
-    return caches + queries + partials + indices + index_scratch + scores + workspace + (1 << 30)
+    return caches + queries + partials + indices + index_scratch + provided + workspace + (1 << 30)
 
 
 def transforms(site: Site) -> bool:
@@ -276,7 +280,7 @@ class InputBuilder:
 
     def _scores(self, topk: torch.Tensor, rows: int) -> torch.Tensor:
         """Scores below 0 but for the selected rows, in rows of a whole number of 16 bytes: the kernel's loads."""
-        scores = -torch.rand(len(topk), score_columns(rows), generator=self._generator, device=self._device)
+        scores = torch.rand(len(topk), score_columns(rows), generator=self._generator, device=self._device).neg_()
         high = 1.0 + torch.rand(topk.shape, generator=self._generator, device=self._device)
         token, column = (topk >= 0).nonzero(as_tuple=True)
         scores[token, topk[token, column].long()] = high[token, column]

@@ -23,6 +23,26 @@ _T = TypeVar("_T")
 Runs = dict[str, Callable[[], object]]
 
 
+class Captured:
+    """Keeps what passes from stage to stage while CUDA graphs are captured.
+
+    A kernel that makes its own output makes another at each run. The graphs of the stages behind it go on reading the
+    memory that was current when they were captured; were it freed, the next graph of the pool would write there.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[torch.Tensor] = []
+
+    def add(self, *tensors: torch.Tensor) -> None:
+        """Keep what a run replaced and what it made; outside of a capture, nothing."""
+        if _is_captured(tensors[0]):
+            self._tensors += tensors
+
+
+def _is_captured(tensor: torch.Tensor) -> bool:
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
 def sparse_fwd_runs(bound: SparseWorkspace) -> Runs:
     """What runs instead of the workspace's own stages, by name; nothing where the site has no provider.
 
@@ -62,10 +82,11 @@ def selections(inputs: AttentionInputs) -> Selections:
         return found
     *window, selected = found.parts
     if inputs.site.layer is LayerType.DSA:
-        run = _found(sglang_kernels.dsa_slots_of_topk(inputs)).run
+        run, kept = _found(sglang_kernels.dsa_slots_of_topk(inputs)).run, Captured()
 
         def transform() -> None:
             (slots,) = run()  # a tensor of its own at each call
+            kept.add(found.parts[-1].slot_ids, slots)
             found.parts[-1] = replace(found.parts[-1], slot_ids=slots)
 
         found.transform = transform
@@ -101,10 +122,12 @@ def _rows(cache: PagedCache, slots: torch.Tensor, out: torch.Tensor) -> Callable
 
 def _dsa_rows(bound: SparseWorkspace) -> Callable[[], object]:
     """SGLang's kernel makes its own workspace at each call, and attention reads that."""
-    kernel = _found(sglang_kernels.rows(present(bound.inputs.compressed)))
+    kernel, kept = _found(sglang_kernels.rows(present(bound.inputs.compressed))), Captured()
 
     def run() -> None:
-        bound.workspace = kernel(bound.row_slots, bound.workspace)
+        rows = kernel(bound.row_slots, bound.workspace)
+        kept.add(bound.workspace, rows)
+        bound.workspace = rows
 
     return run
 

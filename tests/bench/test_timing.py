@@ -79,3 +79,36 @@ def test_graph_replay_runs_the_captured_work_for_every_sample() -> None:
     replays, rest = divmod(int(counter) - 1001, 1 + 2 * 1000)
     assert rest == 0
     assert replays >= MIN_SAMPLES
+
+
+@pytest.mark.gpu
+def test_a_work_finds_what_another_made_for_as_long_as_both_are_timed() -> None:
+    import torch
+
+    from mla_tune.bench.timing import GraphTimer
+    from mla_tune.kernels.provided import Captured
+
+    ones, wrong, kept = torch.ones(1 << 20, device="cuda"), torch.zeros((), device="cuda"), Captured()
+    made = [ones.clone()]
+
+    def make() -> None:
+        fresh = ones.clone()
+        kept.add(made[0], fresh)
+        made[0] = fresh
+
+    def read() -> None:
+        wrong.add_((made[0] != 1).any())
+
+    def overwrite() -> None:
+        torch.full_like(ones, 7.0)  # takes whatever memory of the graphs is free
+
+    def everything() -> None:
+        make()
+        overwrite()
+        read()
+
+    timer = GraphTimer(l2_bytes=1 << 20)
+    for _ in range(2):  # the second time what the first left is still alive
+        works = [Work(run) for run in (read, make, read, everything, overwrite)]
+        timer.measure(works, Effort(target=0.0, max_samples=MIN_SAMPLES))
+    assert int(wrong) == 0

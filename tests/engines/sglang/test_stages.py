@@ -6,6 +6,7 @@ them stand in, so that what is tested is how they are wired, not how they run.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from mla_tune.kernels import provided, sglang_kernels
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.inputs import InputBuilder, PagedCache
 from mla_tune.kernels.launch import Backend
+from mla_tune.kernels.workspace import SparseWorkspace
+from mla_tune.launch import DEFAULT_LAUNCHES
 from mla_tune.provider import Provider
 from mla_tune.shape import Shape
 from mla_tune.site import MODELS, Conditions, LayerType, Site, SiteName
@@ -164,6 +167,24 @@ def test_the_scores_have_the_inputs_selection_as_their_top_k(layer: LayerType) -
     assert found.transform is not None
     found.transform()
     assert torch.equal(found.parts[-1].slot_ids.sort().values, expected.sort().values)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+@pytest.mark.usefixtures("torch_transforms")
+def test_what_a_captured_graph_goes_on_reading_stays_alive(captured: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = InputBuilder(torch.device("cpu"), seed=5).attention(site_of(LayerType.DSA, TRANSFORMS), SHAPE)
+    found = provided.selections(inputs)
+    bound = SparseWorkspace(inputs, None, DEFAULT_LAUNCHES, split=inputs.work.compressed_rows, combines=False)
+    monkeypatch.setattr(sglang_kernels, "rows", lambda _cache: lambda _slots, out: out.clone())
+    dequantize = provided.sparse_fwd_runs(bound)["dequantize_compressed"]
+    assert found.transform is not None
+    monkeypatch.setattr(provided, "_is_captured", lambda _tensor: captured)
+    read = []
+    for _ in range(2):
+        found.transform()
+        dequantize()
+        read += [weakref.ref(found.parts[-1].slot_ids), weakref.ref(bound.workspace)]
+    assert [tensor() is not None for tensor in read] == [captured, captured, True, True]
 
 
 @pytest.mark.parametrize("layer", [LayerType.C4A, LayerType.DSA], ids=str)
