@@ -7,6 +7,8 @@ import torch
 from mla_tune.store.measurement import Outcome
 from mla_tune.sweep.outcomes import Failure
 
+_ALLOCATIONS = ("empty", "empty_like", "new_empty", "new_zeros", "zeros")
+
 
 class DeviceLostError(RuntimeError):
     """The device's context no longer works; this process can measure nothing more."""
@@ -23,8 +25,13 @@ def failure_of(error: Exception, kind: str) -> Failure:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also where torch's CPU allocator says so, which has no exception type of its own."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    """Also where no exception type says so: torch's CPU allocator, and an allocation through torch's stable ABI.
+
+    The latter loses the reason: ``torch_call_dispatcher("aten::new_empty", ...) API call failed``.
+    """
+    text = str(error)
+    through_abi = "API call failed" in text and any(f'"aten::{name}"' in text for name in _ALLOCATIONS)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in text or through_abi
 
 
 def one_line(error: BaseException) -> str:

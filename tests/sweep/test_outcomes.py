@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.shape import Shape
 from mla_tune.site import Site
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role, fault
+from mla_tune.sweep.failure import failure_of
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.outcomes import DEADLY, Deaths, Failure, failures
 
@@ -45,6 +47,20 @@ def test_a_failure_is_one_sound_row_for_each_regime_with_its_reason_in_one_line(
         assert (row.site, row.shape, row.role, row.outcome) == (site, point.shape, role, outcome)
         assert row.part == (PER_FORWARD_TOTAL if site is METADATA else PER_LAYER_TOTAL)
         assert len(row.detail.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "outcome"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), Outcome.NO_MEMORY),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), Outcome.NO_MEMORY),
+        (RuntimeError('torch_call_dispatcher( "aten::new_empty", "") API call failed at ops.h'), Outcome.NO_MEMORY),
+        (RuntimeError('torch_call_dispatcher( "aten::matmul", "") API call failed at ops.h'), Outcome.RUNTIME_ERROR),
+        (RuntimeError("aten::new_empty is not what failed"), Outcome.RUNTIME_ERROR),
+    ],
+)
+def test_an_allocation_that_failed_is_want_of_memory_however_it_is_said(error: Exception, outcome: Outcome) -> None:
+    assert failure_of(error, "cpu").outcome is outcome
 
 
 @given(deadly, deadly, st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 1000))
