@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -50,9 +51,14 @@ def _environment(database: Database, wanted: str | None) -> Environment:
 def import_(
     source: Annotated[Path, typer.Argument(help="Export file to read.")],
     db: DbOption = None,
+    only_tries: Annotated[
+        bool, typer.Option("--only-tries", help="Only a probe's tries: FlashMLA's limits hold for any provider.")
+    ] = False,
 ) -> None:
     """Read an export into a working database (raw samples are not in exports)."""
     found = read_export(source)
+    if only_tries:
+        found = replace(found, measurements=(), tuned=())
     path = db or database_path(found.environment.sku)
     make_folder(path)
     with Database.open(path) as database:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from statistics import median
 
 from mla_tune.shape import Shape
-from mla_tune.site import Conditions, ModelConfig, Site, SiteName
-from mla_tune.stages import Amortization, stages
+from mla_tune.site import PLAIN, Conditions, ModelConfig, Site, SiteName
+from mla_tune.stages import Amortization, provided_by, stages
 from mla_tune.store.measurement import (
     PER_FORWARD_TOTAL,
     PER_LAYER_TOTAL,
@@ -122,8 +122,17 @@ class Observations:
         return sorted(s for s, r in self._roles.get(site, {}).items() if role is None or r is role)
 
     def tries(self, site: Site, candidate: str) -> list[Try]:
-        """A probe's tries, ordered by shape. What runs is a matter of sizes: the selections of neighbours play no role."""
-        return self._tries.get((site.overlapping(0), candidate), [])
+        """A probe's tries, ordered by shape. What runs is a matter of sizes: the selections of neighbours play no role.
+
+        Nor does a provider for a kernel that it does not replace, as FlashMLA's and DeepGEMM's are.
+        """
+        found = self._tries.get((site.overlapping(0), candidate), [])
+        plain = PLAIN.at(site)
+        if site.provider is None or any(
+            provided_by(site, candidate, stage.name) == str(site.provider) for stage in stages(plain, candidate)
+        ):
+            return found
+        return sorted([*found, *self._tries.get((plain, candidate), [])], key=lambda attempt: attempt.key)
 
     def candidates(self, site: Site) -> tuple[str, ...]:
         """Candidates with at least one whole timing among the fit points, sorted."""

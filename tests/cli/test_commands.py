@@ -16,9 +16,12 @@ from mla_tune import __version__
 from mla_tune.cli import run as run_here
 from mla_tune.policy import load_policy
 from mla_tune.runtime import Dispatcher
+from mla_tune.shape import Shape
 from mla_tune.site import CANDIDATES
 from mla_tune.store.database import Database
-from mla_tune.store.export import read_export
+from mla_tune.store.export import read_export, write_export
+from mla_tune.store.measurement import Outcome
+from mla_tune.store.probe import Try
 from tests.cli.conftest import SWEEP, Swept, contents
 from tests.command import ENVIRONMENT, run
 
@@ -142,6 +145,17 @@ def test_an_export_goes_through_a_new_database_unchanged(folder: Path, capsys: p
     assert output(capsys, "db", "import", EXPORT, "--db", "new/copy.db").startswith(f"0 of {len(rows)} ")
     assert output(capsys, "db", "export", "--gpu", "cpu", "--db", "new/copy.db", "--out", "x/y.jsonl") == "x/y.jsonl\n"
     assert Path("x/y.jsonl").read_bytes() == EXPORT.read_bytes()
+
+
+def test_the_tries_of_an_export_alone_can_be_taken_over(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = read_export(EXPORT)
+    tries = (Try(found.measurements[0].site, "sparse_fwd", Shape(1, 7, 7), Outcome.CRASH, "died"),)
+    write_export(Path("tried.jsonl"), found.environment, found.measurements, tries)
+    said = output(capsys, "db", "import", "tried.jsonl", "--only-tries", "--db", "new/tries.db")
+    assert said == "1 of 1 measurements, tries and launches were new: new/tries.db\n"
+    with Database.open(Path("new/tries.db"), create=False) as database:
+        assert database.tries(found.environment.id) == list(tries)
+        assert database.measurements(found.environment.id) == []
 
 
 def test_a_database_is_listed_with_its_outcomes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,6 +10,8 @@ from mla_tune.errors import PolicyError, UsageError
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.explain import explain
 from mla_tune.learn.fit import fit_policy
+from mla_tune.learn.limits import limits
+from mla_tune.learn.observations import Observations
 from mla_tune.learn.usable import stored_provider, usable
 from mla_tune.policy import Policy, dump_policy, parse_policy
 from mla_tune.provider import OWN, Provider
@@ -18,7 +20,8 @@ from mla_tune.site import Conditions, Site
 from mla_tune.stages import kernels, provided_by, stages
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_lines, read_export, to_export_precision, write_export
-from mla_tune.store.measurement import Measurement, Role
+from mla_tune.store.measurement import Measurement, Outcome, Role
+from mla_tune.store.probe import Try
 from tests.learn.synthetic import C4A, ENVIRONMENT, METADATA, SOURCE, World, fit_shapes, held_out_shapes, stage_us
 
 RELEASE = Provider("sglang", "0.5.23")
@@ -51,7 +54,20 @@ def test_a_site_says_whose_kernels_ran_only_where_they_are_not_ours(provider: Pr
         assert Site.parse(provided.key) == provided
 
 
-@pytest.mark.parametrize("key", ["sglang", "sglang@", "vllm@0.33.0", "own@1", "sglang@0.5 23", "@0.5.23", "sglang@a@b"])
+@pytest.mark.parametrize(
+    "key",
+    [
+        "sglang",
+        "sglang@",
+        "vllm@0.33.0",
+        "own@1",
+        "sglang@0.5 23",
+        "@0.5.23",
+        "sglang@a@b",
+        "sglang@0.5.23+sglang-kernel@",
+        "sglang@0.5.23+sglang-kernel@a@b",
+    ],
+)
 def test_what_is_no_key_of_a_provider_is_refused(key: str) -> None:
     with pytest.raises(ValueError, match="not the key of a provider"):
         Provider.parse(key)
@@ -120,6 +136,16 @@ def test_every_stage_is_explained_with_whose_kernel_runs_it() -> None:
     }
     own = explain(CostModel(ENVIRONMENT, OURS), fitted(OURS).tables[0], Shape(1, 64, 1 << 20))
     assert {line.provider for c in own.candidates for line in c.stages} == {"own", "flash_mla"}
+
+
+def test_a_limit_of_a_kernel_that_no_provider_replaces_holds_for_every_provider() -> None:
+    site = Conditions(provider=TRANSFORMS).at(C4A)
+    shapes = [(Shape(1, 40_000, 40_000), Outcome.OK), (Shape(1, 40_001, 40_001), Outcome.CRASH)]
+    tries = [Try(C4A, name, shape, outcome) for name in ("with_kvcache", "sparse_fwd") for shape, outcome in shapes]
+    (limit,) = limits(Observations(TRANSFORMED, tries), [site], site.candidates)
+    assert (limit.candidate, limit.num_qo_tokens, limit.fails_at) == ("with_kvcache", 40_000, 40_001)
+    (theirs,) = fit_policy(ENVIRONMENT, TRANSFORMED, tries, source=SOURCE).tables
+    assert theirs.limits == (limit,)  # SGLang's own dequantize is another kernel than the one that was tried
 
 
 def test_the_transform_is_paid_by_both_paths_in_every_layer() -> None:
