@@ -1,4 +1,7 @@
-"""Where the policies that ship with mla-tune are: one ``<sku>.yaml`` for each GPU product."""
+"""Where the policies that ship with mla-tune are: one ``<sku>.yaml`` for each GPU product.
+
+Beside it there may be a ``<sku>.<provider>.yaml``, measured with an engine's kernels around attention in the place of ours.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,28 @@ from importlib.resources.abc import Traversable
 from pathlib import Path
 
 from mla_tune.errors import PolicyError
+from mla_tune.provider import OWN
 
 
 def packaged_policies() -> dict[str, Traversable]:
-    """Every shipped policy file by SKU, sorted: the wheel's ``mla_tune/policies``, or a checkout's ``policies``."""
+    """Every shipped policy file by its name without ``.yaml``, sorted.
+
+    They are the wheel's ``mla_tune/policies``, or a checkout's ``policies``.
+    """
     return {entry.name.removesuffix(".yaml"): entry for entry in _policy_files()}
 
 
-def packaged_policy(sku: str) -> Traversable:
-    """The shipped policy file of ``sku``. Raises :class:`PolicyError` that lists the SKUs there are."""
+def packaged_policy(sku: str, provider: str = OWN) -> Traversable:
+    """The shipped policy file of ``sku``: the one with the kernels of ``provider`` if there is one, else the one with ours.
+
+    Raises :class:`PolicyError` that lists the SKUs there are.
+    """
     found = packaged_policies()
+    theirs = found.get(f"{sku}.{provider}")
+    if theirs is not None:
+        return theirs
     if sku not in found:
-        accepted = ", ".join(found) or "none"
+        accepted = ", ".join(name for name in found if "." not in name) or "none"
         raise PolicyError(
             f"a policy must ship for this GPU: got none for {sku}; accepted: {accepted}; "
             "run `mla-tune sweep` and `mla-tune fit` on it, or set MLA_TUNE_POLICY to a policy file"
@@ -39,4 +52,5 @@ def _policy_files() -> list[Traversable]:
 def _yaml_files(folder: Traversable) -> list[Traversable]:
     if not folder.is_dir():
         return []
-    return sorted((entry for entry in folder.iterdir() if entry.name.endswith(".yaml")), key=lambda entry: entry.name)
+    found = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(found, key=lambda entry: entry.name.removesuffix(".yaml"))

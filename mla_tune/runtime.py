@@ -27,6 +27,7 @@ from mla_tune.lookup import Choose, Explanation, Reason, compile_table, constant
 from mla_tune.pins import pin_table, pinned_reason
 from mla_tune.policy import Policy, Table, digest, parse_policy, read_policy_file
 from mla_tune.policy_kernels import launches_of
+from mla_tune.provider import OWN, PROVIDERS
 from mla_tune.site import FORWARD, LayerType, ModelConfig, SiteName
 from mla_tune.site import model as find_model
 from mla_tune.switches import MODELLED_VARIABLE, POLICY_VARIABLE, Rule, Switches
@@ -145,8 +146,11 @@ class Dispatcher:
             return cls._after(error, fallback, switches)
 
     @classmethod
-    def for_this_gpu(cls, *, fallback: Fallback = None) -> Dispatcher:
+    def for_this_gpu(cls, *, fallback: Fallback = None, provider: str = OWN) -> Dispatcher:
         """The shipped policy of the GPU that this process sees, as the ``MLA_TUNE_*`` variables have it.
+
+        ``provider`` is whose kernels run around attention in this process: ``own``, or ``sglang``, for which a policy that
+        was measured with them is taken where one ships.
 
         They are parsed here, once; :mod:`mla_tune.switches` lists them with their order. The SKU, its SM count and the
         version of every installed kernel library must be those that were measured: limits belong to a build. For a file
@@ -154,6 +158,8 @@ class Dispatcher:
         :class:`EnvironmentMismatchError` or :class:`PolicyError`, unless ``fallback`` is given.
         """
         _check_fallback(fallback)
+        if provider not in PROVIDERS:
+            raise UsageError(f"provider must be a known word: got {provider!r}; accepted: {', '.join(PROVIDERS)}")
         try:
             switches = Switches.from_environment(os.environ)
         except UsageError as error:
@@ -163,7 +169,7 @@ class Dispatcher:
         from mla_tune.gpu import detect_gpu
 
         try:
-            return cls._for_gpu(detect_gpu(), fallback, switches)
+            return cls._for_gpu(detect_gpu(), fallback, switches, provider)
         except (PolicyError, EnvironmentMismatchError) as error:
             return cls._after(error, fallback, switches)
 
@@ -256,7 +262,7 @@ class Dispatcher:
         return cls(None, source=str(error), fallback=fallback, switches=switches)
 
     @classmethod
-    def _for_gpu(cls, gpu: GpuIdentity | None, fallback: Fallback, switches: Switches) -> Dispatcher:
+    def _for_gpu(cls, gpu: GpuIdentity | None, fallback: Fallback, switches: Switches, provider: str) -> Dispatcher:
         """The policy that the user named, whatever differs; or the one that ships, if nothing does."""
         from mla_tune.builds import mismatches
 
@@ -275,7 +281,7 @@ class Dispatcher:
             )
         from mla_tune.packaged import packaged_policy
 
-        file = packaged_policy(gpu.sku)
+        file = packaged_policy(gpu.sku, provider)
         dispatcher = cls._from_bytes(file.read_bytes(), str(file), fallback, switches)
         mismatch = next(iter(mismatches(dispatcher.policy, gpu)), None)
         if mismatch is not None:

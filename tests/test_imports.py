@@ -49,12 +49,12 @@ LAYERS: dict[str, set[str]] = {
     "policy_yaml": {"errors", "policy_text"},
     "lookup": {"engine", "policy", "site", "errors", "threshold"},
     "gpu": {"sku", "errors"},
-    "packaged": {"errors"},
+    "packaged": {"errors", "provider"},
     "switches": {"site", "errors"},
     "pins": {"lookup", "policy", "errors"},
     "builds": {"gpu", "policy"},
     "runtime": {"engine", "lookup", "policy_kernels", "launch", "packaged", "gpu", "errors", "files"}
-    | {"policy", "site", "sku", "shape"}
+    | {"policy", "provider", "site", "sku", "shape"}
     | SWITCHING,
     "traffic": {"errors", "files"},
     "recording": {"traffic"},
@@ -68,7 +68,7 @@ LAYERS: dict[str, set[str]] = {
     "learn": {"store", "lookup", "threshold", "traffic"} | POLICY | WORDS,
     "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
     "report": {"store", "lookup", "learn"} | POLICY | WORDS,
-    "integrations": {"engine", "policy", "errors", "site"} | SERVICE,
+    "integrations": {"engine", "policy", "provider", "errors", "site"} | SERVICE,
 }
 """What each part may import of the others; ``cli`` and ``__main__`` may import everything, inside their commands."""
 ANYTHING = {"cli", "__main__"}

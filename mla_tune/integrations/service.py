@@ -14,12 +14,14 @@ from mla_tune.serving import Decider, Service
 _log = logging.getLogger("mla_tune")
 
 
-def make_service(*, group: Any, engine: str) -> Service:
+def make_service(*, group: Any, engine: str, provider: str) -> Service:
     """Load the policy and compare it over ``group``; see :func:`mla_tune.ranks.agree`, whose refusal it raises.
 
-    ``engine``: the user's settings for the engine that decide beside the policy.
+    ``engine``: the user's settings for the engine that decide beside the policy. ``provider``: whose kernels it runs around
+    attention, see :meth:`mla_tune.runtime.Dispatcher.for_this_gpu`.
     """
-    return Service(agree(Dispatcher.for_this_gpu(fallback="incumbent"), group=group, engine=engine))
+    dispatcher = Dispatcher.for_this_gpu(fallback="incumbent", provider=provider)
+    return Service(agree(dispatcher, group=group, engine=engine))
 
 
 def announce(service: Service, deciders: Sequence[Decider], hooked: str) -> None:

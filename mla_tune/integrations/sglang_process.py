@@ -8,6 +8,7 @@ from typing import Any
 from mla_tune.integrations.process import Process
 from mla_tune.integrations.seams import Hooks
 from mla_tune.integrations.service import make_service
+from mla_tune.provider import SGLANG
 from mla_tune.serving import Service
 
 TESTED = ("0.5.23",)
@@ -24,7 +25,7 @@ class SglangProcess(Process):
         Raises :class:`mla_tune.errors.EnvironmentMismatchError` where they differ and are told to refuse.
         """
         if self.service is None:
-            self.service = make_service(group=_tensor_parallel_group(), engine=engine)
+            self.service = make_service(group=_tensor_parallel_group(), engine=engine, provider=SGLANG)
         return self.service
 
 

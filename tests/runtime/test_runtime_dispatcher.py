@@ -204,6 +204,11 @@ def test_an_unknown_fallback_word_is_refused_everywhere(policy_file: Path) -> No
             call()
 
 
+def test_an_unknown_provider_is_refused_with_those_there_are() -> None:
+    with pytest.raises(UsageError, match="provider must be a known word: got 'vllm'; accepted: own, sglang"):
+        Dispatcher.for_this_gpu(fallback="incumbent", provider="vllm")
+
+
 def test_a_modelled_policy_says_so_at_load(caplog: pytest.LogCaptureFixture) -> None:
     dispatcher = Dispatcher(modelled_policy(), source="p.yaml")
     assert [record.getMessage() for record in caplog.records] == [
@@ -254,6 +259,18 @@ def test_the_shipped_policy_of_the_visible_gpu_is_taken(
     assert dispatcher.policy == full_policy()
     assert dispatcher.digest == digest(policy_file.read_bytes())
     assert caplog.records == []
+
+
+@pytest.mark.parametrize("provider", ["own", "sglang"])
+def test_an_engine_is_served_by_what_was_measured_with_its_own_kernels_where_that_ships(
+    provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    policies = {"own": policy(), "sglang": policy(provider="sglang@0.5.23")}
+    see_gpu(monkeypatch, H200, tmp_path)
+    write_policy(tmp_path / "nvidia-h200.yaml", policies["own"])
+    assert Dispatcher.for_this_gpu(provider=provider).policy == policies["own"]
+    write_policy(tmp_path / "nvidia-h200.sglang.yaml", policies["sglang"])
+    assert Dispatcher.for_this_gpu(provider=provider).policy == policies[provider]
 
 
 def test_a_gpu_without_a_shipped_policy_names_those_there_are(
@@ -342,5 +359,5 @@ def test_the_environment_is_not_read_after_load(monkeypatch: pytest.MonkeyPatch,
 
 def test_a_checkout_ships_the_policies_of_its_own_folder() -> None:
     assert list(packaged_policies()) == sorted(path.stem for path in (CHECKOUT / "policies").glob("*.yaml"))
-    for sku, file in packaged_policies().items():
-        assert packaged_policy(sku).read_bytes() == file.read_bytes()
+    for name, file in packaged_policies().items():
+        assert packaged_policy(*name.split(".")).read_bytes() == file.read_bytes()
