@@ -131,10 +131,8 @@ def required_bytes(site: Site, shape: AnyShape) -> int:
         longest = shape.context // site.layer.compress_ratio
         provided = shape.num_qo_tokens * (4 * score_columns(longest) + 24 * work.selection_width + longest // 16)
         provided += 4 * shape.num_reqs * longest
-    if (
-        site.provider is not None and site.layer is LayerType.DSA
-    ):  # its dequantize makes rows of its own; graphs keep some
-        provided += 3 * work.rows * fmt.head_dim * 2
+    if site.provider is not None and site.layer is LayerType.DSA:
+        provided += 3 * work.rows * fmt.head_dim * 2  # its dequantize makes rows of its own, and graphs keep some
     index_scratch = shape.num_qo_tokens * work.selection_width * (64 if site.overlap else 16)
     # Beside the workspace: a slot a row for sparse_fwd, two, a mark and a place for sparse_fwd_selected.
     workspace = work.rows * (fmt.head_dim * 2 + 4 + 13) + 4

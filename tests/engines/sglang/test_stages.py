@@ -84,9 +84,22 @@ def test_a_kernel_of_its_that_leaves_rows_unwritten_is_found(layer: LayerType, m
     assert checked(site_of(layer), Shape(2, 5, 900))["sparse_fwd"].outcome is Outcome.WRONG_RESULT
 
 
-def test_another_release_than_the_measured_one_is_unsupported_with_the_reason() -> None:
-    row = checked(site_of(LayerType.C4A, Provider("sglang", "0.4.0")))["sparse_fwd"]
-    assert (row.outcome, row.detail) == (Outcome.UNSUPPORTED, "sglang 0.4.0 is not here: this is sglang 0.5.23")
+@pytest.mark.parametrize(
+    ("provider", "installed", "reason"),
+    [
+        (Provider("sglang", "0.4.0"), "", "sglang 0.4.0 is not here: this is sglang 0.5.23"),
+        (TRANSFORMS, "0.4.9", "sglang-kernel 0.4.10 is not here: this is 0.4.9"),
+        (TRANSFORMS, "", "sglang-kernel 0.4.10 is not here: it is not installed"),
+    ],
+)
+def test_another_release_than_the_measured_one_is_unsupported_with_the_reason(
+    provider: Provider, installed: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sglang_kernels, "_kernels_version", lambda: installed)
+    sglang_kernels.unsupported.cache_clear()
+    row = checked(site_of(LayerType.C4A, provider))["sparse_fwd"]
+    sglang_kernels.unsupported.cache_clear()
+    assert (row.outcome, row.detail) == (Outcome.UNSUPPORTED, reason)
 
 
 def test_its_compiled_schedule_is_unsupported_without_a_gpu_and_deep_gemms_is_not() -> None:
