@@ -11,12 +11,14 @@ import pytest
 
 from mla_tune.cli import run
 from mla_tune.datasheet import datasheet
+from mla_tune.integrations.sglang_process import TESTED
 from mla_tune.learn.costs import CostModel
 from mla_tune.learn.evaluate import overall
 from mla_tune.learn.modelled import model_policy
 from mla_tune.learn.observations import Observations
 from mla_tune.learn.usable import usable
 from mla_tune.policy import dump_policy, load_policy
+from mla_tune.provider import Provider
 from mla_tune.site import MODELS, SiteName
 from mla_tune.sku import SKUS
 from mla_tune.store.export import export_lines, export_sha256, read_export
@@ -38,6 +40,12 @@ def _skus(paths: list[Path]) -> list[str]:
 def test_every_policy_has_its_measurements_and_the_other_way_round() -> None:
     assert set(_skus(MEASURED)) == set(_skus(EXPORTS))
     assert {"cpu", "nvidia-h200"} <= set(_skus(MEASURED))
+
+
+def test_what_sglang_is_served_by_was_measured_with_a_release_that_the_plugin_serves() -> None:
+    provided = {path: load_policy(path).provider for path in POLICIES if path.stem.endswith(".sglang")}
+    assert provided
+    assert {Provider.parse(key or "").version for key in provided.values()} <= set(TESTED)
 
 
 def test_every_product_that_mla_tune_knows_has_a_policy() -> None:
