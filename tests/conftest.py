@@ -12,8 +12,8 @@ import pytest
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from mla_tune.kernels.launch import Backend
-    from mla_tune.learn.costs import CostModel
+    from mla_tune.fit.costs import CostModel
+    from mla_tune.kernels.backend import Backend
 
 settings.register_profile("mla-tune", deadline=None)  # a first example may compile a kernel
 settings.load_profile("mla-tune")
@@ -77,8 +77,8 @@ class Target:
 @pytest.fixture(scope="session")
 def h200_costs() -> CostModel:
     """Curves of the committed H200 measurements, each fitted when it is first asked for."""
-    from mla_tune.learn.costs import CostModel
-    from mla_tune.learn.usable import usable
+    from mla_tune.fit.costs import CostModel
+    from mla_tune.fit.usable import usable
     from mla_tune.store.export import read_export
 
     found = read_export(Path(__file__).parent.parent / "db" / "nvidia-h200.jsonl")
@@ -94,7 +94,7 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="session", params=["triton", "torch"])
 def target(request: pytest.FixtureRequest, device: str) -> Target:
     """Every implementation on every device; the interpreter only stands in for a GPU."""
-    from mla_tune.kernels.launch import Backend
+    from mla_tune.kernels.backend import Backend
 
     chosen = Target(device, Backend(request.param))
     if chosen.interpreted and HAS_CUDA:

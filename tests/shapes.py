@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from mla_tune.shape import RaggedShape, Shape
-from mla_tune.site import MODELS, Site, SiteName
+from mla_tune.sites.shape import RaggedShape, Shape
+from mla_tune.sites.site import MODELS, Site, SiteName
 
 
 def every_site(*names: SiteName) -> list[Site]:

@@ -10,17 +10,17 @@ from pathlib import Path
 import pytest
 
 from mla_tune.cli import run
-from mla_tune.datasheet import datasheet
-from mla_tune.integrations.sglang_process import TESTED
-from mla_tune.learn.costs import CostModel
-from mla_tune.learn.evaluate import overall
-from mla_tune.learn.modelled import model_policy
-from mla_tune.learn.observations import Observations
-from mla_tune.learn.usable import usable
-from mla_tune.policy import dump_policy, load_policy
-from mla_tune.provider import Provider
-from mla_tune.site import MODELS, SiteName
-from mla_tune.sku import SKUS
+from mla_tune.fit.costs import CostModel
+from mla_tune.fit.evaluation import overall
+from mla_tune.fit.modelled import model_policy
+from mla_tune.fit.observations import Observations
+from mla_tune.fit.usable import usable
+from mla_tune.hardware.datasheet import datasheet
+from mla_tune.hardware.sku import SKUS
+from mla_tune.integrations.sglang.sglang_process import TESTED
+from mla_tune.policy.schema import dump_policy, load_policy
+from mla_tune.sites.provider import Provider
+from mla_tune.sites.site import MODELS, SiteName
 from mla_tune.store.export import export_lines, export_sha256, read_export
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Role
 

@@ -7,9 +7,9 @@ from dataclasses import fields
 
 import pytest
 
-from mla_tune.datasheet import DATASHEETS, SM100, Datasheet, Figure, datasheet
 from mla_tune.errors import UsageError
-from mla_tune.sku import SKUS
+from mla_tune.hardware.datasheet import DATASHEETS, SM100, Datasheet, Figure, datasheet
+from mla_tune.hardware.sku import SKUS
 
 ALL = pytest.mark.parametrize("sheet", DATASHEETS, ids=lambda sheet: str(sheet.sku))
 

@@ -16,59 +16,36 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 """Beyond the standard library. PyYAML's parser is made by Cython, whose runtime shows up as modules of its own
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
-    "mla_tune",
-    *(f"mla_tune.{name}" for name in ("errors", "files", "lookup", "policy", "runtime", "threshold")),
-    *(f"mla_tune.{name}" for name in ("policy_evidence", "policy_kernels", "policy_rules", "policy_text")),
-    *(f"mla_tune.{name}" for name in ("site", "provider", "engine", "sku", "gpu")),
-    *(f"mla_tune.{name}" for name in ("packaged", "pins", "switches", "builds")),
+    *("mla_tune", "mla_tune.errors", "mla_tune.files"),
+    *("mla_tune.sites", *(f"mla_tune.sites.{name}" for name in ("site", "provider", "engines"))),
+    *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml"))),
+    "mla_tune.policy",
+    *(f"mla_tune.policy.{name}" for name in ("schema", "evidence", "kernel_config", "rules", "text", "threshold")),
+    *(f"mla_tune.policy.{name}" for name in ("shipped", "decision")),
+    "mla_tune.runtime",
+    *(f"mla_tune.runtime.{name}" for name in ("dispatcher", "pins", "switches", "compatibility")),
 }
-SERVICE_MODULES = {f"mla_tune.{name}" for name in ("serving", "ranks", "counters", "recording", "traffic")}
+SERVICE_MODULES = {f"mla_tune.runtime.{name}" for name in ("decider", "ranks", "counters", "recording")} | {
+    "mla_tune.sites.served_shapes"
+}
 
-WORDS = {"engine", "errors", "files", "launch", "provider", "site", "shape", "sku", "stages", "datasheet"}
-"""Modules of plain values: standard library and msgspec only, and importable by every part that does not serve."""
-POLICY = {"policy", "policy_evidence", "policy_kernels", "policy_rules", "policy_text", "policy_yaml"}
-SWITCHING = {"switches", "pins", "builds"}
-SERVICE = {"runtime", "serving", "ranks", "counters", "switches"}
+VALUES = {"errors", "files", "sites", "hardware"}
+"""Plain values: standard library and msgspec only, and importable by every part."""
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
-    "launch": {"errors"},
-    "provider": set(),
-    "site": {"errors", "provider"},
-    "engine": {"site"},
-    "shape": {"errors", "site"},
-    "sku": {"errors"},
-    "stages": {"errors", "provider", "site"},
-    "datasheet": {"errors"},
-    "policy": {"engine", "site", "sku", "shape", "errors", "files"} | POLICY,
-    "threshold": set(),
-    "policy_evidence": POLICY,
-    "policy_rules": {"engine", "provider", "site", "errors", "threshold"} | POLICY,
-    "policy_kernels": {"errors", "launch"},
-    "policy_text": {"errors"},
-    "policy_yaml": {"errors", "policy_text"},
-    "lookup": {"engine", "policy", "site", "errors", "threshold"},
-    "gpu": {"sku", "errors"},
-    "packaged": {"errors", "provider"},
-    "switches": {"site", "errors"},
-    "pins": {"lookup", "policy", "errors"},
-    "builds": {"gpu", "policy"},
-    "runtime": {"engine", "lookup", "policy_kernels", "launch", "packaged", "gpu", "errors", "files"}
-    | {"policy", "provider", "site", "sku", "shape"}
-    | SWITCHING,
-    "traffic": {"errors", "files"},
-    "recording": {"traffic"},
-    "counters": set(),
-    "serving": {"engine", "runtime", "counters", "recording", "site", "switches"},
-    "ranks": {"runtime", "switches", "errors"},
-    "kernels": WORDS,
-    "bench": {"sku", "errors", "files"},
-    "store": WORDS,
-    "sweep": {"kernels", "bench", "store"} | WORDS,
-    "learn": {"store", "lookup", "threshold", "traffic"} | POLICY | WORDS,
-    "replay": {"store", "lookup", "learn"} | POLICY | WORDS,
-    "report": {"store", "lookup", "learn"} | POLICY | WORDS,
-    "integrations": {"engine", "policy", "provider", "errors", "site"} | SERVICE,
+    "hardware": {"errors"},
+    "sites": {"errors", "files"},
+    "policy": VALUES,
+    "runtime": {"policy"} | VALUES,
+    "kernels": {"sites", "errors"},
+    "bench": {"hardware", "errors", "files"},
+    "store": VALUES,
+    "sweep": {"kernels", "bench", "store"} | VALUES,
+    "fit": {"store", "policy"} | VALUES,
+    "replay": {"store", "fit", "policy"} | VALUES,
+    "report": {"replay", "store", "fit", "policy"} | VALUES,
+    "integrations": {"runtime", "policy", "errors", "sites"},
 }
 """What each part may import of the others; ``cli`` and ``__main__`` may import everything, inside their commands."""
 ANYTHING = {"cli", "__main__"}
@@ -108,7 +85,7 @@ def test_a_module_imports_only_the_layers_below_it(path: Path) -> None:
 
 def test_no_layer_reaches_itself_through_others() -> None:
     def reachable(part: str, seen: frozenset[str]) -> set[str]:
-        below = LAYERS[part] - POLICY - seen if part in POLICY else LAYERS[part] - seen
+        below = LAYERS[part] - seen
         return below | {further for name in below for further in reachable(name, seen | below)}
 
     assert [part for part in LAYERS if part in reachable(part, frozenset())] == []
@@ -127,7 +104,8 @@ def loaded_by(statement: str) -> set[str]:
         "import mla_tune.runtime",
         "from mla_tune.runtime import Dispatcher; Dispatcher.for_this_gpu(fallback='incumbent').resolve("
         "'prefill_attention', model='deepseek-v4-pro', layer='forward').choose(8192, 1 << 20, 4)",
-        "from mla_tune.runtime import Dispatcher; from mla_tune.serving import Service; from mla_tune.ranks import agree; "
+        "from mla_tune.runtime import Dispatcher; from mla_tune.runtime.decider import Service; "
+        "from mla_tune.runtime.ranks import agree; "
         "Service(agree(Dispatcher.for_this_gpu(fallback='incumbent'))).prometheus_text()",
     ],
     ids=["import", "serve", "service"],
@@ -136,9 +114,14 @@ def test_serving_loads_the_standard_library_yaml_and_msgspec_only(statement: str
     loaded = loaded_by(statement)
     top = {name.split(".")[0] for name in loaded if not name.startswith("_cython_")}
     assert top - set(sys.stdlib_module_names) <= SERVING_PACKAGES
-    ours = SERVING_MODULES | (SERVICE_MODULES if "serving" in statement else set())
+    ours = SERVING_MODULES | (SERVICE_MODULES if "decider" in statement else set())
     assert {name for name in loaded if part_of(name) and name.startswith("mla_tune")} <= ours
 
 
 def test_importing_the_package_loads_nothing_else() -> None:
     assert loaded_by("import mla_tune") == {"mla_tune"}
+
+
+def test_no_two_modules_share_a_name() -> None:
+    names = [path.stem for path in files() if path.stem not in ("__init__", "__main__")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []

@@ -9,8 +9,16 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.shape import AnyShape, RaggedShape, Shape, compressed_row_counts, fresh_request, selection_width, workload
-from mla_tune.site import SWA_WINDOW, LayerType, Site, SiteName
+from mla_tune.sites.shape import (
+    AnyShape,
+    RaggedShape,
+    Shape,
+    compressed_row_counts,
+    fresh_request,
+    selection_width,
+    workload,
+)
+from mla_tune.sites.site import SWA_WINDOW, LayerType, Site, SiteName
 from tests.shapes import every_site, one_by_one, ragged_shapes, shapes
 
 attention_sites = st.sampled_from(every_site(SiteName.PREFILL_ATTENTION))

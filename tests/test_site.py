@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.site import (
+from mla_tune.sites.site import (
     DEEPSEEK_V3_2,
     DEEPSEEK_V4_FLASH,
     DEEPSEEK_V4_PRO,
@@ -18,7 +18,7 @@ from mla_tune.site import (
     SiteName,
     model,
 )
-from mla_tune.stages import Amortization, stages
+from mla_tune.sites.stages import Amortization, stages
 from tests.shapes import every_site
 
 any_site = st.builds(

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.sku import CPU, SKUS, Environment, KernelLibrary, resolve_sku, sku_name
+from mla_tune.hardware.sku import CPU, SKUS, Environment, KernelLibrary, resolve_sku, sku_name
 
 ENVIRONMENT = Environment("nvidia-h200", 132, 232448, "580.95", "13.0", "2.11.0", "3.6.0", ())
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from mla_tune.bench.watch import Disturbance, NoWatch, Watch
+from mla_tune.bench.interference import Disturbance, NoWatch, Watch
 
 MIN_SAMPLES = 6
 """Fewest samples whose range is a 95 % interval of the median: 1 - 2 * 0.5**6 = 0.97."""

@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+from mla_tune.bench.interference import Watch
 from mla_tune.bench.sampling import Effort, Sampled, sample_rounds
-from mla_tune.bench.watch import Watch
 
 if TYPE_CHECKING:
     import torch

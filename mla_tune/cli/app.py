@@ -17,7 +17,7 @@ from mla_tune.cli import (
     probing,
     spotting,
     sweeping,
-    traffic,
+    traffic_command,
     tuning,
     validating,
 )
@@ -42,7 +42,7 @@ app.command()(policies.explain)
 app.command()(probing.probe)
 app.command()(tuning.tune)
 app.command()(validating.validate)
-app.command()(traffic.traffic)
+app.command()(traffic_command.traffic)
 app.command()(spotting.spot_check)
 app.command()(chunking.chunks)
 app.command()(planning.plan)

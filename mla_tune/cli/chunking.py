@@ -12,14 +12,14 @@ import typer
 from mla_tune.cli.evidence import evidence
 from mla_tune.cli.options import JsonOption, PolicyOption
 from mla_tune.cli.policies import GpuOption, HeadsOption, MeasurementsOption, ModelOption
-from mla_tune.cli.traffic import RestOption, SpeedOption, TraceOption
+from mla_tune.cli.traffic_command import RestOption, SpeedOption, TraceOption
 from mla_tune.errors import UsageError
-from mla_tune.site import model as find_model
+from mla_tune.sites.site import model as find_model
 
 if TYPE_CHECKING:
     from mla_tune.replay.chunks import Prompts
     from mla_tune.replay.prices import Pricer
-    from mla_tune.shape import AnyShape
+    from mla_tune.sites.shape import AnyShape
 
 PromptOption = Annotated[
     list[str] | None,
@@ -58,9 +58,9 @@ def chunks(
         raise UsageError(
             "chunk sizes are judged on prompts or a trace, one of the two: pass --prompt N or --trace FILE"
         )
-    from mla_tune.cli import traffic_output
+    from mla_tune.cli.output import traffic_output
     from mla_tune.replay.chunks import CHUNK_SIZES, advise, chunk_size
-    from mla_tune.replay.engine import MAX_REST_US
+    from mla_tune.replay.scheduler import MAX_REST_US
 
     longest = find_model(model).max_context
     if not 0 <= rest_us <= MAX_REST_US:
@@ -94,8 +94,8 @@ def _of_prompts(texts: list[str], concurrency: int, longest: int) -> _Batched:
 def _of_trace(path: Path, concurrency: int, speed: float, rest_us: float, longest: int) -> _Batched:
     """A trace, replayed with the incumbent's clock."""
     from mla_tune.cli import replaying
-    from mla_tune.replay.engine import Engine, replay
     from mla_tune.replay.prices import IncumbentClock
+    from mla_tune.replay.scheduler import Engine, replay
 
     offered = replaying.of_trace(path, speed, longest)
 

@@ -10,7 +10,7 @@ import typer
 
 from mla_tune.cli.places import database_path, export_path, make_folder, policy_sku
 from mla_tune.errors import StoreError
-from mla_tune.sku import Environment
+from mla_tune.hardware.sku import Environment
 from mla_tune.store.database import Database
 from mla_tune.store.export import read_export
 
@@ -69,7 +69,7 @@ def import_(
 
 def ls(gpu: GpuOption = "auto", db: DbOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the environments in a database, with their outcomes."""
-    from mla_tune.cli import render
+    from mla_tune.cli.output import render
 
     with Database.open(db or database_path(policy_sku(gpu)), create=False) as database:
         render.database(database.summaries(), as_json)

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING
 
 from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError
-from mla_tune.packaged import packaged_policy
-from mla_tune.policy import Policy, Table, parse_policy, read_policy_file
-from mla_tune.provider import OWN, Provider
-from mla_tune.runtime import Dispatcher
-from mla_tune.site import FORWARD, Conditions, SiteName
-from mla_tune.site import model as find_model
+from mla_tune.policy.schema import Policy, Table, parse_policy, read_policy_file
+from mla_tune.policy.shipped import packaged_policy
+from mla_tune.runtime.dispatcher import Dispatcher
+from mla_tune.sites.provider import OWN, Provider
+from mla_tune.sites.site import FORWARD, Conditions, SiteName
+from mla_tune.sites.site import model as find_model
 
 if TYPE_CHECKING:
-    from mla_tune.learn.costs import CostModel
+    from mla_tune.fit.costs import CostModel
     from mla_tune.replay.prices import Pricer
 
 
@@ -42,9 +42,9 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
 
     Raises :class:`StoreError` without them and :class:`EnvironmentMismatchError` for another GPU's.
     """
-    from mla_tune.cli import render
-    from mla_tune.learn.costs import CostModel
-    from mla_tune.learn.usable import usable
+    from mla_tune.cli.output import render
+    from mla_tune.fit.costs import CostModel
+    from mla_tune.fit.usable import usable
     from mla_tune.store.export import export_sha256, read_export
     from mla_tune.store.measurement import Regime
 
@@ -69,8 +69,8 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
     costs = CostModel(environment, rows, regime=Regime(policy.regime))
     if not policy.modelled:
         return costs
-    from mla_tune.datasheet import datasheet
-    from mla_tune.learn.modelled import ModelledCosts
+    from mla_tune.fit.modelled import ModelledCosts
+    from mla_tune.hardware.datasheet import datasheet
 
     return ModelledCosts(costs, datasheet(policy.gpu.sku))
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 
-from mla_tune.cli import device_output
 from mla_tune.cli.options import GpuOption, JsonOption, ModelOption, SiteOption, chosen_models, chosen_sites
+from mla_tune.cli.output import device_output
 from mla_tune.cli.places import this_device
 from mla_tune.errors import MlaTuneError
 
@@ -36,9 +36,9 @@ def env(as_json: JsonOption = False) -> None:
     """Print what this machine is, as measurements record it, and which policy would serve it."""
     from dataclasses import asdict
 
-    from mla_tune.bench.device import detect_environment
-    from mla_tune.gpu import detect_gpu
-    from mla_tune.runtime import Dispatcher
+    from mla_tune.bench.environment import detect_environment
+    from mla_tune.hardware.nvml import detect_gpu
+    from mla_tune.runtime.dispatcher import Dispatcher
 
     gpu = detect_gpu()
     environment = detect_environment(gpu=gpu is not None)

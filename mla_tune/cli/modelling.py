@@ -11,12 +11,12 @@ import typer
 
 from mla_tune.cli.options import JsonOption
 from mla_tune.cli.places import export_path, make_folder, policy_path
-from mla_tune.datasheet import DATASHEETS, Datasheet
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, UsageError
+from mla_tune.hardware.datasheet import DATASHEETS, Datasheet
 
 if TYPE_CHECKING:
-    from mla_tune.learn.costs import CostModel
-    from mla_tune.policy import Policy
+    from mla_tune.fit.costs import CostModel
+    from mla_tune.policy.schema import Policy
 
 
 def model(
@@ -43,10 +43,10 @@ def model(
     paths = [out or policy_path(target.sku) for target in targets]
     for path in paths:
         _refuse_measured(path)
-    from mla_tune.cli import model_output
-    from mla_tune.learn.check import check as check_figures
-    from mla_tune.learn.published import PUBLISHED
-    from mla_tune.policy import write_policy
+    from mla_tune.cli.output import model_output
+    from mla_tune.fit.published import PUBLISHED
+    from mla_tune.fit.published_check import check as check_figures
+    from mla_tune.policy.schema import write_policy
 
     costs = _costs(export, measured.sku)
     for path in paths:
@@ -96,8 +96,8 @@ def _refuse_measured(path: Path) -> None:
 
 
 def _costs(export: Path, sku: str) -> CostModel:
-    from mla_tune.learn.costs import CostModel
-    from mla_tune.learn.usable import usable
+    from mla_tune.fit.costs import CostModel
+    from mla_tune.fit.usable import usable
     from mla_tune.store.export import read_export
 
     found = read_export(export)
@@ -111,8 +111,8 @@ def _costs(export: Path, sku: str) -> CostModel:
 
 def _policy(costs: CostModel, export: Path, target: Datasheet, path: Path) -> Policy:
     """The modelled policy, with the command that makes it again."""
-    from mla_tune.learn.modelled import model_policy
-    from mla_tune.policy import Source
+    from mla_tune.fit.modelled import model_policy
+    from mla_tune.policy.schema import Source
     from mla_tune.store.export import export_sha256
 
     words = ["mla-tune", "model", "--from", costs.environment.sku, "--to", target.sku]

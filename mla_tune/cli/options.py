@@ -10,9 +10,9 @@ from typing import Annotated
 import typer
 
 from mla_tune.errors import UsageError
-from mla_tune.provider import PROVIDERS
-from mla_tune.site import MODELS, OVERLAPS, ModelConfig, SiteName
-from mla_tune.site import model as find_model
+from mla_tune.sites.provider import PROVIDERS
+from mla_tune.sites.site import MODELS, OVERLAPS, ModelConfig, SiteName
+from mla_tune.sites.site import model as find_model
 from mla_tune.store.measurement import Regime
 
 DEFAULT_TIMEOUT_S = 300.0

@@ -9,37 +9,37 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mla_tune.cli.fit_options import NO_WISHES, Wishes
 from mla_tune.cli.places import make_folder
-from mla_tune.cli.wishes import NO_WISHES, Wishes
 from mla_tune.errors import FitError, PolicyError, UsageError
-from mla_tune.learn.acquire import doubts
-from mla_tune.learn.costs import CostModel
-from mla_tune.learn.evaluate import Weighted, by_traffic, is_single_layer_attention, overall
-from mla_tune.learn.fit import FIRST_CALL_BOUND_S, fit_policy, left_out
-from mla_tune.learn.objective import PLAIN, Objective, shape_weights
-from mla_tune.learn.observations import Observations
-from mla_tune.learn.refine import crossover_shapes
-from mla_tune.learn.repeat import Repetition
-from mla_tune.learn.repeat import compare as compare_sweeps
-from mla_tune.learn.usable import stored_provider, usable
-from mla_tune.learn.work import Array
-from mla_tune.policy import HeldOut, Policy, Source, load_policy, write_policy
-from mla_tune.provider import OWN
-from mla_tune.shape import Shape
-from mla_tune.site import PLAIN as PLAIN_CONDITIONS
-from mla_tune.site import Conditions, ModelConfig, Site, SiteName, attention_sites
-from mla_tune.sku import Environment
+from mla_tune.fit.acquire import doubts
+from mla_tune.fit.costs import CostModel
+from mla_tune.fit.evaluation import Weighted, by_traffic, is_single_layer_attention, overall
+from mla_tune.fit.objective import PLAIN, Objective, shape_weights
+from mla_tune.fit.observations import Observations
+from mla_tune.fit.refine import crossover_shapes
+from mla_tune.fit.repeat import Repetition
+from mla_tune.fit.repeat import compare as compare_sweeps
+from mla_tune.fit.table_rows import FIRST_CALL_BOUND_S, fit_policy, left_out
+from mla_tune.fit.usable import stored_provider, usable
+from mla_tune.fit.work import Array
+from mla_tune.hardware.sku import Environment
+from mla_tune.policy.schema import HeldOut, Policy, Source, load_policy, write_policy
+from mla_tune.sites.provider import OWN
+from mla_tune.sites.served_shapes import Shape as Recorded
+from mla_tune.sites.served_shapes import read_traffic
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import PLAIN as PLAIN_CONDITIONS
+from mla_tune.sites.site import Conditions, ModelConfig, Site, SiteName, attention_sites
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_sha256, read_export, write_export
+from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import Measurement, Regime
-from mla_tune.store.probe import Try
 from mla_tune.store.tuned import Tuned
 from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points, pool, seed_points
 from mla_tune.sweep.preset import FULL, Preset
 from mla_tune.sweep.probe import Bound, Known, Prober, known_counts, unclosed
 from mla_tune.sweep.runner import Progress, Report, Sweep
-from mla_tune.traffic import Shape as Recorded
-from mla_tune.traffic import read_traffic
 
 SEED = 20250
 """Seed of the held-out shapes; part of what a policy's evaluation means, so it is fixed."""
@@ -256,7 +256,7 @@ def fit(
     """Fit the policy of an export and write it. Nothing is written unless the fit succeeds.
 
     ``overlap`` chooses the measurements: of inputs whose neighbouring selections overlap by so many percent.
-    ``provider`` does too: ``own``, an engine or a provider's key; see :func:`mla_tune.learn.usable.stored_provider`.
+    ``provider`` does too: ``own``, an engine or a provider's key; see :func:`mla_tune.fit.usable.stored_provider`.
     """
     found = read_export(measurements)
     conditions = Conditions(overlap, stored_provider(found.measurements, provider))

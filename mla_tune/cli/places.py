@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
-from mla_tune.gpu import GpuIdentity, detect_gpu
-from mla_tune.provider import OWN
-from mla_tune.sku import CPU, resolve_sku
+from mla_tune.hardware.nvml import GpuIdentity, detect_gpu
+from mla_tune.hardware.sku import CPU, resolve_sku
+from mla_tune.sites.provider import OWN
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,10 +12,10 @@ from mla_tune.cli.options import JsonOption, PolicyOption
 from mla_tune.cli.places import this_device
 from mla_tune.cli.policies import GpuOption, MeasurementsOption
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, UsageError
-from mla_tune.shape import RaggedShape
+from mla_tune.sites.shape import RaggedShape
 
 if TYPE_CHECKING:
-    from mla_tune.policy import Table
+    from mla_tune.policy.schema import Table
     from mla_tune.replay.mixed import Outlook, Timed
 
 
@@ -42,8 +42,8 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Draw batches of one fresh prompt and many short extends; tell what serving each request by its own path gains."""
-    from mla_tune.cli import planning_output
-    from mla_tune.learn.split import Planner
+    from mla_tune.cli.output import planning_output
+    from mla_tune.fit.batch_split import Planner
     from mla_tune.replay.mixed import Mix, draw_batches, outlooks
 
     mix = Mix(_ends("--fresh", fresh), _ends("--extends", extends), _ends("--new", new), _ends("--context", context))
@@ -98,8 +98,8 @@ def _measured(
             f"a split is measured with this project's own kernels: {found.policy} is of {provider}; accepted: a policy "
             "without a provider; pass another --policy, or leave --measure out"
         )
-    from mla_tune.cli.render import note
-    from mla_tune.learn.evaluate import table_scope
+    from mla_tune.cli.output.render import note
+    from mla_tune.fit.evaluation import table_scope
     from mla_tune.replay.mixed import timed
     from mla_tune.sweep.splitting import SplitMeasurer
 

@@ -20,13 +20,13 @@ from mla_tune.cli.options import (
     chosen_regime,
 )
 from mla_tune.cli.places import export_path, policy_path, policy_sku
-from mla_tune.engine import Engine
 from mla_tune.errors import PolicyError, UsageError
-from mla_tune.policy import Table
-from mla_tune.provider import OWN
-from mla_tune.runtime import Dispatcher
-from mla_tune.shape import Shape
-from mla_tune.site import FORWARD
+from mla_tune.policy.schema import Table
+from mla_tune.runtime.dispatcher import Dispatcher
+from mla_tune.sites.engines import Engine
+from mla_tune.sites.provider import OWN
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import FORWARD
 
 GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose policy is meant.")]
 MeasurementsOption = Annotated[
@@ -68,8 +68,9 @@ def fit(
         raise UsageError(
             f"--first-call-bound must be seconds, at least 0: got {first_call_bound}; accepted: 1.0, or inf"
         )
-    from mla_tune.cli import pipeline, render
-    from mla_tune.cli.wishes import Wishes
+    from mla_tune.cli import pipeline
+    from mla_tune.cli.fit_options import Wishes
+    from mla_tune.cli.output import render
     from mla_tune.store.export import read_export
 
     wishes = Wishes(
@@ -127,8 +128,8 @@ def explain(
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
     loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
-    from mla_tune.cli import render
-    from mla_tune.learn.explain import explain as explain_choice
+    from mla_tune.cli.output import render
+    from mla_tune.fit.explanation import explain as explain_choice
 
     table = _require_table(resolved.table, name)
     costs = measured_costs(loaded, name, measurements)
@@ -141,7 +142,7 @@ def show(
     as_json: JsonOption = False,
 ) -> None:
     """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
-    from mla_tune.cli import render
+    from mla_tune.cli.output import render
 
     loaded, name = named_policy(policy, gpu)
     render.policy_summary(loaded, Path(name), as_json)

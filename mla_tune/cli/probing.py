@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli import device_output, render
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
     DbOption,
@@ -19,9 +18,10 @@ from mla_tune.cli.options import (
     chosen_sites,
     positive_seconds,
 )
+from mla_tune.cli.output import device_output, render
 from mla_tune.cli.places import database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import UsageError
-from mla_tune.site import CANDIDATES, ModelConfig, Site, SiteName
+from mla_tune.sites.site import CANDIDATES, ModelConfig, Site, SiteName
 
 _NO_BUDGET_S = 1e9
 

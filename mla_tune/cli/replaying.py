@@ -8,14 +8,14 @@ from pathlib import Path
 
 from mla_tune.cli.evidence import Evidence
 from mla_tune.replay.agents import AgentMix, Agents
-from mla_tune.replay.engine import Engine, Replay, replay
-from mla_tune.replay.judge import Judgement, judge
 from mla_tune.replay.prices import IncumbentClock
 from mla_tune.replay.requests import Source
+from mla_tune.replay.rule_comparison import Judgement, judge
+from mla_tune.replay.scheduler import Engine, Replay, replay
 from mla_tune.replay.spot import FORMAT, VERSION, ForwardList, draw, write_forwards
 from mla_tune.replay.trace import read_trace
-from mla_tune.site import SiteName
-from mla_tune.traffic import Shape, bin_middle, bin_start, bounded, write_traffic
+from mla_tune.sites.served_shapes import Shape, bin_middle, bin_start, bounded, write_traffic
+from mla_tune.sites.site import SiteName
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ def drawn(told: Judged, count: int, seed: int, path: Path | None) -> ForwardList
 
 
 def record(told: Judged, path: Path) -> None:
-    """Write the forwards as a server writes what it was asked, see :mod:`mla_tune.traffic`: once for either site."""
+    """Write the forwards as a server does (:mod:`mla_tune.sites.served_shapes`), once for either site."""
     model = told.evidence.pricer.model.name
     cells: Counter[Shape] = Counter()
     for forward, occurred in told.replay.forwards().items():

@@ -14,13 +14,13 @@ from mla_tune.cli.options import DEFAULT_TIMEOUT_S, JsonOption, PolicyOption, Ti
 from mla_tune.cli.places import Device, this_device
 from mla_tune.cli.policies import GpuOption, MeasurementsOption
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
-from mla_tune.shape import RaggedShape
-from mla_tune.site import Site
+from mla_tune.sites.shape import RaggedShape
+from mla_tune.sites.site import Site
 
 if TYPE_CHECKING:
-    from mla_tune.learn.observations import Observations
-    from mla_tune.replay.compare import Comparison
+    from mla_tune.fit.observations import Observations
     from mla_tune.replay.spot import ForwardList
+    from mla_tune.replay.spot_result import Comparison
 
 
 def spot_check(
@@ -33,7 +33,7 @@ def spot_check(
 ) -> None:
     """Time drawn forwards with real kernels on this machine, and print predicted against measured."""
     positive_seconds("--timeout", timeout)
-    from mla_tune.cli import traffic_output
+    from mla_tune.cli.output import traffic_output
     from mla_tune.replay.spot import read_forwards
 
     drawn = read_forwards(forwards)
@@ -47,7 +47,7 @@ def measured(found: Evidence, drawn: ForwardList, gpu: str, timeout_s: float, qu
     Every candidate is checked against the reference before it is timed, as in a sweep. Raises :class:`MlaTuneError` where
     nothing ran.
     """
-    from mla_tune.replay.compare import compare
+    from mla_tune.replay.spot_result import compare
 
     device = this_device(gpu)
     if device.sku != found.sku:
@@ -66,8 +66,8 @@ def measured(found: Evidence, drawn: ForwardList, gpu: str, timeout_s: float, qu
 def _observed(
     device: Device, sites: Sequence[Site], shapes: Sequence[RaggedShape], timeout_s: float, quiet: bool
 ) -> Observations:
-    from mla_tune.cli import device_output
-    from mla_tune.learn.observations import Observations
+    from mla_tune.cli.output import device_output
+    from mla_tune.fit.observations import Observations
     from mla_tune.store.database import Database
     from mla_tune.sweep.grid import Point
     from mla_tune.sweep.runner import Sweep

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli import device_output, render
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
     DbOption,
@@ -27,10 +26,11 @@ from mla_tune.cli.options import (
     chosen_sites,
     positive_seconds,
 )
+from mla_tune.cli.output import device_output, render
 from mla_tune.cli.places import Device, database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import UsageError
-from mla_tune.provider import OWN, Provider
-from mla_tune.site import Conditions
+from mla_tune.sites.provider import OWN, Provider
+from mla_tune.sites.site import Conditions
 from mla_tune.sweep.preset import find_preset
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class _Request:
 
 def _sweep(request: _Request) -> None:
     from mla_tune.cli import pipeline
-    from mla_tune.cli.wishes import Wishes
+    from mla_tune.cli.fit_options import Wishes
 
     for output in request.outputs():  # now, not after minutes of measuring
         make_folder(output)

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli import render
 from mla_tune.cli.options import DbOption, GpuOption, JsonOption, positive_seconds
+from mla_tune.cli.output import render
 from mla_tune.cli.places import database_path, make_folder, this_device
 from mla_tune.errors import UsageError
-from mla_tune.launch import KERNELS, parameters
+from mla_tune.sites.launch_parameters import KERNELS, parameters
 
 if TYPE_CHECKING:
-    from mla_tune.sweep.tune import ClassReport, TuneProgress
+    from mla_tune.sweep.tuning.tuner import ClassReport, TuneProgress
 
 _DEFAULT_BUDGET_S = 480.0
 """Seconds to search for: with the start of the worker a run stays under ten minutes."""
@@ -43,7 +43,7 @@ def tune(
         return
     from mla_tune.store.database import Database
     from mla_tune.store.lock import sweep_lock
-    from mla_tune.sweep.tune import Tuner, targets
+    from mla_tune.sweep.tuning.tuner import Tuner, targets
 
     path = db or database_path(device.sku)
     make_folder(path)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli import device_output
 from mla_tune.cli.evidence import named_policy, policy_conditions
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
@@ -20,11 +19,12 @@ from mla_tune.cli.options import (
     chosen_models,
     positive_seconds,
 )
+from mla_tune.cli.output import device_output
 from mla_tune.cli.places import make_folder, this_device, validation_path
 from mla_tune.errors import GoalMissedError, UsageError
 
 if TYPE_CHECKING:
-    from mla_tune.learn.observations import Observations
+    from mla_tune.fit.observations import Observations
     from mla_tune.sweep.grid import Point
 
 _MOST_POINTS = 100_000
@@ -47,8 +47,8 @@ def validate(
     positive_seconds("--timeout", timeout)
     loaded, _ = named_policy(policy, device.sku)
     models = chosen_models(model)
-    from mla_tune.learn.validate import Goal
-    from mla_tune.learn.validate import validate as judge
+    from mla_tune.fit.goal import Goal
+    from mla_tune.fit.goal import validate as judge
     from mla_tune.sweep.grid import cpu_grid, gpu_grid, validation_points
 
     grid = cpu_grid() if device.kind == "cpu" else gpu_grid(device.sm_count)
@@ -66,7 +66,7 @@ def validate(
 
 def _measured(kind: str, path: Path, points: list[Point], timeout_s: float, regime: str, quiet: bool) -> Observations:
     """What was measured at ``points`` in the policy's ``regime``, now or by an earlier call."""
-    from mla_tune.learn.observations import Observations
+    from mla_tune.fit.observations import Observations
     from mla_tune.store.database import Database
     from mla_tune.store.lock import sweep_lock
     from mla_tune.store.measurement import Regime

@@ -12,21 +12,13 @@ from functools import lru_cache
 
 import torch
 
-from mla_tune.kernels import (
-    flash_mla,
-    indexer,
-    sglang_kernels,
-    sparse_fwd,
-    sparse_fwd_fused,
-    sparse_fwd_selected,
-    split,
-    with_kvcache,
-)
+from mla_tune.kernels import indexer, sparse_fwd, sparse_fwd_fused, sparse_fwd_selected, split_batch, with_kvcache
+from mla_tune.kernels.adapters import flash_mla, sglang_kernels
 from mla_tune.kernels.formats import kv_format
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.launch import DEFAULT_LAUNCHES, Launches
-from mla_tune.site import CANDIDATES, Site, SiteName
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
+from mla_tune.sites.site import CANDIDATES, Site, SiteName
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,9 +100,9 @@ _SPARSE = {
 
 
 def prepare_split(inputs: AttentionInputs, cached: Sequence[int], device: Device) -> Prepared:
-    """Bind a batch whose requests ``cached`` read the cache, the others a workspace; see :mod:`mla_tune.kernels.split`."""
+    """Bind a batch whose requests ``cached`` read the cache, the others a workspace: see :mod:`.split_batch`."""
     kernels = None if device.kind == "cpu" else _flash_mla(device.major)
-    return split.prepare(inputs, cached, kernels, device.launches)
+    return split_batch.prepare(inputs, cached, kernels, device.launches)
 
 
 def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, device: Device) -> Prepared:
@@ -120,7 +112,7 @@ def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, devi
 
 @lru_cache(maxsize=1)
 def flash_mla_missing() -> str | None:
-    """See :func:`mla_tune.kernels.flash_mla.missing`; asked once per process, since a failed import is slow."""
+    """See :func:`mla_tune.kernels.adapters.flash_mla.missing`; asked once per process, since a failed import is slow."""
     return flash_mla.missing()
 
 

@@ -1,7 +1,7 @@
 """Every tunable kernel on inputs of one size, as a forward would call it: what a tuner and a benchmark run.
 
-Sizes are those of :data:`mla_tune.launch.KERNELS`. Rows lie in shuffled pages; c4a has its compressed rows spread over
-requests of at most 256K rows, as in a batch of long contexts.
+Sizes are those of :data:`mla_tune.sites.launch_parameters.KERNELS`. Rows lie in shuffled pages; c4a has its compressed rows
+spread over requests of at most 256K rows, as in a batch of long contexts.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import torch
 
+from mla_tune.kernels.backend import Backend
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
-from mla_tune.kernels.launch import Backend
 from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
 from mla_tune.kernels.select import compact_selected, mark_selected
 from mla_tune.kernels.slot_ids import build_compressed_row_ids
 from mla_tune.kernels.workspace import present
-from mla_tune.launch import (
+from mla_tune.sites.launch_parameters import (
     CombineConfig,
     Config,
     DequantizeConfig,
@@ -29,8 +29,8 @@ from mla_tune.launch import (
     SelectConfig,
     SlotIdsConfig,
 )
-from mla_tune.shape import Shape
-from mla_tune.site import LayerType, Site, SiteName
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import LayerType, Site, SiteName
 
 _K = 1024
 _REQUEST_ROWS = 256 * _K
@@ -56,7 +56,7 @@ class KernelCase:
 
 
 def kernel_case(kernel: str, size: int, builder: InputBuilder, sm_count: int) -> KernelCase:
-    """``kernel`` (a key of :data:`mla_tune.launch.KERNELS`) at ``size``."""
+    """``kernel`` (a key of :data:`mla_tune.sites.launch_parameters.KERNELS`) at ``size``."""
     if kernel == "dequantize_v4":
         return dequantize_case(builder.attention(C4A, _rows_shape(size)))
     if kernel == "dequantize_dsa":

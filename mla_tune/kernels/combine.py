@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.launch import Backend, choose_backend
-from mla_tune.launch import DEFAULT_LAUNCHES, CombineConfig
-from mla_tune.site import SWA_WINDOW, LayerType
+from mla_tune.kernels.backend import Backend, choose_backend
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, CombineConfig
+from mla_tune.sites.site import SWA_WINDOW, LayerType
 
 INDEX_ALIGNMENT = 128
 """Widths that ``flash_mla_sparse_fwd`` takes for any head count are multiples of this."""
@@ -72,7 +72,7 @@ def combine_topk_swa_indices(
     if choose_backend(out, backend) is Backend.TORCH:
         _combine_torch(*arguments)
         return
-    from mla_tune.kernels.device import combine as device
+    from mla_tune.kernels.device import combine_kernels as device
 
     device.launch(*arguments, config or DEFAULT_LAUNCHES.combine(has_topk, out.shape[0]))
 

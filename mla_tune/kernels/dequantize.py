@@ -7,9 +7,9 @@ from functools import cache as memoize
 import torch
 
 from mla_tune.errors import UsageError
+from mla_tune.kernels.backend import Backend, choose_backend
 from mla_tune.kernels.formats import KVFormat, check_cache
-from mla_tune.kernels.launch import Backend, choose_backend
-from mla_tune.launch import DEFAULT_LAUNCHES, DequantizeConfig
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, DequantizeConfig
 
 _CPU_ROWS = 4096
 """Rows that the CPU version converts at once: its temporaries (about 2 KB a row) then stay in the caches."""
@@ -54,7 +54,7 @@ def dequantize_k_cache_paged(
         kept = rows if count is None else min(rows, int(count))
         _dequantize_torch(cache, slot_ids[:kept], out[:kept], fmt, page_size)
         return
-    from mla_tune.kernels.device import dequantize as device
+    from mla_tune.kernels.device import dequantize_kernels as device
 
     device.launch(cache, slot_ids, out, fmt, page_size, config or DEFAULT_LAUNCHES.dequantize(fmt.name, rows), count)
 

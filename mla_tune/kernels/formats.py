@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_tune.errors import UsageError
-from mla_tune.site import LayerType
+from mla_tune.sites.site import LayerType
 
 ROPE_DIM = 64
 _E4M3_MAX = 448.0

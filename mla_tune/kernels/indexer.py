@@ -13,12 +13,12 @@ from functools import lru_cache
 import torch
 
 from mla_tune.errors import MissingPackageError
-from mla_tune.kernels import sglang_kernels
+from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
-from mla_tune.launch import DEFAULT_LAUNCHES, Launches
-from mla_tune.site import Site
-from mla_tune.stages import stages
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
+from mla_tune.sites.site import Site
+from mla_tune.sites.stages import stages
 
 
 @lru_cache(maxsize=1)

@@ -13,8 +13,8 @@ from itertools import accumulate
 import torch
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.launch import Backend, choose_backend
-from mla_tune.launch import DEFAULT_LAUNCHES, MetadataConfig
+from mla_tune.kernels.backend import Backend, choose_backend
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, MetadataConfig
 
 SPLIT_TOKENS = 256
 """Context tokens of one split, fixed in DeepGEMM."""
@@ -43,7 +43,7 @@ def paged_mqa_logits_metadata(
     if choose_backend(context_lens, backend) is Backend.TORCH:
         out.copy_(_metadata_torch(context_lens.flatten(), num_sms))
         return out
-    from mla_tune.kernels.device import indexer_metadata as device
+    from mla_tune.kernels.device import schedule_kernels as device
 
     device.launch(context_lens, num_sms, out, SPLIT_TOKENS, config or DEFAULT_LAUNCHES.metadata(context_lens.numel()))
     return out

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 
 from mla_tune.kernels.formats import V4, KVFormat, PagedSelection, kv_format, quantize_k_cache
-from mla_tune.shape import AnyShape, Workload, compressed_row_counts, window_row_counts, workload
-from mla_tune.site import SWA_PAGE_SIZE, SWA_WINDOW, LayerType, Site
+from mla_tune.sites.shape import AnyShape, Workload, compressed_row_counts, window_row_counts, workload
+from mla_tune.sites.site import SWA_PAGE_SIZE, SWA_WINDOW, LayerType, Site
 
 _TILE_TOKENS = 1 << 15
 

@@ -11,13 +11,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from mla_tune.errors import UsageError
+from mla_tune.kernels.backend import Backend, choose_backend
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.formats import KVFormat, check_cache
-from mla_tune.kernels.launch import Backend, choose_backend
 from mla_tune.kernels.slot_ids import build_compressed_row_ids, build_swa_token_ids
-from mla_tune.launch import DEFAULT_LAUNCHES, PrepareConfig
-from mla_tune.site import SWA_WINDOW, LayerType
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, PrepareConfig
+from mla_tune.sites.site import SWA_WINDOW, LayerType
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ class Preparation:
         )
         self._torch = choose_backend(jobs[0].out, backend) is Backend.TORCH
         if not self._torch:
-            from mla_tune.kernels.device import prepare as device
+            from mla_tune.kernels.device import prepare_kernels as device
 
             rows = sum(job.out.shape[0] for job in jobs)
             self._bound = device.bind(compressed, window, indices, config or DEFAULT_LAUNCHES.prepare(rows))

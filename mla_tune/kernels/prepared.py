@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from mla_tune.stages import Amortization, Stage
+from mla_tune.sites.stages import Amortization, Stage
 
 Run = Callable[[], object]
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from mla_tune.kernels.formats import ROPE_DIM, KVFormat, PagedSelection
-from mla_tune.site import SWA_WINDOW, LayerType
+from mla_tune.sites.site import SWA_WINDOW, LayerType
 
 _ROWS_AT_ONCE = 1 << 17
 

@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.launch import Backend, choose_backend
-from mla_tune.launch import DEFAULT_LAUNCHES, SelectConfig
-from mla_tune.site import LayerType
+from mla_tune.kernels.backend import Backend, choose_backend
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, SelectConfig
+from mla_tune.sites.site import LayerType
 
 
 def most_selected_rows(compressed_rows: int, num_qo_tokens: int, topk: int) -> int:
@@ -61,7 +61,7 @@ def mark_selected(
         marks[(chosen + compressed_base.long()[token_to_req.long()][:, None])[taken]] = 1
         count.zero_()
         return
-    from mla_tune.kernels.device import select as device
+    from mla_tune.kernels.device import select_kernels as device
 
     arguments = (topk_indices, positions, token_to_req, compressed_base, marks, count, layer.compress_ratio, topk)
     device.launch_mark(*arguments, config or DEFAULT_LAUNCHES.select(positions.shape[0]))
@@ -100,7 +100,7 @@ def compact_selected(
         count.fill_(len(rows))
         marks.zero_()
         return
-    from mla_tune.kernels.device import select as device
+    from mla_tune.kernels.device import select_kernels as device
 
     chosen = config or DEFAULT_LAUNCHES.select(0)
     device.launch_compact(marks, row_slots, row_map, selected_slots, count, chosen)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.launch import Backend, choose_backend
-from mla_tune.launch import DEFAULT_LAUNCHES, SlotIdsConfig
+from mla_tune.kernels.backend import Backend, choose_backend
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, SlotIdsConfig
 
 
 def build_swa_token_ids(
@@ -73,7 +73,7 @@ def _request_slots(
     if choose_backend(out, backend) is Backend.TORCH:
         _request_slots_torch(page_table, lens, cu_rows, out, page_size, from_end)
         return
-    from mla_tune.kernels.device import slot_ids as device
+    from mla_tune.kernels.device import slot_id_kernels as device
 
     device.launch(
         page_table, lens, cu_rows, out, page_size, from_end, config or DEFAULT_LAUNCHES.slot_ids(out.shape[0])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mla_tune.kernels.flash_mla import FlashMla
+from mla_tune.kernels.adapters.flash_mla import FlashMla
+from mla_tune.kernels.adapters.provided import sparse_fwd_runs
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.kernels.provided import sparse_fwd_runs
 from mla_tune.kernels.workspace import SparseWorkspace
-from mla_tune.launch import DEFAULT_LAUNCHES, Launches
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 
 
 def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES) -> Prepared:

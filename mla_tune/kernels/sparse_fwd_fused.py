@@ -6,13 +6,13 @@ of its whole output and a place in ``explain`` like any other, and a policy name
 
 from __future__ import annotations
 
-from mla_tune.kernels.flash_mla import FlashMla
+from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.workspace import SparseWorkspace
-from mla_tune.launch import DEFAULT_LAUNCHES, Launches
-from mla_tune.site import LayerType
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
+from mla_tune.sites.site import LayerType
 
 
 def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES) -> Prepared:

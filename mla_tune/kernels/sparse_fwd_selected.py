@@ -1,19 +1,19 @@
 """Candidate ``sparse_fwd_selected``: as ``sparse_fwd``, but only rows that some query selects are dequantized.
 
 For layer types with a top-k. What it saves depends on how much neighbouring queries share of their selections; which model
-of that an input follows is part of its site (:attr:`mla_tune.site.Site.overlap`).
+of that an input follows is part of its site (:attr:`mla_tune.sites.site.Site.overlap`).
 """
 
 from __future__ import annotations
 
 import torch
 
-from mla_tune.kernels.flash_mla import FlashMla
+from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.select import compact_selected, mark_selected, most_selected_rows
 from mla_tune.kernels.workspace import SparseWorkspace, present
-from mla_tune.launch import DEFAULT_LAUNCHES, Launches
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 
 
 def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES) -> Prepared:

@@ -13,14 +13,14 @@ from collections.abc import Sequence
 
 import torch
 
-from mla_tune.kernels.attention_cpu import schedule_cpu, with_kvcache_cpu
-from mla_tune.kernels.flash_mla import FlashMla, KvCacheCall
+from mla_tune.kernels.adapters.attention_cpu import schedule_cpu, with_kvcache_cpu
+from mla_tune.kernels.adapters.flash_mla import FlashMla, KvCacheCall
+from mla_tune.kernels.adapters.provided import Selections, selections
 from mla_tune.kernels.formats import PagedSelection, paged_view
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared, Run
-from mla_tune.kernels.provided import Selections, selections
-from mla_tune.site import WITH_KVCACHE_MIXED
-from mla_tune.stages import stages
+from mla_tune.sites.site import WITH_KVCACHE_MIXED
+from mla_tune.sites.stages import stages
 
 
 def prepare(inputs: AttentionInputs, kernels: FlashMla | None, candidate: str = "with_kvcache") -> Prepared:

@@ -1,7 +1,7 @@
 """What every candidate around ``flash_mla_sparse_fwd`` has in common: its buffers, and the stages that they share.
 
 The workspace holds every request's compressed rows, then every request's window rows. Index widths and row counts are those
-of SGLang 0.5.23's sparse prefill; see :mod:`mla_tune.shape`.
+of SGLang 0.5.23's sparse prefill; see :mod:`mla_tune.sites.shape`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from mla_tune.kernels.attention_cpu import sparse_fwd_cpu
+from mla_tune.kernels.adapters.attention_cpu import sparse_fwd_cpu
+from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
-from mla_tune.kernels.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs, PagedCache
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
 from mla_tune.kernels.slot_ids import build_compressed_row_ids, build_swa_token_ids
-from mla_tune.launch import Launches
-from mla_tune.stages import stages
+from mla_tune.sites.launch_parameters import Launches
+from mla_tune.sites.stages import stages
 
 
 class SparseWorkspace:

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from mla_tune.errors import UsageError
-from mla_tune.learn.evaluate import rules
-from mla_tune.learn.work import Array
-from mla_tune.learn.workspace import forward_bytes, workspace
-from mla_tune.policy_rules import POLICY_RULE
-from mla_tune.replay.judge import choices
+from mla_tune.fit.evaluation import rules
+from mla_tune.fit.work import Array
+from mla_tune.fit.workspace_bytes import forward_bytes, workspace
+from mla_tune.policy.rules import POLICY_RULE
 from mla_tune.replay.prices import Pricer, Prices
-from mla_tune.shape import AnyShape, RaggedShape, Shape
+from mla_tune.replay.rule_comparison import choices
+from mla_tune.sites.shape import AnyShape, RaggedShape, Shape
 
 CHUNK_SIZES = tuple(1 << n for n in range(10, 17))
 """1K to 64K query tokens, the sizes that a sweep times."""

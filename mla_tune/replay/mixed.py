@@ -11,11 +11,11 @@ from enum import StrEnum
 import numpy as np
 
 from mla_tune.errors import UsageError
-from mla_tune.learn.observations import shares
-from mla_tune.learn.scope import Scope
-from mla_tune.learn.split import Plan, Planner, Request
-from mla_tune.site import Site
-from mla_tune.stages import Amortization, Stage, split_stages, stages
+from mla_tune.fit.batch_split import Plan, Planner, Request
+from mla_tune.fit.observations import shares
+from mla_tune.fit.scope import Scope
+from mla_tune.sites.site import Site
+from mla_tune.sites.stages import Amortization, Stage, split_stages, stages
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome
 
 SPLIT = "split"

@@ -14,13 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mla_tune.errors import PolicyError
-from mla_tune.learn.costs import CostModel
-from mla_tune.learn.observations import shares
-from mla_tune.learn.scope import scope
-from mla_tune.learn.work import Array, Work, work
-from mla_tune.policy import Limit, Table
-from mla_tune.shape import AnyShape, RaggedShape, Shape
-from mla_tune.site import FORWARD, MODELS, ModelConfig, Site, SiteName
+from mla_tune.fit.costs import CostModel
+from mla_tune.fit.observations import shares
+from mla_tune.fit.scope import scope
+from mla_tune.fit.work import Array, Work, work
+from mla_tune.policy.schema import Limit, Table
+from mla_tune.sites.shape import AnyShape, RaggedShape, Shape
+from mla_tune.sites.site import FORWARD, MODELS, ModelConfig, Site, SiteName
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,8 +15,8 @@ import msgspec
 
 from mla_tune.errors import UsageError
 from mla_tune.files import write_atomically
-from mla_tune.shape import AnyShape, RaggedShape, Shape
-from mla_tune.site import model as find_model
+from mla_tune.sites.shape import AnyShape, RaggedShape, Shape
+from mla_tune.sites.site import model as find_model
 
 FORMAT = "mla-tune-forwards"
 VERSION = 1

@@ -18,9 +18,9 @@ from typing import Any, Self, TypeVar
 import sqlite_utils
 
 from mla_tune.errors import StoreError, UsageError
-from mla_tune.shape import Shape
-from mla_tune.site import Site
-from mla_tune.sku import Environment
+from mla_tune.hardware.sku import Environment
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import Site
 from mla_tune.store import queries
 from mla_tune.store.export import (
     Export,
@@ -28,10 +28,10 @@ from mla_tune.store.export import (
     to_export_precision,
     tuned_to_export_precision,
 )
+from mla_tune.store.limit_try import Try, try_fault
 from mla_tune.store.measurement import Measurement, Outcome, QuarantinedTiming, fault
 from mla_tune.store.migrations import MIGRATIONS
-from mla_tune.store.probe import Try, try_fault
-from mla_tune.store.rows import (
+from mla_tune.store.sql_rows import (
     Row,
     environment_from,
     environment_row,

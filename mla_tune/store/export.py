@@ -22,7 +22,8 @@ import msgspec
 
 from mla_tune.errors import StoreError, UsageError
 from mla_tune.files import write_atomically
-from mla_tune.sku import Environment, KernelLibrary
+from mla_tune.hardware.sku import Environment, KernelLibrary
+from mla_tune.store.limit_try import Try
 from mla_tune.store.lines import (
     MALFORMED,
     EnvironmentRecord,
@@ -39,7 +40,6 @@ from mla_tune.store.lines import (
     tries_fault,
 )
 from mla_tune.store.measurement import Measurement
-from mla_tune.store.probe import Try
 from mla_tune.store.tuned import Tuned, tuned_fault
 
 FORMAT = "mla-tune-measurements"

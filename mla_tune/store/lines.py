@@ -7,11 +7,11 @@ from typing import Annotated
 
 import msgspec
 
-from mla_tune.launch import make_launch, parameters
-from mla_tune.shape import Shape
-from mla_tune.site import Site
+from mla_tune.sites.launch_parameters import make_launch, parameters
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import Site
+from mla_tune.store.limit_try import Try, try_fault
 from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, Stop, fault
-from mla_tune.store.probe import Try, try_fault
 from mla_tune.store.tuned import Tuned, tuned_fault
 
 
@@ -30,7 +30,7 @@ class _Library(_Record, frozen=True):
 
 
 class EnvironmentRecord(_Record, frozen=True):
-    """See :class:`mla_tune.sku.Environment`."""
+    """See :class:`mla_tune.hardware.sku.Environment`."""
 
     sku: str
     sm_count: _Count

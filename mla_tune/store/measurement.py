@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from enum import StrEnum
 
-from mla_tune.shape import Shape
-from mla_tune.site import Site
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import Site
 
 PER_LAYER_TOTAL = "per_layer"
 """Part name of a candidate's per-layer stages, run one after the other as the engine runs them."""

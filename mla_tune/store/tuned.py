@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mla_tune.launch import KernelLaunch, Launches
+from mla_tune.sites.launch_parameters import KernelLaunch, Launches
 
 
 @dataclass(frozen=True, slots=True)

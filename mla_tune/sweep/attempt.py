@@ -6,9 +6,9 @@ import time
 from dataclasses import dataclass
 
 from mla_tune.store.measurement import Measurement, Outcome
-from mla_tune.sweep.messages import TIMING, Done, Entering, Lost, Task
 from mla_tune.sweep.outcomes import Failure
-from mla_tune.sweep.process import WorkerProcess
+from mla_tune.sweep.worker.messages import TIMING, Done, Entering, Lost, Task
+from mla_tune.sweep.worker.process import WorkerProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +18,7 @@ class Attempt:
     rows: tuple[Measurement, ...]
     """What the worker finished; nothing where it died."""
     culprit: str
-    """The candidate that it was running last, or :data:`~mla_tune.sweep.messages.TIMING`."""
+    """The candidate that it was running last, or :data:`~mla_tune.sweep.worker.messages.TIMING`."""
     failure: Failure | None
     """How the worker failed, which must then be replaced; None if it did not."""
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from mla_tune.bench.sampling import MIN_SAMPLES
-from mla_tune.shape import workload
-from mla_tune.site import LayerType, SiteName
+from mla_tune.sites.shape import workload
+from mla_tune.sites.site import LayerType, SiteName
 from mla_tune.sweep.grid import Point, attention_flops
 
 _CALLS = 4 * MIN_SAMPLES

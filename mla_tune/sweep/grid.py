@@ -13,8 +13,8 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from mla_tune.shape import AnyShape, RaggedShape, Shape, workload
-from mla_tune.site import MODELS, LayerType, ModelConfig, Site, SiteName, attention_sites
+from mla_tune.sites.shape import AnyShape, RaggedShape, Shape, workload
+from mla_tune.sites.site import MODELS, LayerType, ModelConfig, Site, SiteName, attention_sites
 from mla_tune.store.measurement import Role
 
 

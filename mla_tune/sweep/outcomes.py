@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mla_tune.shape import Shape
-from mla_tune.site import SiteName
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import SiteName
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime
 from mla_tune.sweep.grid import Point
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mla_tune.engine import VARIANTS
 from mla_tune.errors import UsageError
+from mla_tune.sites.engines import VARIANTS
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,15 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import Self
 
-from mla_tune.shape import Shape
-from mla_tune.site import MODELS, Site
-from mla_tune.sku import Environment
+from mla_tune.hardware.sku import Environment
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import MODELS, Site
+from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import CAPABILITY, Measurement, Outcome
-from mla_tune.store.probe import Try
 from mla_tune.sweep.attempt import attempt
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.messages import NOTHING_ADDED, Added, Task
-from mla_tune.sweep.process import WorkerProcess
+from mla_tune.sweep.worker.messages import NOTHING_ADDED, Added, Task
+from mla_tune.sweep.worker.process import WorkerProcess
 
 _CONTEXT = 8192
 """Context tokens of a try, where it has no more query tokens than that: limits are a matter of query tokens."""

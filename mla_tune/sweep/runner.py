@@ -11,17 +11,17 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
-from mla_tune.launch import DEFAULT_LAUNCHES, Launches
-from mla_tune.sku import Environment
-from mla_tune.stages import kernels
+from mla_tune.hardware.sku import Environment
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
+from mla_tune.sites.stages import kernels
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Measurement, Outcome
 from mla_tune.store.tuned import launches_from
 from mla_tune.sweep.attempt import attempt
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.messages import NOTHING_ADDED, TIMING, Added, Offer, Task
 from mla_tune.sweep.outcomes import Deaths, GivenUp, failures
-from mla_tune.sweep.process import WorkerProcess
+from mla_tune.sweep.worker.messages import NOTHING_ADDED, TIMING, Added, Offer, Task
+from mla_tune.sweep.worker.process import WorkerProcess
 
 TIMEOUT_S = 300.0
 """Longest that one point may take, compilation included. DeepGEMM compiles for 17 s; the slowest point takes three."""

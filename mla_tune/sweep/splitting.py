@@ -11,14 +11,14 @@ from mla_tune.errors import MlaTuneError
 from mla_tune.kernels import candidates
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.kernels.split import NAME
-from mla_tune.shape import RaggedShape
-from mla_tune.site import Site
+from mla_tune.kernels.split_batch import NAME
+from mla_tune.sites.shape import RaggedShape
+from mla_tune.sites.site import Site
 from mla_tune.store.measurement import Measurement
-from mla_tune.sweep.failure import DeviceLostError
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.measure import PointMeasurer
-from mla_tune.sweep.messages import Task
+from mla_tune.sweep.worker.failure import DeviceLostError
+from mla_tune.sweep.worker.messages import Task
+from mla_tune.sweep.worker.point_measurer import PointMeasurer
 
 
 class SplitMeasurer:

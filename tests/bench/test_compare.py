@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.bench.compare import BF16_ATTENTION, mismatch, poisoned_memory, unwritten
+from mla_tune.bench.numerics import BF16_ATTENTION, mismatch, poisoned_memory, unwritten
 
 NAN, INFINITY = float("nan"), float("inf")
 

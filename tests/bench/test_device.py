@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.bench.device import (
+from mla_tune.bench.environment import (
     detect_environment,
     digest_library,
     kernel_libraries,
     processor_name,
 )
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
-from mla_tune.sku import sku_name
+from mla_tune.hardware.sku import sku_name
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 trees = st.dictionaries(st.sampled_from(("a.so", "b.so", "sub/a.so", "sub/c.so")), st.binary(max_size=64), min_size=1)

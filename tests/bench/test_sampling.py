@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from mla_tune.bench.interference import Disturbance
 from mla_tune.bench.sampling import MIN_SAMPLES, Effort, Sampled, Summary, sample_rounds, summarize
-from mla_tune.bench.watch import Disturbance
 
 ENDLESS_S = 3600.0
 BUSY = Disturbance("another process used the GPU: pid 482")

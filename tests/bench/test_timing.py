@@ -86,7 +86,7 @@ def test_a_work_finds_what_another_made_for_as_long_as_both_are_timed() -> None:
     import torch
 
     from mla_tune.bench.timing import GraphTimer
-    from mla_tune.kernels.provided import Captured
+    from mla_tune.kernels.adapters.provided import Captured
 
     ones, wrong, kept = torch.ones(1 << 20, device="cuda"), torch.zeros((), device="cuda"), Captured()
     made = [ones.clone()]

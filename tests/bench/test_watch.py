@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_tune.bench.watch import POWER_CAP, ClockWatch, NoWatch, NvmlReader, Reading
+from mla_tune.bench.interference import POWER_CAP, ClockWatch, NoWatch, NvmlReader, Reading
 
 IDLE, FIXED_CLOCKS = 0x1, 0x2
 THROTTLES = {
@@ -137,7 +137,7 @@ def seconds() -> list[float]:
 
 
 def reader(driver: Driver, seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> NvmlReader:
-    monkeypatch.setattr("mla_tune.bench.watch._handle", lambda nvml, index: object())
+    monkeypatch.setattr("mla_tune.bench.interference._handle", lambda nvml, index: object())
     return NvmlReader(driver, 0, clock=lambda: seconds[0])
 
 
@@ -190,7 +190,7 @@ while True:
 def test_a_real_process_that_computes_on_this_gpu_is_seen_and_its_end_too() -> None:
     import torch
 
-    from mla_tune.bench.watch import watch_gpu
+    from mla_tune.bench.interference import watch_gpu
 
     torch.zeros(1, device="cuda")
     watch = watch_gpu()

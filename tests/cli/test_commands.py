@@ -14,14 +14,14 @@ import pytest
 
 from mla_tune import __version__
 from mla_tune.cli import run as run_here
-from mla_tune.policy import load_policy
+from mla_tune.policy.schema import load_policy
 from mla_tune.runtime import Dispatcher
-from mla_tune.shape import Shape
-from mla_tune.site import CANDIDATES
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import CANDIDATES
 from mla_tune.store.database import Database
 from mla_tune.store.export import read_export, write_export
+from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import Outcome
-from mla_tune.store.probe import Try
 from tests.cli.conftest import SWEEP, Swept, contents
 from tests.command import ENVIRONMENT, run
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 
 from mla_tune.cli import run
-from mla_tune.learn.published import PUBLISHED
-from mla_tune.policy import load_policy
-from mla_tune.sku import Environment
+from mla_tune.fit.published import PUBLISHED
+from mla_tune.hardware.sku import Environment
+from mla_tune.policy.schema import load_policy
 from mla_tune.store.export import write_export
 from tests.cli.conftest import contents
 from tests.cli.test_refusals import refusal
-from tests.learn.synthetic import C4A, ENVIRONMENT, World, sweep
+from tests.fit.synthetic import C4A, ENVIRONMENT, World, sweep
 
 H100 = Path("policies/nvidia-h100.yaml")
 LOOKUP = ("16", "1048576", "--gpu", "h100", "--model", "deepseek-v4-flash", "--layer", "c4a")

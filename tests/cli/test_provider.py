@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from mla_tune.policy import load_policy
-from mla_tune.provider import Provider
-from mla_tune.site import Conditions
+from mla_tune.policy.schema import load_policy
+from mla_tune.sites.provider import Provider
+from mla_tune.sites.site import Conditions
 from mla_tune.store.export import write_export
 from mla_tune.store.measurement import Measurement, Role
 from tests.cli.conftest import SWEEP
 from tests.command import run
-from tests.learn.synthetic import C4A, ENVIRONMENT, World, fit_shapes, held_out_shapes
+from tests.fit.synthetic import C4A, ENVIRONMENT, World, fit_shapes, held_out_shapes
 
 PROVIDER = Provider("sglang", "0.5.23", "0.4.10")
 

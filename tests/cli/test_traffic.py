@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from mla_tune.cli import run
-from mla_tune.cli.traffic_output import percent
+from mla_tune.cli.output.traffic_output import percent
 from mla_tune.replay.spot import read_forwards
-from mla_tune.traffic import read_traffic
+from mla_tune.sites.served_shapes import read_traffic
 
 ROOT = Path(__file__).parents[2]
 TRACE = ROOT / "tests" / "replay" / "conversation.jsonl"

@@ -11,8 +11,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mla_tune.kernels.device import combine, dequantize, indexer_metadata, prepare, select, slot_ids
-from mla_tune.kernels.device.rows import Layout
+from mla_tune.kernels.device import combine_kernels as combine
+from mla_tune.kernels.device import dequantize_kernels as dequantize
+from mla_tune.kernels.device import prepare_kernels as prepare
+from mla_tune.kernels.device import schedule_kernels as indexer_metadata
+from mla_tune.kernels.device import select_kernels as select
+from mla_tune.kernels.device import slot_id_kernels as slot_ids
+from mla_tune.kernels.device.cache_rows import Layout
 from mla_tune.kernels.formats import V4
 from tests.kernels.test_formats import FORMATS
 

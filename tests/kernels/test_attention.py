@@ -4,7 +4,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.attention_cpu import schedule_cpu, sparse_fwd_cpu, with_kvcache_cpu
+from mla_tune.kernels.adapters.attention_cpu import schedule_cpu, sparse_fwd_cpu, with_kvcache_cpu
 from mla_tune.kernels.formats import DSA, V4, KVFormat, PagedSelection, quantize_k_cache
 from mla_tune.kernels.reference import attention_reference, dequantize_reference, paged_attention_reference
 from tests.kernels.test_formats import FORMATS

@@ -11,10 +11,10 @@ from mla_tune.kernels import candidates
 from mla_tune.kernels.formats import page_parts
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.shape import AnyShape, RaggedShape, Shape
-from mla_tune.site import Site, SiteName
-from mla_tune.stages import Amortization, stages
-from mla_tune.sweep.judge import AttentionJudge, IndexerJudge, Judge
+from mla_tune.sites.shape import AnyShape, RaggedShape, Shape
+from mla_tune.sites.site import Site, SiteName
+from mla_tune.sites.stages import Amortization, stages
+from mla_tune.sweep.worker.correctness import AttentionJudge, IndexerJudge, Judge
 from tests.shapes import every_site, ragged_shapes, shapes
 
 CPU = torch.device("cpu")

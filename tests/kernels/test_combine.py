@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.reference import combine_reference
-from mla_tune.launch import CombineConfig
-from mla_tune.site import LayerType
+from mla_tune.sites.launch_parameters import CombineConfig
+from mla_tune.sites.site import LayerType
 from tests.conftest import Target
 
 POISON = -77

@@ -7,7 +7,7 @@ from mla_tune.errors import UsageError
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.formats import DSA, V4, KVFormat, page_parts, quantize_k_cache
 from mla_tune.kernels.reference import dequantize_reference
-from mla_tune.launch import DequantizeConfig
+from mla_tune.sites.launch_parameters import DequantizeConfig
 from tests.conftest import Target
 from tests.kernels.test_formats import FORMATS, random_values
 

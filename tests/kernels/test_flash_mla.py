@@ -10,22 +10,22 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 
-from mla_tune.bench.compare import BF16_ATTENTION, mismatch
+from mla_tune.bench.numerics import BF16_ATTENTION, mismatch
 from mla_tune.kernels import (
     candidates,
-    flash_mla,
     indexer,
     sparse_fwd,
     sparse_fwd_fused,
     sparse_fwd_selected,
     with_kvcache,
 )
-from mla_tune.kernels.flash_mla import FlashMla
+from mla_tune.kernels.adapters import flash_mla
+from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.reference import paged_attention_reference
-from mla_tune.shape import Shape
-from mla_tune.site import LayerType, Site, SiteName
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import LayerType, Site, SiteName
 from tests.kernels.flash_mla_stand_in import Recorder, stand_in
 from tests.shapes import every_site, shapes
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.kernels.formats import DSA, V4, KVFormat, kv_format, page_parts, paged_view, quantize_k_cache
 from mla_tune.kernels.reference import dequantize_reference, e4m3_value
-from mla_tune.site import LayerType
+from mla_tune.sites.site import LayerType
 
 FORMATS = [V4, DSA]
 
@@ -107,7 +107,8 @@ WITHOUT_TRITON = """
 import sys
 sys.modules["triton"] = None
 import torch
-from mla_tune.kernels import attention_cpu, combine, dequantize, formats, indexer_metadata, launch, reference, slot_ids
+from mla_tune.kernels.adapters import attention_cpu
+from mla_tune.kernels import combine, dequantize, formats, indexer_metadata, reference, slot_ids
 cache = formats.quantize_k_cache(torch.ones(2, 512), formats.V4, 2)
 out = torch.empty(2, 512, dtype=torch.bfloat16)
 dequantize.dequantize_k_cache_paged(cache, torch.arange(2), out, formats.V4, 2)

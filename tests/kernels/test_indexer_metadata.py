@@ -10,10 +10,10 @@ from mla_tune.errors import UsageError
 from mla_tune.kernels.candidates import Device
 from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial, shares
 from mla_tune.kernels.reference import metadata_reference
-from mla_tune.launch import MetadataConfig
-from mla_tune.provider import Provider
-from mla_tune.site import LayerType, Site, SiteName
-from mla_tune.sweep.judge import IndexerJudge
+from mla_tune.sites.launch_parameters import MetadataConfig
+from mla_tune.sites.provider import Provider
+from mla_tune.sites.site import LayerType, Site, SiteName
+from mla_tune.sweep.worker.correctness import IndexerJudge
 from tests.conftest import Target
 
 POISON = -77
@@ -98,7 +98,7 @@ def test_the_schedule_is_deep_gemms_entry_by_entry(num_rows: int) -> None:
 
 @pytest.mark.gpu
 def test_one_compiled_kernel_serves_every_number_of_rows() -> None:
-    from mla_tune.kernels.device.indexer_metadata import _metadata
+    from mla_tune.kernels.device.schedule_kernels import _metadata
 
     for num_rows in (257, 272, 4096, 100_000):
         paged_mqa_logits_metadata(torch.ones(num_rows, dtype=torch.int32, device="cuda"), 64, 132)

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from mla_tune.kernels import candidates
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder, PagedCache, required_bytes
-from mla_tune.shape import AnyShape, Shape
-from mla_tune.site import SWA_WINDOW, LayerType, Site, SiteName
+from mla_tune.sites.shape import AnyShape, Shape
+from mla_tune.sites.site import SWA_WINDOW, LayerType, Site, SiteName
 from tests.shapes import every_site, one_by_one, ragged_shapes, shapes
 
 CPU = torch.device("cpu")

@@ -15,9 +15,9 @@ from mla_tune.kernels.reference import (
     dequantize_reference,
     swa_token_ids_reference,
 )
-from mla_tune.launch import PrepareConfig
-from mla_tune.shape import Shape
-from mla_tune.site import LayerType, Site, SiteName
+from mla_tune.sites.launch_parameters import PrepareConfig
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import LayerType, Site, SiteName
 from tests.conftest import Target
 from tests.kernels.test_dequantize import assert_equal
 from tests.shapes import shapes

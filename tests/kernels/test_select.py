@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.select import compact_selected, mark_selected, most_selected_rows
-from mla_tune.launch import SelectConfig
-from mla_tune.site import LayerType
+from mla_tune.sites.launch_parameters import SelectConfig
+from mla_tune.sites.site import LayerType
 from tests.conftest import Target
 from tests.kernels.test_combine import REQUESTS, Case, make_case
 

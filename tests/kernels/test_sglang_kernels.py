@@ -5,13 +5,14 @@ import importlib.util
 import pytest
 import torch
 
-from mla_tune.kernels import cases, sglang_kernels
+from mla_tune.kernels import cases
+from mla_tune.kernels.adapters import sglang_kernels
+from mla_tune.kernels.backend import Backend
 from mla_tune.kernels.candidates import Device
 from mla_tune.kernels.cases import KernelCase
 from mla_tune.kernels.inputs import InputBuilder
-from mla_tune.kernels.launch import Backend
-from mla_tune.shape import Shape
-from mla_tune.site import LayerType, Site, SiteName
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import LayerType, Site, SiteName
 
 installed = pytest.mark.skipif(importlib.util.find_spec("sglang") is None, reason="sglang is not installed")
 C4A = Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 64)

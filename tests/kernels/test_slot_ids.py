@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.kernels.reference import compressed_row_ids_reference, swa_token_ids_reference
 from mla_tune.kernels.slot_ids import build_compressed_row_ids, build_swa_token_ids
-from mla_tune.launch import SlotIdsConfig
+from mla_tune.sites.launch_parameters import SlotIdsConfig
 from tests.conftest import Target
 
 POISON = -77

@@ -7,8 +7,16 @@ from typing import Any
 import msgspec
 from hypothesis import strategies as st
 
-from mla_tune.engine import Engine
-from mla_tune.policy import (
+from mla_tune.policy.evidence import (
+    Modelled,
+    ScaledFrom,
+    StageUncertainty,
+    TrafficWeights,
+    Uncertainty,
+    WorkspaceCap,
+)
+from mla_tune.policy.rules import accepted_candidates, accepted_engines, accepted_heads, problems
+from mla_tune.policy.schema import (
     Choice,
     Gpu,
     HeldOut,
@@ -23,16 +31,8 @@ from mla_tune.policy import (
     Source,
     Table,
 )
-from mla_tune.policy_evidence import (
-    Modelled,
-    ScaledFrom,
-    StageUncertainty,
-    TrafficWeights,
-    Uncertainty,
-    WorkspaceCap,
-)
-from mla_tune.policy_rules import accepted_candidates, accepted_engines, accepted_heads, problems
-from mla_tune.site import FORWARD, MODELS, SiteName
+from mla_tune.sites.engines import Engine
+from mla_tune.sites.site import FORWARD, MODELS, SiteName
 
 KEYS = [
     (site, model.name, h_q, layer, engine)

@@ -8,7 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import PolicyError, UsageError
-from mla_tune.launch import (
+from mla_tune.policy.kernel_config import KernelConfig, LaunchParameters, kernel_configs
+from mla_tune.policy.schema import Policy, dump_policy, load_policy, parse_policy
+from mla_tune.runtime import Dispatcher
+from mla_tune.sites.launch_parameters import (
     DEFAULT_LAUNCHES,
     KERNELS,
     CombineConfig,
@@ -18,9 +21,6 @@ from mla_tune.launch import (
     make_launch,
     parameters,
 )
-from mla_tune.policy import Policy, dump_policy, load_policy, parse_policy
-from mla_tune.policy_kernels import KernelConfig, LaunchParameters, kernel_configs
-from mla_tune.runtime import Dispatcher
 
 GOLDEN = Path(__file__).parent / "golden.yaml"
 TUNED = (

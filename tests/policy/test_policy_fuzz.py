@@ -10,11 +10,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import MlaTuneError
-from mla_tune.packaged import packaged_policies
-from mla_tune.policy import MAX_POLICY_BYTES, Limit, Policy, dump_policy, parse_policy
-from mla_tune.policy_rules import problems
-from mla_tune.policy_text import read_written
-from mla_tune.policy_yaml import read_yaml
+from mla_tune.policy.codec import read_yaml
+from mla_tune.policy.rules import problems
+from mla_tune.policy.schema import MAX_POLICY_BYTES, Limit, Policy, dump_policy, parse_policy
+from mla_tune.policy.shipped import packaged_policies
+from mla_tune.policy.text import read_written
 from mla_tune.runtime import Dispatcher
 from tests.policy.strategies import policy, table
 

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given, settings
 
 from mla_tune.errors import PolicyError
-from mla_tune.policy import Policy, digest, dump_policy, load_policy, parse_policy, write_policy
+from mla_tune.policy.schema import Policy, digest, dump_policy, load_policy, parse_policy, write_policy
 from tests.policy.strategies import full_policy, modelled_policy, policies, policy, table
 
 GOLDEN = Path(__file__).with_name("golden.yaml")
@@ -104,7 +104,7 @@ def test_a_file_that_cannot_be_read_is_one_line(path: str, tmp_path: Path) -> No
 
 
 def test_the_pure_python_parser_reads_and_refuses_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mla_tune.policy_yaml._LOADER", yaml.SafeLoader)
+    monkeypatch.setattr("mla_tune.policy.codec._LOADER", yaml.SafeLoader)
     data = dump_policy(policy())
     assert parse_policy(data, "p.yaml") == policy()
     with pytest.raises(PolicyError, match=r"^p\.yaml:7:9: plain values must read the same"):

@@ -7,15 +7,15 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from mla_tune.engine import Engine as Chooser
-from mla_tune.learn.costs import CostModel
-from mla_tune.learn.usable import usable
-from mla_tune.policy import Table, load_policy
-from mla_tune.replay.engine import Engine
+from mla_tune.fit.costs import CostModel
+from mla_tune.fit.usable import usable
+from mla_tune.policy.schema import Table, load_policy
 from mla_tune.replay.prices import Pricer, Tables
 from mla_tune.replay.requests import Request
+from mla_tune.replay.scheduler import Engine
 from mla_tune.replay.trace import Trace
-from mla_tune.site import FORWARD, MODELS, SiteName
+from mla_tune.sites.engines import Engine as Chooser
+from mla_tune.sites.site import FORWARD, MODELS, SiteName
 from mla_tune.store.export import Export, read_export
 
 ROOT = Path(__file__).parents[2]

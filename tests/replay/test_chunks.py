@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.learn.work import work
-from mla_tune.learn.workspace import forward_bytes, workspace
+from mla_tune.fit.work import work
+from mla_tune.fit.workspace_bytes import forward_bytes, workspace
 from mla_tune.replay.chunks import (
     CHUNK_SIZES,
     ChunkSize,
@@ -19,8 +19,8 @@ from mla_tune.replay.chunks import (
     distribution,
     side_by_side,
 )
-from mla_tune.shape import Shape
-from mla_tune.site import MODELS, WITH_KVCACHE_MIXED, LayerType, Site, SiteName
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import MODELS, WITH_KVCACHE_MIXED, LayerType, Site, SiteName
 from mla_tune.store.measurement import Outcome
 from tests.replay.conftest import EVERY, export, pricer
 

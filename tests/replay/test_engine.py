@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
 from mla_tune.replay.agents import AgentMix, Agents
-from mla_tune.replay.engine import Engine, Replay, replay
 from mla_tune.replay.requests import Request, Source
+from mla_tune.replay.scheduler import Engine, Replay, replay
 from mla_tune.replay.trace import Trace
-from mla_tune.shape import RaggedShape
+from mla_tune.sites.shape import RaggedShape
 from tests.replay.conftest import engines, small_traces
 
 mixes = st.builds(

@@ -12,15 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import PolicyError, UsageError
-from mla_tune.learn.costs import CostModel
-from mla_tune.learn.evaluate import rules
-from mla_tune.learn.scope import scope
-from mla_tune.learn.work import work
-from mla_tune.policy import Limit
-from mla_tune.replay.judge import LAYERED_RULE, ORACLE, judge
+from mla_tune.fit.costs import CostModel
+from mla_tune.fit.evaluation import rules
+from mla_tune.fit.scope import scope
+from mla_tune.fit.work import work
+from mla_tune.policy.schema import Limit
 from mla_tune.replay.prices import IncumbentClock, Pricer
-from mla_tune.shape import AnyShape, RaggedShape
-from mla_tune.site import FORWARD, SiteName
+from mla_tune.replay.rule_comparison import LAYERED_RULE, ORACLE, judge
+from mla_tune.sites.shape import AnyShape, RaggedShape
+from mla_tune.sites.site import FORWARD, SiteName
 from tests.replay.conftest import EVERY, export, pricer
 from tests.shapes import one_by_one, ragged_shapes, shapes
 

@@ -14,12 +14,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.learn.observations import Observations
-from mla_tune.learn.scope import scope
-from mla_tune.replay.compare import compare
+from mla_tune.fit.observations import Observations
+from mla_tune.fit.scope import scope
 from mla_tune.replay.spot import FORMAT, VERSION, ForwardList, draw, read_forwards, write_forwards
-from mla_tune.shape import AnyShape, RaggedShape, Shape
-from mla_tune.site import FORWARD, SiteName
+from mla_tune.replay.spot_result import compare
+from mla_tune.sites.shape import AnyShape, RaggedShape, Shape
+from mla_tune.sites.site import FORWARD, SiteName
 from mla_tune.store.measurement import Role
 from tests.replay.conftest import export, pricer
 from tests.shapes import one_by_one, ragged_shapes

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_tune.counters import Reasons, SiteCounters, prometheus_text
 from mla_tune.runtime import Dispatcher
-from mla_tune.serving import Service
-from mla_tune.switches import Switches
+from mla_tune.runtime.counters import Reasons, SiteCounters, prometheus_text
+from mla_tune.runtime.decider import Service
+from mla_tune.runtime.switches import Switches
 from tests.policy.strategies import full_policy, policy, table
 
 SAMPLE = re.compile(r'([a-z_]+)\{((?:[a-z0-9_]+="(?:[^"\\\n]|\\.)*",?)*)\} (\d+)')

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from mla_tune.gpu import detect_gpu, sm_count, visible_device
+from mla_tune.hardware.nvml import detect_gpu, sm_count, visible_device
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_gpu_is_the_one_that_torch_sees(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_a_library_that_is_no_driver_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    monkeypatch.setattr("mla_tune.gpu._LIBRARY", "libnvidia-ml.so.does-not-exist")
+    monkeypatch.setattr("mla_tune.hardware.nvml._LIBRARY", "libnvidia-ml.so.does-not-exist")
     with pytest.raises(OSError, match="does-not-exist"):
         ctypes.CDLL("libnvidia-ml.so.does-not-exist")
     assert detect_gpu() is None

@@ -11,9 +11,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from mla_tune.policy import write_policy
-from mla_tune.ranks import agree
+from mla_tune.policy.schema import write_policy
 from mla_tune.runtime import Dispatcher
+from mla_tune.runtime.ranks import agree
 from tests.command import ENVIRONMENT
 from tests.policy.strategies import full_policy
 
@@ -21,12 +21,12 @@ RANK = """
 import json, logging, os, sys
 import torch.distributed as dist
 from mla_tune.errors import MlaTuneError
-from mla_tune.ranks import agree
-import mla_tune.ranks
+from mla_tune.runtime.ranks import agree
+import mla_tune.runtime.ranks
 from mla_tune.runtime import Dispatcher
 
 rank, engine, stays_away = int(os.environ["RANK"]), os.environ.get("ENGINE", ""), os.environ.get("STAYS_AWAY")
-mla_tune.ranks.PATIENCE_S = 5.0
+mla_tune.runtime.ranks.PATIENCE_S = 5.0
 dist.init_process_group("gloo")
 answer = "stayed away"
 if not stays_away:
@@ -125,7 +125,7 @@ def test_a_rank_that_never_asks_is_named(policies: tuple[str, str], tmp_path: Pa
 
 def test_a_process_without_torch_or_without_a_group_agrees_with_itself() -> None:
     script = (
-        "import sys; from mla_tune.ranks import agree; from mla_tune.runtime import Dispatcher;"
+        "import sys; from mla_tune.runtime.ranks import agree; from mla_tune.runtime.dispatcher import Dispatcher;"
         "d = Dispatcher(None, source='none'); assert agree(d) is d; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", script], check=True, env=ENVIRONMENT)

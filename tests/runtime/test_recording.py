@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from mla_tune.recording import MAX_CELLS_PER_SITE, Recorder
 from mla_tune.runtime import Dispatcher
-from mla_tune.serving import Service
-from mla_tune.switches import Switches
-from mla_tune.traffic import Shape, Traffic, read_traffic
+from mla_tune.runtime.decider import Service
+from mla_tune.runtime.recording import MAX_CELLS_PER_SITE, Recorder
+from mla_tune.runtime.switches import Switches
+from mla_tune.sites.served_shapes import Shape, Traffic, read_traffic
 from tests.command import ENVIRONMENT, SOON_S
 from tests.policy.strategies import full_policy
 
@@ -26,7 +26,7 @@ KEY = Shape("prefill_attention", "deepseek-v4-flash", 8192 + 128, 131072 + 2048,
 
 SERVER = """
 import os, signal, sys, time
-from mla_tune.recording import Recorder
+from mla_tune.runtime.recording import Recorder
 
 {before}
 recorder = Recorder(sys.argv[1])
@@ -103,7 +103,7 @@ def test_an_ignored_signal_stays_ignored(tmp_path: Path) -> None:
 
 def test_a_process_that_is_killed_loses_no_more_than_the_last_interval(tmp_path: Path) -> None:
     path = tmp_path / "t.jsonl"
-    often = "import mla_tune.recording; mla_tune.recording.FLUSH_EVERY_S = 0.05"
+    often = "import mla_tune.runtime.recording; mla_tune.runtime.recording.FLUSH_EVERY_S = 0.05"
     process = server(path, before=often)
     deadline = time.monotonic() + SOON_S
     while not path.exists() and time.monotonic() < deadline:

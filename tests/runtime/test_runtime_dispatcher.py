@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from mla_tune.engine import Engine
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
-from mla_tune.gpu import GpuIdentity
-from mla_tune.packaged import packaged_policies, packaged_policy
-from mla_tune.policy import Gpu, Library, Limit, Policy, PolicyEnvironment, digest, dump_policy, write_policy
-from mla_tune.runtime import Dispatcher, Reason
-from mla_tune.site import FORWARD, MODELS, SiteName
+from mla_tune.hardware.nvml import GpuIdentity
+from mla_tune.policy.schema import Gpu, Library, Limit, Policy, PolicyEnvironment, digest, dump_policy, write_policy
+from mla_tune.policy.shipped import packaged_policies, packaged_policy
+from mla_tune.runtime.dispatcher import Dispatcher, Reason
+from mla_tune.sites.engines import Engine
+from mla_tune.sites.site import FORWARD, MODELS, SiteName
 from tests.policy.strategies import KEYS, full_policy, modelled_policy, policy, table
 
 H200 = GpuIdentity("NVIDIA H200", "nvidia-h200", 132, "580.1")
@@ -37,8 +37,8 @@ def policy_file(tmp_path: Path) -> Path:
 
 def see_gpu(monkeypatch: pytest.MonkeyPatch, gpu: GpuIdentity | None, shipped: Path) -> None:
     """Let this process see ``gpu`` and the policies in the folder ``shipped``."""
-    monkeypatch.setattr("mla_tune.gpu.detect_gpu", lambda: gpu)
-    monkeypatch.setattr("mla_tune.packaged._policy_files", lambda: sorted(shipped.glob("*.yaml")))
+    monkeypatch.setattr("mla_tune.hardware.nvml.detect_gpu", lambda: gpu)
+    monkeypatch.setattr("mla_tune.policy.shipped._policy_files", lambda: sorted(shipped.glob("*.yaml")))
 
 
 def with_library(library: str, version: str) -> Policy:

@@ -13,9 +13,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import PolicyError
-from mla_tune.lookup import Reason, compile_table
-from mla_tune.policy import Choice, Limit, Range, Row, Table
-from mla_tune.runtime import Dispatcher, Resolved
+from mla_tune.policy.decision import Reason, compile_table
+from mla_tune.policy.schema import Choice, Limit, Range, Row, Table
+from mla_tune.runtime.dispatcher import Dispatcher, Resolved
 from tests.policy.strategies import policy, table, tables
 
 EVERY_INT = st.integers(0, 1 << 62) | st.integers(-5, 50_000)

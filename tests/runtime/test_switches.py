@@ -10,11 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, UsageError
-from mla_tune.gpu import GpuIdentity
-from mla_tune.policy import Limit, write_policy
-from mla_tune.runtime import Dispatcher, Reason, Rule
-from mla_tune.site import CANDIDATES, SiteName
-from mla_tune.switches import RankMismatch, Switches
+from mla_tune.hardware.nvml import GpuIdentity
+from mla_tune.policy.schema import Limit, write_policy
+from mla_tune.runtime.dispatcher import Dispatcher, Reason, Rule
+from mla_tune.runtime.switches import RankMismatch, Switches
+from mla_tune.sites.site import CANDIDATES, SiteName
 from tests.policy.strategies import full_policy, modelled_policy, policy, table
 
 H200 = GpuIdentity("NVIDIA H200", "nvidia-h200", 132, "580.1")
@@ -29,8 +29,8 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     shipped = tmp_path / "shipped"
     shipped.mkdir()
     write_policy(shipped / "nvidia-h200.yaml", full_policy())
-    monkeypatch.setattr("mla_tune.gpu.detect_gpu", lambda: H200)
-    monkeypatch.setattr("mla_tune.packaged._policy_files", lambda: sorted(shipped.glob("*.yaml")))
+    monkeypatch.setattr("mla_tune.hardware.nvml.detect_gpu", lambda: H200)
+    monkeypatch.setattr("mla_tune.policy.shipped._policy_files", lambda: sorted(shipped.glob("*.yaml")))
 
 
 def rule(engine: str | None, **settings: str) -> Rule:
@@ -154,7 +154,7 @@ def test_a_pin_whose_limits_were_never_measured_is_refused() -> None:
 
 def one_choice() -> tuple[object, ...]:
     """Rows that answer ``sparse_fwd`` everywhere."""
-    from mla_tune.policy import Choice, Row
+    from mla_tune.policy.schema import Choice, Row
 
     return (Row(num_reqs_from=1, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="sparse_fwd"),)),)
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.errors import StoreError
-from mla_tune.traffic import (
+from mla_tune.sites.served_shapes import (
     EXACT_BELOW,
     HALF,
     Shape,
@@ -63,7 +63,7 @@ def test_bins_keep_the_order(pair: list[int]) -> None:
 
 
 def test_the_rarest_cells_beyond_the_bound_are_counted_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mla_tune.traffic.MAX_CELLS", 2)
+    monkeypatch.setattr("mla_tune.sites.served_shapes.MAX_CELLS", 2)
     cells = {Shape("s", "m", size, 1, 1): size for size in (5, 1, 3)}
     kept = bounded(cells, dropped=10)
     assert sorted(kept.forwards.values()) == [3, 5]

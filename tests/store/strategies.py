@@ -6,13 +6,13 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from mla_tune.launch import KERNELS, CombineConfig, DequantizeConfig, KernelLaunch
-from mla_tune.provider import Provider
-from mla_tune.shape import Shape
-from mla_tune.site import LayerType, Site, SiteName
-from mla_tune.sku import Environment, KernelLibrary
+from mla_tune.hardware.sku import Environment, KernelLibrary
+from mla_tune.sites.launch_parameters import KERNELS, CombineConfig, DequantizeConfig, KernelLaunch
+from mla_tune.sites.provider import Provider
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import LayerType, Site, SiteName
+from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Quarantined, Regime, Role, Stop
-from mla_tune.store.probe import Try
 from mla_tune.store.tuned import Tuned
 
 ENVIRONMENT = Environment(

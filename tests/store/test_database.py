@@ -16,11 +16,11 @@ import pytest
 from hypothesis import given, settings
 
 from mla_tune.errors import StoreError
-from mla_tune.sku import Environment
+from mla_tune.hardware.sku import Environment
 from mla_tune.store.database import Database, EnvironmentSummary
+from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import Measurement, Outcome, Quarantined, Role, Stop
 from mla_tune.store.migrations import known_migrations
-from mla_tune.store.probe import Try
 from tests.store.strategies import (
     C4A,
     CPU_ENVIRONMENT,
@@ -217,10 +217,10 @@ def test_a_killed_writer_loses_no_committed_point_and_leaves_no_half_one(tmp_pat
 import sys
 from dataclasses import replace
 from tests.store.strategies import ENVIRONMENT, timing
-from mla_tune.shape import Shape
+from mla_tune.sites.shape import Shape
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Outcome, Quarantined
-from mla_tune.store.probe import Try
+from mla_tune.store.limit_try import Try
 database = Database.open(sys.argv[1])
 spoiled = (Quarantined("throttled: power cap", (1.0,)),)
 for count in range(1, 1_000_000):
@@ -367,7 +367,7 @@ _OUT_OF_ROOM = """
 import resource, sys
 from tests.store.strategies import ENVIRONMENT, timing
 from mla_tune.errors import StoreError
-from mla_tune.shape import Shape
+from mla_tune.sites.shape import Shape
 from mla_tune.store.database import Database
 database = Database.open(sys.argv[1])
 resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))

@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import StoreError
-from mla_tune.shape import Shape
-from mla_tune.sku import Environment
+from mla_tune.hardware.sku import Environment
+from mla_tune.sites.shape import Shape
 from mla_tune.store import export
 from mla_tune.store.database import Database
 from mla_tune.store.export import (
@@ -31,8 +31,8 @@ from mla_tune.store.export import (
     tuned_to_export_precision,
     write_export,
 )
+from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, fault
-from mla_tune.store.probe import Try
 from mla_tune.store.tuned import Tuned
 from tests.store.strategies import (
     C4A,

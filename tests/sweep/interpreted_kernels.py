@@ -7,8 +7,8 @@ from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, at the first launch
 
-from mla_tune.kernels.device import indexer_metadata
-from mla_tune.launch import MetadataConfig
+from mla_tune.kernels.device import schedule_kernels as indexer_metadata
+from mla_tune.sites.launch_parameters import MetadataConfig
 
 DEADLY = MetadataConfig(64, 16, 4)
 WRONG = MetadataConfig(128, 32, 4)

@@ -14,14 +14,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.shape import Shape
-from mla_tune.site import Site
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import Site
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Regime
 from mla_tune.sweep import runner
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.messages import TIMING, Done, Entering, Hello, Lost, Message, Task
 from mla_tune.sweep.runner import Sweep
+from mla_tune.sweep.worker.messages import TIMING, Done, Entering, Hello, Lost, Message, Task
 from tests.store.strategies import CPU_ENVIRONMENT
 
 SITE = Site.parse("prefill_attention/c4a/h64/k512")

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.site import MODELS, LayerType, ModelConfig, SiteName
-from mla_tune.stages import stages
+from mla_tune.sites.site import MODELS, LayerType, ModelConfig, SiteName
+from mla_tune.sites.stages import stages
 from mla_tune.store.measurement import Role
 from mla_tune.sweep.estimate import estimated_seconds
 from mla_tune.sweep.grid import (

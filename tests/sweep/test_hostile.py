@@ -10,18 +10,18 @@ from dataclasses import dataclass, replace
 import pytest
 
 from mla_tune.errors import FitError
-from mla_tune.learn.fit import fit_policy
-from mla_tune.learn.observations import Observations
-from mla_tune.policy import Policy, Source
-from mla_tune.shape import Shape
-from mla_tune.site import Site
-from mla_tune.sku import Environment
-from mla_tune.stages import stages
+from mla_tune.fit.observations import Observations
+from mla_tune.fit.table_rows import fit_policy
+from mla_tune.hardware.sku import Environment
+from mla_tune.policy.schema import Policy, Source
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import Site
+from mla_tune.sites.stages import stages
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Measurement, Outcome, Role, Stop
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.messages import Added
 from mla_tune.sweep.runner import Report, Sweep
+from mla_tune.sweep.worker.messages import Added
 from tests.conftest import HAS_CUDA, REPORTS
 from tests.sweep import hostile
 

@@ -13,13 +13,13 @@ from mla_tune.bench.sampling import MIN_SAMPLES
 from mla_tune.kernels import candidates
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.shape import RaggedShape, Shape
-from mla_tune.site import SiteName
-from mla_tune.stages import Amortization, stages
+from mla_tune.sites.shape import RaggedShape, Shape
+from mla_tune.sites.site import SiteName
+from mla_tune.sites.stages import Amortization, stages
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role, fault
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.measure import PointMeasurer, _available_bytes, parts
-from mla_tune.sweep.messages import TIMING, Task
+from mla_tune.sweep.worker.messages import TIMING, Task
+from mla_tune.sweep.worker.point_measurer import PointMeasurer, _available_bytes, parts
 from tests.shapes import every_site
 
 SHAPE = Shape(2, 3, 300)

@@ -7,12 +7,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_tune.shape import Shape
-from mla_tune.site import Site
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import Site
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role, fault
-from mla_tune.sweep.failure import failure_of
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.outcomes import DEADLY, Deaths, Failure, failures
+from mla_tune.sweep.worker.failure import failure_of
 
 METADATA = Site.parse("indexer_metadata/c4a")
 ATTENTION = Site.parse("prefill_attention/c4a/h64/k512")

@@ -8,12 +8,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_tune.shape import Shape
-from mla_tune.site import MODELS, Site, SiteName
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import MODELS, Site, SiteName
+from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import CAPABILITY, Outcome
-from mla_tune.store.probe import Try
-from mla_tune.sweep.messages import Added
 from mla_tune.sweep.probe import Known, Prober, known_counts, max_query_tokens, search, unclosed
+from mla_tune.sweep.worker.messages import Added
 
 LARGEST = 131072
 SITE = Site.parse("prefill_attention/c128a/h64")

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from mla_tune.errors import EnvironmentMismatchError
-from mla_tune.shape import Shape
-from mla_tune.site import Site
-from mla_tune.stages import stages
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import Site
+from mla_tune.sites.stages import stages
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Outcome, Role
 from mla_tune.sweep.grid import Point
@@ -159,8 +159,8 @@ def children() -> set[str]:
 ENDLESS = """
 import sys
 from pathlib import Path
-from mla_tune.shape import Shape
-from mla_tune.site import Site
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import Site
 from mla_tune.store.database import Database
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.runner import Sweep

@@ -8,12 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mla_tune.kernels import candidates, split
+from mla_tune.kernels import candidates
+from mla_tune.kernels import split_batch as split
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
-from mla_tune.shape import RaggedShape
-from mla_tune.site import Site
-from mla_tune.stages import split_stages
+from mla_tune.sites.shape import RaggedShape
+from mla_tune.sites.site import Site
+from mla_tune.sites.stages import split_stages
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Regime, fault
 from mla_tune.sweep.splitting import SplitMeasurer
 from tests.shapes import every_site

@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 
 from mla_tune.errors import StoreError
-from mla_tune.launch import KERNELS, parameters
+from mla_tune.sites.launch_parameters import KERNELS, parameters
 from mla_tune.store.database import Database
-from mla_tune.sweep.space import default_values, launch_at, space_of, space_size
-from mla_tune.sweep.study import CLEARLY_WORSE, Search, open_search, study_storage
-from mla_tune.sweep.tune import targets
+from mla_tune.sweep.tuning.space import default_values, launch_at, space_of, space_size
+from mla_tune.sweep.tuning.study import CLEARLY_WORSE, Search, open_search, study_storage
+from mla_tune.sweep.tuning.tuner import targets
 from tests.store.strategies import ENVIRONMENT, fixed_tuned, timing
 
 KERNEL = "slot_ids"
@@ -110,7 +110,7 @@ _KILLED = """
 import sys
 from pathlib import Path
 from tests.sweep.test_study import opened_search, run
-from mla_tune.sweep.study import study_storage
+from mla_tune.sweep.tuning.study import study_storage
 with study_storage(Path(sys.argv[1])) as storage:
     search = opened_search(storage)
     run(search, 4)
@@ -159,7 +159,7 @@ def test_a_failed_configuration_is_remembered_with_its_reason(tmp_path: Path) ->
 
 def test_a_locked_database_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = database(tmp_path / "a.db")
-    monkeypatch.setattr("mla_tune.sweep.study._BUSY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("mla_tune.sweep.tuning.study._BUSY_TIMEOUT_S", 0.05)
     with closing(sqlite3.connect(path, isolation_level=None)) as other:
         other.execute("begin immediate")
         with pytest.raises(StoreError, match="one writer at a time") as error, study_storage(path):

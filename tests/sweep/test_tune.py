@@ -10,13 +10,13 @@ from mla_tune.bench.timing import WallTimer
 from mla_tune.kernels import cases
 from mla_tune.kernels.candidates import Device
 from mla_tune.kernels.inputs import InputBuilder
-from mla_tune.launch import DEFAULT_LAUNCHES, KERNELS, MetadataConfig, SizeClass, parameters
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, KERNELS, MetadataConfig, SizeClass, parameters
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Outcome
-from mla_tune.sweep.messages import Trial
-from mla_tune.sweep.study import open_search, study_storage
-from mla_tune.sweep.trial import KernelTrials
-from mla_tune.sweep.tune import ClassReport, Tuner, targets
+from mla_tune.sweep.tuning.study import open_search, study_storage
+from mla_tune.sweep.tuning.trial import KernelTrials
+from mla_tune.sweep.tuning.tuner import ClassReport, Tuner, targets
+from mla_tune.sweep.worker.messages import Trial
 from tests.conftest import HAS_CUDA
 from tests.store.strategies import ENVIRONMENT, timing
 
@@ -109,7 +109,7 @@ def test_a_configuration_that_kills_or_misleads_costs_its_own_trial_only(tmp_pat
 @pytest.mark.gpu
 @pytest.mark.parametrize(("kernel", "found"), targets(), ids=lambda value: getattr(value, "name", None))
 def test_every_default_is_right_and_timed_at_the_size_that_it_is_tuned_at(kernel: object, found: SizeClass) -> None:
-    from mla_tune.sweep.measure import PointMeasurer
+    from mla_tune.sweep.worker.point_measurer import PointMeasurer
 
     measurer = PointMeasurer("cuda")
     name = kernel.name  # type: ignore[attr-defined]

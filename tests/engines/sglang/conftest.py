@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from mla_tune.policy import Choice, Policy, Row, Table, write_policy
+from mla_tune.policy.schema import Choice, Policy, Row, Table, write_policy
 from tests.policy.strategies import full_policy, table
 
 STUBS = Path(__file__).parents[1] / "stubs"
@@ -109,7 +109,7 @@ def serving(
     """A fresh process as far as the plugin goes: no MLA_TUNE_* but a policy, one rank, nothing loaded yet."""
     from sglang.srt.runtime_context import get_parallel, override_platform
 
-    from mla_tune.integrations.sglang_process import PROCESS
+    from mla_tune.integrations.sglang.sglang_process import PROCESS
 
     for name in ("MODE", "ALLOW_MODELLED", "RANKS", "RECORD"):
         monkeypatch.delenv(f"MLA_TUNE_{name}", raising=False)
@@ -183,7 +183,7 @@ def v4_backend(module: ModuleType, model_runner: Any = None, **changes: Any) -> 
         "forward_metadata": SimpleNamespace(late_layer_tail=None),
     }
     return constructed(
-        module.DeepseekV4AttnBackend, "mla_tune.integrations.sglang_v4", model_runner, attributes | changes
+        module.DeepseekV4AttnBackend, "mla_tune.integrations.sglang.v4_hooks", model_runner, attributes | changes
     )
 
 

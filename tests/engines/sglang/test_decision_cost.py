@@ -83,8 +83,8 @@ def test_a_v4_decision_reads_host_integers_only(new: int, v4: ModuleType) -> Non
     for _ in ("the decision of a forward", "its answer in a further layer"):
         forbidden, called = seen_in(lambda: backend._use_sparse_prefill(forward, num_qo_tokens=new + 7))
         assert forbidden == []
-        assert "mla_tune.integrations.sglang_v4.use_sparse" in called
-    assert "mla_tune.serving.__call__" not in called  # decided once
+        assert "mla_tune.integrations.sglang.v4_hooks.use_sparse" in called
+    assert "mla_tune.runtime.decider.__call__" not in called  # decided once
 
 
 def test_a_dsa_decision_adds_host_integers_only(dsa: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,4 +94,4 @@ def test_a_dsa_decision_adds_host_integers_only(dsa: ModuleType, monkeypatch: py
     backend.set_dsa_prefill_impl(forward)
     forbidden, called = seen_in(lambda: backend._mla_tune.impl(backend, forward))
     assert forbidden == []
-    assert "mla_tune.serving.__call__" in called
+    assert "mla_tune.runtime.decider.__call__" in called

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mla_tune.policy import Limit
+from mla_tune.policy.schema import Limit
 from tests.engines.sglang.conftest import batch, constructed, runner, use_policy
 from tests.policy.strategies import policy, table
 
@@ -46,7 +46,7 @@ def dsa_backend(module: ModuleType, model_runner: Any = None, **changes: Any) ->
         model_runner = runner(model_config=SimpleNamespace(hf_text_config=config, num_attention_heads=128))
     kind = module.DeepseekSparseAttnBackend
     extend = module.ForwardMode.EXTEND
-    return constructed(kind, "mla_tune.integrations.sglang_dsa", model_runner, attributes | changes, extend)
+    return constructed(kind, "mla_tune.integrations.sglang.dsa_hooks", model_runner, attributes | changes, extend)
 
 
 def impl(backend: Any, forward: Any) -> str:

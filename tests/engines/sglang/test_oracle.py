@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
+from mla_tune.kernels.backend import Backend
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.formats import DSA, V4, quantize_k_cache
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder, PagedCache
-from mla_tune.kernels.launch import Backend
 from mla_tune.kernels.slot_ids import build_compressed_row_ids, build_swa_token_ids
-from mla_tune.shape import Shape
-from mla_tune.site import MODELS, LayerType, SiteName
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import MODELS, LayerType, SiteName
 
 SHAPES = [Shape(1, 16, 200), Shape(3, 40, 3000), Shape(5, 5, 5), Shape(2, 300, 1500)]
 """Few requests and many, contexts shorter than a window, than a page and than a compressed row, and longer ones."""

@@ -74,16 +74,16 @@ def test_spawned_children_get_the_hooks_and_a_process_without_a_backend_only_wha
     done = python(SPAWN, installed, tmp_path)
     assert done.returncode == 0, done.stderr
     child, parent = done.stdout.strip().split("\n")[-2:]
-    assert child == "child False mla_tune.integrations.sglang_v4"
+    assert child == "child False mla_tune.integrations.sglang.v4_hooks"
     loaded = set(parent.split()[2:])
     assert parent.startswith("parent False")
     assert loaded <= {
         *("mla_tune", "mla_tune.errors", "mla_tune.integrations", "mla_tune.integrations.post_import"),
         *(
             "mla_tune.integrations.sglang",
-            "mla_tune.provider",
-            "mla_tune.site",
-            "mla_tune.switches",
+            "mla_tune.sites.provider",
+            "mla_tune.sites.site",
+            "mla_tune.runtime.switches",
             "yaml",
         ),  # yaml is the engine's
     }

@@ -13,19 +13,19 @@ from typing import Any
 import pytest
 import torch
 
-from mla_tune.kernels import provided, sglang_kernels
+from mla_tune.kernels.adapters import provided, sglang_kernels
+from mla_tune.kernels.backend import Backend
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.inputs import InputBuilder, PagedCache
-from mla_tune.kernels.launch import Backend
 from mla_tune.kernels.workspace import SparseWorkspace
-from mla_tune.launch import DEFAULT_LAUNCHES
-from mla_tune.provider import Provider
-from mla_tune.shape import Shape
-from mla_tune.site import MODELS, Conditions, LayerType, Site, SiteName
+from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES
+from mla_tune.sites.provider import Provider
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import MODELS, Conditions, LayerType, Site, SiteName
 from mla_tune.store.measurement import Measurement, Outcome
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.measure import PointMeasurer
-from mla_tune.sweep.messages import Task
+from mla_tune.sweep.worker.messages import Task
+from mla_tune.sweep.worker.point_measurer import PointMeasurer
 
 HERE = Provider("sglang", "0.5.23")
 TRANSFORMS = Provider("sglang", "0.5.23", "0.4.10")

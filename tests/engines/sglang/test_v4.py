@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mla_tune.policy import Limit
+from mla_tune.policy.schema import Limit
 from tests.engines.sglang.conftest import (
     RATIOS,
     attention,

@@ -17,9 +17,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from mla_tune.engine import Engine
-from mla_tune.policy import Choice, Library, Policy, Row, Table, write_policy
-from mla_tune.site import WITH_KVCACHE_MIXED
+from mla_tune.policy.schema import Choice, Library, Policy, Row, Table, write_policy
+from mla_tune.sites.engines import Engine
+from mla_tune.sites.site import WITH_KVCACHE_MIXED
 from tests.policy.strategies import full_policy, table
 
 if importlib.util.find_spec("vllm") is None:
@@ -84,8 +84,7 @@ def _hooked() -> None:
     """The plugin's hooks on the installed release, whichever it is: scripts/engine-env may have made one of the newest."""
     from importlib.metadata import version
 
-    from mla_tune.integrations import vllm_process
-    from mla_tune.integrations.vllm import plugin
+    from mla_tune.integrations.vllm import plugin, vllm_process
 
     release = version("vllm").partition("+")[0]
     if release not in vllm_process.TESTED:
@@ -108,8 +107,8 @@ def v4(_hooked: None) -> ModuleType:
 @pytest.fixture
 def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> pytest.MonkeyPatch:
     """A fresh process as far as the plugin goes: no MLA_TUNE_* but a policy, one rank, nothing loaded yet."""
-    from mla_tune.integrations import vllm_v4
-    from mla_tune.integrations.vllm_process import PROCESS
+    from mla_tune.integrations.vllm import prefill_hooks
+    from mla_tune.integrations.vllm.vllm_process import PROCESS
 
     for name in ("MODE", "ALLOW_MODELLED", "RANKS", "RECORD"):
         monkeypatch.delenv(f"MLA_TUNE_{name}", raising=False)
@@ -118,7 +117,7 @@ def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogC
     monkeypatch.setattr(PROCESS, "service", None)
     monkeypatch.setattr(PROCESS, "announced", False)
     monkeypatch.setattr(PROCESS, "most_entries", None)
-    monkeypatch.setattr(vllm_v4, "_choices", {})
+    monkeypatch.setattr(prefill_hooks, "_choices", {})
     caplog.set_level(logging.INFO, logger="mla_tune")
     return monkeypatch
 
@@ -159,7 +158,7 @@ def engine_table(engine: Engine, h_q: int, **changes: Any) -> Table:
 
 def counted() -> tuple[dict[str, int], dict[str, int]]:
     """What this process's deciders chose, and why they fell back, all together."""
-    from mla_tune.integrations.vllm_process import PROCESS
+    from mla_tune.integrations.vllm.vllm_process import PROCESS
 
     assert PROCESS.service is not None
     chosen: dict[str, int] = {}

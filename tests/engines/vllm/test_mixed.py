@@ -10,8 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mla_tune.engine import Engine
-from mla_tune.policy import Limit
+from mla_tune.policy.schema import Limit
+from mla_tune.sites.engines import Engine
 from tests.engines.vllm.conftest import (
     CROSSOVER,
     counted,
@@ -33,7 +33,7 @@ def builder(module: ModuleType, heads: int = 128, config: Any = None, **changes:
     """A builder after its hooked constructor, of which what needs a GPU is set by hand."""
     import torch
 
-    from mla_tune.integrations import vllm_mixed
+    from mla_tune.integrations.vllm import mixed_batch_hooks
 
     config = config or vllm_config()
     attributes = {
@@ -63,7 +63,7 @@ def builder(module: ModuleType, heads: int = 128, config: Any = None, **changes:
         self.__dict__.update(attributes | changes)
 
     made = object.__new__(module.FlashMLASparseMetadataBuilder)
-    init = vllm_mixed._around_init(construct, module.MIN_HEADS_FOR_BF16_PREFILL)
+    init = mixed_batch_hooks._around_init(construct, module.MIN_HEADS_FOR_BF16_PREFILL)
     init(made, None, ["layer"], config, torch.device("cpu"))
     return made
 
@@ -266,7 +266,7 @@ def test_kernels_that_were_not_measured_serve_only_a_policy_that_the_user_names(
     assert kind(sparse, builder(sparse), batch((5000, 20))) == "mixed"
     assert any("was measured with sgl-flash-mla 1.0.0" in line for line in caplog.messages)
 
-    from mla_tune.integrations.vllm_process import PROCESS
+    from mla_tune.integrations.vllm.vllm_process import PROCESS
     from mla_tune.runtime import Dispatcher
 
     serving.setattr(PROCESS, "service", None)

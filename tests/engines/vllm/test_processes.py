@@ -74,14 +74,14 @@ def test_spawned_children_get_the_hooks_and_a_process_without_a_backend_only_wha
     )
     assert done.returncode == 0, done.stderr
     child, parent = done.stdout.strip().split("\n")[-2:]
-    assert child == "child False mla_tune.integrations.vllm_mixed mla_tune.integrations.vllm_v4"
+    assert child == "child False mla_tune.integrations.vllm.mixed_batch_hooks mla_tune.integrations.vllm.prefill_hooks"
     assert set(parent.split()[1:]) <= {
         *(
             "mla_tune",
             "mla_tune.errors",
-            "mla_tune.provider",
-            "mla_tune.site",
-            "mla_tune.switches",
+            "mla_tune.sites.provider",
+            "mla_tune.sites.site",
+            "mla_tune.runtime.switches",
             "mla_tune.integrations",
         ),
         *("mla_tune.integrations.post_import", "mla_tune.integrations.vllm"),
@@ -154,7 +154,8 @@ class LesserBuilder(Builder):
 def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(
     kind: type, release: str, said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    from mla_tune.integrations import seams, vllm_mixed, vllm_process
+    from mla_tune.integrations import seams
+    from mla_tune.integrations.vllm import mixed_batch_hooks, vllm_process
 
     monkeypatch.setattr(vllm_process, "TESTED", ["0.33.0"])
     monkeypatch.setattr(vllm_process, "installed_version", lambda _: release)
@@ -164,11 +165,11 @@ def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(
     copied: Any = type(kind.__name__, (), dict(vars(kind)) | {"_build_fp8_mixed_decode_prefill": _mixed(kind)})
     vars(module).update(FlashMLASparseMetadataBuilder=copied, MIN_HEADS_FOR_BF16_PREFILL=32)
     before = dict(vars(copied))
-    vllm_mixed.hook_builder(module)
+    mixed_batch_hooks.hook_builder(module)
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     if said is None:
         assert warnings == []
-        assert copied.build.__module__ == "mla_tune.integrations.vllm_mixed"
+        assert copied.build.__module__ == "mla_tune.integrations.vllm.mixed_batch_hooks"
         return
     (warning,) = warnings
     assert said in warning

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from mla_tune.bench.compare import BF16_ATTENTION, mismatch
-from mla_tune.shape import Shape
-from mla_tune.site import MODELS, LayerType, SiteName
+from mla_tune.bench.numerics import BF16_ATTENTION, mismatch
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import MODELS, LayerType, SiteName
 from tests.engines.vllm.conftest import counted, other_kernels, use_policy, vllm_config
 
 pytestmark = pytest.mark.usefixtures("serving")
@@ -23,7 +23,7 @@ def layer(module: ModuleType, layer_type: LayerType, config: Any = None, **chang
     """A layer of V4-Flash after its hooked constructor; what that would load and allocate is left out."""
     import torch
 
-    from mla_tune.integrations import vllm_v4
+    from mla_tune.integrations.vllm import prefill_hooks
 
     attributes = {
         "compress_ratio": RATIOS[layer_type],
@@ -42,7 +42,7 @@ def layer(module: ModuleType, layer_type: LayerType, config: Any = None, **chang
             setattr(self, name, value)
 
     made = object.__new__(module.DeepseekV4FlashMLAAttention)
-    vllm_v4._around_init(construct)(made, vllm_config=config or vllm_config())
+    prefill_hooks._around_init(construct)(made, vllm_config=config or vllm_config())
     return made
 
 
@@ -361,12 +361,12 @@ def test_kernels_that_were_not_measured_are_not_trusted_with_more_entries_than_o
 ) -> None:
     for policy, most in ((None, 32768), (other_kernels(), 11622)):
         if policy is not None:
-            from mla_tune.integrations import vllm_v4
-            from mla_tune.integrations.vllm_process import PROCESS
+            from mla_tune.integrations.vllm import prefill_hooks
+            from mla_tune.integrations.vllm.vllm_process import PROCESS
 
             use_policy(serving, tmp_path, policy)
             serving.setattr(PROCESS, "service", None)
-            serving.setattr(vllm_v4, "_choices", {})
+            serving.setattr(prefill_hooks, "_choices", {})
         assert layer(v4, LayerType.C4A)._mla_tune._limit == most
 
 

@@ -1,0 +1,303 @@
+"""What the commands print: tables for people, JSON for scripts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import msgspec
+from rich.console import Console
+from rich.table import Table as RichTable
+
+from mla_tune.cli.places import export_path
+from mla_tune.hardware.sku import CPU
+from mla_tune.policy.schema import HeldOut, Policy, Row, Table
+from mla_tune.sites.engines import Engine
+from mla_tune.sites.provider import OWN
+
+if TYPE_CHECKING:
+    from mla_tune.fit.evaluation import Weighted
+    from mla_tune.fit.explanation import Explanation
+    from mla_tune.policy.decision import Explanation as Decision
+    from mla_tune.store.database import EnvironmentSummary
+
+# Tables wider than a narrow pipe would be cut: where there is no terminal there is no width to fit into.
+console = Console() if Console().is_terminal else Console(width=160)
+status = Console(stderr=True)
+
+
+def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
+    """The thresholds of a policy and how it did on points that the fit did not see."""
+    if as_json:
+        print(json.dumps(policy_json(policy, path)))
+        return
+    title = f"{policy.gpu.sku}, {policy.gpu.sm_count} {_units(policy)}, {policy.evidence}, {policy.regime} time"
+    table = RichTable(
+        "site", "model", "h_q", "layer", "num_reqs", "kv_tokens", "choice by num_qo_tokens", "slowdown", title=title
+    )
+    for entry in policy.tables:
+        for index, row in enumerate(entry.rows):
+            head = _head(entry) if index == 0 else ("", "", "", "")
+            slowdown = _slowdown_text(entry) if index == 0 else ""
+            where = f">= {row.num_reqs_from}", f">= {row.kv_tokens_from}"
+            table.add_row(*head, *where, choices_text(row), slowdown, end_section=row is entry.rows[-1])
+    console.print(table)
+    if policy.modelled is None:
+        console.print(
+            "slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False
+        )
+    else:
+        _modelled(policy)
+    for line in dict.fromkeys(_barred(policy)):
+        console.print(line, highlight=False)
+
+
+def _modelled(policy: Policy) -> None:
+    """What a modelled policy rests on, and how sure it is."""
+    stated = [entry.relative for table in policy.tables for entry in table.uncertainty]
+    measured = policy.modelled.scaled_from.sku if policy.modelled else "-"
+    console.print(
+        f"modelled: scaled from {measured}; nothing was timed on {policy.gpu.sku}. A predicted cost may be off by "
+        f"exp({min(stated, default=0.0):.2f}) to exp({max(stated, default=0.0):.2f}) both ways; where two intervals meet "
+        "the engine's own choice stays",
+        highlight=False,
+    )
+
+
+def _barred(policy: Policy) -> Iterator[str]:
+    """What may not serve, or not everywhere."""
+    for table in policy.tables:
+        for limit in table.limits:
+            heads = f", {table.h_q} heads" if table.h_q else ""
+            yield (
+                f"limit: {limit.candidate} ({table.site}{heads}) up to {limit.num_qo_tokens} query tokens, "
+                f"fails at {limit.fails_at}"
+            )
+        if (cap := table.workspace_cap) is not None and cap.over:
+            yield (
+                f"workspace cap: {table.model}{f', {table.h_q} heads' if table.h_q else ''}, {table.layer}: at most "
+                f"{cap.max_bytes} bytes bar a candidate around {cap.over} of {cap.shapes} shapes; around {cap.exempt} of "
+                f"them no candidate is surely under it and {table.incumbent} stays"
+            )
+        for entry in table.ineligible:
+            yield (
+                f"not served: {entry.candidate} ({table.site}): the first call on a new shape takes "
+                f"{entry.first_call_s:.1f} s, above {entry.bound_s:g} s (--first-call-bound)"
+            )
+
+
+def _units(policy: Policy) -> str:
+    return "threads" if policy.gpu.sku == CPU else "SMs"
+
+
+def note(line: str) -> None:
+    """A line on standard error about what was done or comes next."""
+    status.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def warn(line: str) -> None:
+    """One line on standard error that does not stop the command."""
+    status.print(f"warning: {line}", highlight=False, soft_wrap=True)
+
+
+def policy_json(policy: Policy, path: Path) -> dict[str, object]:
+    """A policy and where it lies, for scripts."""
+    return {"path": str(path), **msgspec.to_builtins(policy)}
+
+
+def _head(table: Table) -> tuple[str, str, str, str]:
+    return table.site, model_text(table), str(table.h_q or "-"), table.layer
+
+
+def model_text(table: Table) -> str:
+    """``deepseek-v3.2 (vllm)`` where the table is another engine's than SGLang's."""
+    return table.model if table.engine is Engine.SGLANG else f"{table.model} ({table.engine})"
+
+
+def choices_text(row: Row) -> str:
+    """``with_kvcache; from 130 to 410 x [0.9, 1.1] sparse_fwd``: the threshold along the row, and its bracket."""
+    first, *rest = row.choices
+    parts = [first.candidate]
+    for choice in rest:
+        end = "" if choice.num_qo_tokens_to is None else f" to {choice.num_qo_tokens_to}"
+        bracket = f" x [{choice.bracket[0]:g}, {choice.bracket[1]:g}]" if choice.bracket else ""
+        parts.append(f"from {choice.num_qo_tokens_from}{end}{bracket} {choice.candidate}")
+    if rest:
+        return "; ".join(parts)
+    if row.censored:
+        return f"{first.candidate} (crossover {row.censored} the measured range)"
+    return f"{first.candidate} (no crossover here)"
+
+
+def _slowdown_text(table: Table) -> str:
+    if not table.held_out.slowdown:
+        return "not judged"
+    own = table.held_out.slowdown[0]
+    return f"{own.mean:.3f} / {own.worst:.2f} ({table.held_out.points} pts)"
+
+
+def held_out(policy: Policy) -> None:
+    """Slowdown of the policy and of every baseline rule, table by table."""
+    for entry in policy.tables:
+        if not entry.held_out.points:
+            continue
+        where = f"{entry.site}, {model_text(entry)}, h_q {entry.h_q or '-'}, {entry.layer}"
+        console.print(_rules_table(entry.held_out, f"{where}: {entry.held_out.points} held-out points"))
+
+
+def provenance(policy: Policy, source: str) -> None:
+    """Where a policy comes from."""
+    environment = policy.environment
+    libraries = (
+        ", ".join(f"{library.name} {library.version}" for library in environment.libraries) or "no kernel library"
+    )
+    kernels = f", around attention the kernels of {policy.provider}" if policy.provider else ""
+    console.print(
+        f"{source}: schema {policy.schema}, {policy.evidence} with driver {environment.driver}, torch {environment.torch}, "
+        f"triton {environment.triton}, {libraries}{kernels}\n"
+        f"{policy.source.measurements} measurements in {policy.source.file} "
+        f"(sha256 {policy.source.sha256[:16]}); made by: {policy.source.command}",
+        highlight=False,
+    )
+
+
+def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> None:
+    """Every rule over all attention layer types together, and what could not be judged."""
+    if overall:
+        console.print(
+            _rules_table(overall, f"all attention layer types: {overall.points} held-out (table, shape) pairs")
+        )
+    for table in left_out:
+        console.print(f"no table for {table}: no held-out point judges it yet; sweep again to go on", highlight=False)
+    if lost:
+        warn(
+            f"the policy that was there before had {lost} tables that this one lacks: sweep without filters to have them"
+        )
+
+
+def weighted(judged: Weighted | None) -> None:
+    """The same rules by the recorded traffic; the tables above mean every point alike."""
+    if judged is None:
+        return
+    if not judged.points:
+        line = "by traffic: no held-out point lies near the recorded shapes; the slowdowns above mean every point alike"
+    else:
+        means = ", ".join(f"{name} {mean:.3f}" for name, mean in judged.slowdown)
+        line = (
+            f"by traffic, mean slowdown: {means} ({judged.points} held-out points near the recorded shapes, worth "
+            f"{judged.effective:.1f} of equal weight); the slowdowns above mean every point alike"
+        )
+    console.print(line, highlight=False)
+
+
+def _rules_table(judged: HeldOut, title: str) -> RichTable:
+    table = RichTable("rule", "geomean", "mean", "p95", "worst", title=title)
+    for rule in judged.slowdown:
+        table.add_row(rule.rule, *(f"{value:.3f}" for value in (rule.geomean, rule.mean, rule.p95, rule.worst)))
+    return table
+
+
+def _this_command() -> list[str]:
+    """How a shell in this folder starts the program that runs now: by name where it is on the path."""
+    if shutil.which("mla-tune"):
+        return ["mla-tune"]
+    installed = Path(sys.executable).with_name("mla-tune")
+    if installed.exists():
+        return [os.path.relpath(installed)]
+    return [sys.executable, "-m", "mla_tune"]
+
+
+def next_command(policy: Policy, path: Path) -> None:
+    """Where the policy lies and what to try with it: the table with most thresholds, at one of them."""
+    table = max(policy.tables, key=lambda table: sum(len(row.choices) for row in table.rows))
+    row = max(table.rows, key=lambda row: len(row.choices))
+    num_reqs = max(row.num_reqs_from, table.measured.num_reqs[0])
+    tokens = max(row.choices[-1].num_qo_tokens_from, table.measured.num_qo_tokens[0], num_reqs)
+    kv_tokens = max(row.kv_tokens_from, table.measured.kv_tokens[0])
+    words = [*_this_command(), "explain", "--policy", str(path)]
+    if Path(policy.source.file) != export_path(policy.gpu.sku):
+        words += ["--measurements", policy.source.file]
+    words += ["--site", table.site, "--model", table.model, "--layer", table.layer]
+    words += [] if table.h_q is None else ["--h-q", str(table.h_q)]
+    words += [] if table.engine is Engine.SGLANG else ["--engine", table.engine.value]
+    words += [] if num_reqs == 1 else ["--num-reqs", str(num_reqs)]
+    print(f"policy written to {path}")
+    print(f"next: {shlex.join([*words, str(tokens), str(max(kv_tokens, tokens))])}")
+
+
+def explanation(result: Explanation, table: Table, as_json: bool) -> None:
+    """A choice, and what each candidate costs stage by stage."""
+    if as_json:
+        print(json.dumps(asdict(result)))
+        return
+    shape, decision = result.shape, result.decision
+    console.print(
+        f"{table.site} of {model_text(table)}, layer {table.layer}, h_q {table.h_q or '-'}: "
+        f"{shape.num_qo_tokens} query tokens, {shape.kv_tokens} context tokens in {shape.num_reqs} requests",
+        highlight=False,
+    )
+    console.print(f"choice: {decision.candidate}, because: {_because(decision)}", highlight=False)
+    lines = [line for candidate in result.candidates for line in candidate.stages]
+    # Whose kernels they are is said where some are an engine's: the others are the same everywhere.
+    whose = ["kernel of"] if any(line.provider not in _FIXED for line in lines) else []
+    columns = RichTable("candidate", "layer", "stage", *whose, "runs once per", f"us per {result.unit}")
+    for candidate in result.candidates:
+        for index, line in enumerate(candidate.stages):
+            once = str(line.amortization).removeprefix("per_").replace("_", " ")
+            name = candidate.candidate if index == 0 else ""
+            columns.add_row(
+                name, str(line.layer), line.stage, *[line.provider for _ in whose], once, f"{line.latency_us:.2f}"
+            )
+        measured = f" (measured here: {candidate.measured_us:.2f})" if candidate.measured_us is not None else ""
+        columns.add_row(
+            "",
+            "",
+            f"sum x {candidate.correction:.3f}, whole path over sum",
+            *("" for _ in whose),
+            "",
+            f"{candidate.total_us:.2f}{measured}",
+        )
+        columns.add_section()
+    console.print(columns)
+
+
+_FIXED = (OWN, "flash_mla", "deep_gemm")
+"""Whose kernels run without any ``--provider``."""
+
+
+def _because(decision: Decision) -> str:
+    if decision.num_qo_tokens_from is None:
+        return str(decision.reason)
+    bracket = f", crossover inside [{decision.bracket[0]}, {decision.bracket[1]}]" if decision.bracket else ""
+    return (
+        f"{decision.reason}: row from {decision.num_reqs_from} requests and {decision.kv_tokens_from} kv_tokens, "
+        f"choice from {decision.num_qo_tokens_from} num_qo_tokens{bracket}"
+    )
+
+
+def database(rows: Sequence[EnvironmentSummary], as_json: bool) -> None:
+    """One line for each environment in a database."""
+    if as_json:
+        print(json.dumps([asdict(row) for row in rows], default=str))
+        return
+    table = RichTable("environment", "sku", "measurements", "outcomes", "tries", "quarantined samples", "first", "last")
+    for row in rows:
+        outcomes = ", ".join(f"{name} {count}" for name, count in row.outcomes)
+        table.add_row(
+            row.environment.id,
+            row.environment.sku,
+            str(row.measurements),
+            outcomes,
+            str(row.tries),
+            str(row.quarantined_samples),
+            f"{row.first_finished_at:%Y-%m-%d %H:%M}",
+            f"{row.last_finished_at:%Y-%m-%d %H:%M}",
+        )
+    console.print(table)

@@ -1,0 +1,153 @@
+"""A policy for a GPU that nobody measured: another one's stage curves, scaled; see :mod:`mla_tune.fit.scaling`.
+
+No measurement of the other GPU takes part as such: what its whole paths took is known to the curves alone. Its sweep's
+ranges, noise and first calls (host compilers) are taken over. Its limits are where the target has the same architecture,
+since they belong to a kernel build there. On another one they are not stated, but the table claims no query token count
+at which anything failed: above, the incumbent stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import msgspec
+
+from mla_tune.errors import FitError, UsageError
+from mla_tune.fit.costs import CandidateCosts, CostModel, PathCosts
+from mla_tune.fit.scaling import ScaledStage, Scaling, scale_stage, widened
+from mla_tune.fit.scope import Scope, scopes
+from mla_tune.fit.table_rows import policy_environment, unjudged_table
+from mla_tune.fit.work import work
+from mla_tune.hardware.datasheet import Datasheet, datasheet
+from mla_tune.policy.evidence import Modelled, ScaledFrom, StageUncertainty, Uncertainty
+from mla_tune.policy.schema import (
+    SCHEMA_VERSION,
+    Gpu,
+    Policy,
+    Source,
+    Table,
+)
+from mla_tune.sites.site import Site
+
+_DIGITS = 4
+"""Of an uncertainty in a policy."""
+
+
+class ModelledCosts(CostModel):
+    """Cost curves of ``target``, scaled from those of the GPU that ``measured`` is of.
+
+    :attr:`observations` stay the measured GPU's: they say what was swept, not what it costs here. An ``error`` is that of
+    the measured curve plus that of the scaling. Raises :class:`UsageError` if the measured GPU has no datasheet.
+    """
+
+    modelled = True
+
+    def __init__(self, measured: CostModel, target: Datasheet) -> None:
+        self.scaling = Scaling(datasheet(measured.environment.sku), target)
+        self.measured = measured
+        self.environment = replace(
+            measured.environment,
+            sku=target.sku,
+            sm_count=int(target.sm_count.value),
+            shared_memory_optin_bytes=int(target.shared_memory_optin_bytes.value),
+        )
+        self.observations = measured.observations
+        self._fitted = {}
+        self._stages: dict[tuple[Site, str], dict[str, ScaledStage]] = {}
+
+    def stages(self, site: Site, candidate: str) -> dict[str, ScaledStage]:
+        """Scaled stages of one candidate by name. Raises :class:`FitError` if it never ran."""
+        self.costs(site, candidate)
+        return self._stages[site, candidate]
+
+    def _fit(self, site: Site, candidate: str) -> CandidateCosts:
+        measured = self.measured.costs(site, candidate)
+        scaled: dict[str, ScaledStage] = {}
+        paths = []
+        for path in measured.paths:
+            members = []
+            for stage, curve in path.stages:
+                shapes, _ = self.observations.latencies(site, candidate, stage.name)
+                scaled[stage.name] = scale_stage(self.scaling, site, candidate, stage, curve, work(site, shapes))
+                members.append((stage, scaled[stage.name].curve))
+            correction = path.correction
+            if correction is not None:
+                # A path is as much in doubt as its stage that is most: at some shape that one dominates.
+                correction = widened(correction, max(scaled[stage.name].doubt for stage, _ in members))
+            paths.append(PathCosts(tuple(members), correction))
+        self._stages[site, candidate] = scaled
+        return CandidateCosts(site, candidate, tuple(paths))
+
+
+def model_policy(measured: CostModel, target: Datasheet, source: Source) -> Policy:
+    """The policy of ``target`` that the curves of another GPU support; ``source`` is their export.
+
+    It has the tables of a fit of that GPU, less the judgement: nobody has points to judge them by. Raises
+    :class:`UsageError` if the measured GPU is the target or has no datasheet, :class:`FitError` if no table is left.
+    """
+    environment = measured.environment
+    if environment.sku == target.sku:
+        raise UsageError(
+            f"a modelled GPU must be another than the measured one: got {target.sku} for both; next: `mla-tune fit`"
+        )
+    costs = ModelledCosts(measured, target)
+    tables = [table for scope in scopes() if (table := _table(costs, scope)) is not None]
+    if not tables:
+        raise FitError(
+            f"a modelled policy needs a site whose incumbent ran: got none for {environment.sku}; "
+            "next: run `mla-tune sweep` on that GPU"
+        )
+    return Policy(
+        schema=SCHEMA_VERSION,
+        gpu=Gpu(sku=target.sku, sm_count=costs.environment.sm_count),
+        evidence="modelled",
+        regime=str(costs.observations.regime),
+        environment=policy_environment(costs.environment),
+        source=source,
+        tables=tuple(tables),
+        modelled=Modelled(
+            scaled_from=ScaledFrom(sku=environment.sku, sm_count=environment.sm_count),
+            limits=_limits_text(costs.scaling),
+            stages=tuple(_uncertainties(costs)),
+        ),
+    )
+
+
+def _table(costs: ModelledCosts, scope: Scope) -> Table | None:
+    table = unjudged_table(costs, scope)
+    if table is None:
+        return None
+    stated = tuple(
+        Uncertainty(candidate=name, relative=round(scope.error(costs, name), _DIGITS)) for name in table.candidates
+    )
+    table = msgspec.structs.replace(table, uncertainty=stated)
+    if costs.scaling.same_architecture or not table.limits:
+        return table
+    low, high = table.measured.num_qo_tokens
+    safe = min(high, *(limit.num_qo_tokens for limit in table.limits))
+    claimed = msgspec.structs.replace(table.measured, num_qo_tokens=(min(low, safe), safe))
+    return msgspec.structs.replace(table, limits=(), measured=claimed)
+
+
+def _limits_text(scaling: Scaling) -> str:
+    if scaling.same_architecture:
+        return f"carried over, since both are {scaling.source.architecture} and run the same kernel builds"
+    return (
+        f"not carried over, since {scaling.target.architecture} runs other kernels than {scaling.source.architecture}; "
+        "ranges end below the smallest count that failed there"
+    )
+
+
+def _uncertainties(costs: ModelledCosts) -> Iterator[StageUncertainty]:
+    sites = dict.fromkeys(site for scope in scopes() for site, _ in scope.parts)
+    for site in sites:
+        for candidate in costs.candidates(site):
+            for name, stage in costs.stages(site, candidate).items():
+                yield StageUncertainty(
+                    site=site.key,
+                    candidate=candidate,
+                    stage=name,
+                    measured=round(stage.measured_error, _DIGITS),
+                    scaled=round(stage.doubt, _DIGITS),
+                )

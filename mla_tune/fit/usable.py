@@ -1,0 +1,53 @@
+"""Which measurements of an export belong into one policy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from mla_tune.errors import UsageError
+from mla_tune.sites.launch_parameters import Launches
+from mla_tune.sites.provider import OWN, Provider
+from mla_tune.sites.site import PLAIN, Conditions
+from mla_tune.sites.stages import kernels, stage_kernels, stages
+from mla_tune.store.measurement import Measurement
+from mla_tune.store.tuned import Tuned, launches_from
+
+
+def usable(
+    measurements: Iterable[Measurement], tuned: Iterable[Tuned] = (), conditions: Conditions = PLAIN
+) -> tuple[Measurement, ...]:
+    """Those under ``conditions`` (overlap of neighbouring selections, provider), taken with the tuned launch parameters.
+
+    Where there is no top-k nothing overlaps, so these count whatever the overlap. What was measured before a kernel was
+    tuned, or tuned again, says nothing of how it will run; a stage that runs none of our kernels is not concerned.
+    """
+    launches = launches_from(tuned)
+    return tuple(m for m in measurements if conditions.at(m.site) == m.site and _current(m, launches))
+
+
+def stored_provider(measurements: Iterable[Measurement], word: str) -> Provider | None:
+    """The provider that ``word`` names among those of ``measurements``: ``own``, an engine, or a whole key.
+
+    Raises :class:`UsageError` where there is none, and where an engine is there in several releases.
+    """
+    if word == OWN:
+        return None
+    found = sorted({m.site.provider for m in measurements if m.site.provider}, key=lambda provider: provider.key)
+    named = [provider for provider in found if word in (provider.name, provider.key)]
+    if len(named) == 1:
+        return named[0]
+    accepted = ", ".join([OWN, *(provider.key for provider in found)])
+    raise UsageError(
+        f"--provider must name one whose kernels were measured: got {word!r}; accepted: {accepted}; next: "
+        "`mla-tune sweep --provider sglang` measures SGLang's"
+    )
+
+
+def _current(measurement: Measurement, launches: Launches) -> bool:
+    site, candidate, part = measurement.site, measurement.candidate, measurement.part
+    if candidate not in site.candidates:
+        return not measurement.launches
+    if measurement.launches == launches.digest(kernels(site, candidate)):
+        return True
+    is_stage = any(stage.name == part for stage in stages(site, candidate))
+    return is_stage and not stage_kernels(site, candidate, part)

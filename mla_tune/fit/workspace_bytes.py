@@ -1,0 +1,78 @@
+"""Device memory that an attention candidate needs beyond its inputs and output, in bytes, from a forward's work.
+
+Rows and widths are those of :mod:`mla_tune.sites.shape`. ``sparse_fwd`` holds a bf16 row for every dequantized cache row,
+the slot that each came from, and an index matrix with a length per query; its kernel also returns two float32 per query and
+head. ``sparse_fwd_fused`` holds no slots; ``sparse_fwd_selected`` has rows for as many as could be selected, their slots,
+and a mark and a place for every compressed row. ``with_kvcache`` splits each query's selection over the SMs and merges: a
+float32 partial result and its logarithm for every query and head, and for every part of the schedule, besides the merged
+logarithm. Measured peaks are up to 2 MiB above these sums (the allocator's rounding, a schedule); with one batch entry for
+all queries (``with_kvcache_mixed``) two partial results a query are counted, which is up to 17 MiB too much.
+A test compares all of the committed export.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mla_tune.errors import UsageError
+from mla_tune.fit.work import Array, Work
+from mla_tune.sites.site import WITH_KVCACHE_MIXED, LayerType, Site, SiteName
+from mla_tune.sites.stages import Amortization, stages
+
+_VALUE_DIM = 512
+_HEADS_PER_PART = 64
+"""Query heads that one thread block of the KV-cache kernel serves: a part of its schedule is that many SMs' share."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Workspace:
+    """Bytes of one candidate at one site, by how long an engine keeps them; each (num_shapes,), whole numbers."""
+
+    shared_bytes: Array
+    """For the whole forward, the same for all layer types: where the window rows lie."""
+    type_bytes: Array
+    """For the whole forward, for each layer type: what its layers compute once."""
+    layer_bytes: Array
+    """Within one layer; the next uses the same memory again."""
+
+    @property
+    def total_bytes(self) -> Array:
+        """What one layer alone needs."""
+        return self.shared_bytes + self.type_bytes + self.layer_bytes
+
+
+def workspace(site: Site, candidate: str, work: Work, sm_count: int) -> Workspace:
+    """Bytes of ``candidate`` at an attention site, on a GPU of ``sm_count`` SMs. Raises :class:`UsageError`."""
+    heads, none = site.h_q or 0, np.zeros_like(work.num_qo_tokens)
+    if candidate not in site.candidates or site.name is not SiteName.PREFILL_ATTENTION:
+        raise UsageError(f"workspace is counted for attention candidates: got {candidate!r} at {site.key}")
+    if candidate in ("with_kvcache", WITH_KVCACHE_MIXED):
+        parts = max(1, sm_count // max(1, heads // _HEADS_PER_PART))
+        partial_rows = (work.num_qo_tokens * (2 if candidate == WITH_KVCACHE_MIXED else 1) + parts) * heads
+        return Workspace(none, none, partial_rows * (_VALUE_DIM + 1) * 4 + work.num_qo_tokens * heads * 4)
+    fused, row_bytes = candidate == "sparse_fwd_fused", 2 * (576 if site.layer is LayerType.DSA else 512)
+    rows, selection = work.rows, none
+    if candidate == "sparse_fwd_selected":
+        most = np.minimum(work.compressed_rows, work.num_qo_tokens * (site.topk or 0))
+        rows, selection = work.window_rows + most, 5 * work.compressed_rows + 4 * most
+    indices = work.num_qo_tokens * (work.index_width + 1) * 4
+    combine = next((stage for stage in stages(site, candidate) if stage.name == "combine"), None)
+    each_layer = combine is None or combine.amortization is Amortization.PER_LAYER  # V3.2's indexer writes its own
+    return Workspace(
+        shared_bytes=none if fused else work.window_rows * 4,
+        type_bytes=(none if fused else work.compressed_rows * 4) + (none if each_layer else indices),
+        layer_bytes=rows * row_bytes
+        + selection
+        + work.num_qo_tokens * heads * 2 * 4
+        + (indices if each_layer else none),
+    )
+
+
+def forward_bytes(parts: Sequence[Workspace]) -> Array:
+    """Peak over a whole forward in which every layer takes the candidate of ``parts``, one for each layer type."""
+    shared = np.max([part.shared_bytes for part in parts], axis=0)
+    kept = np.sum([part.type_bytes for part in parts], axis=0)
+    return np.asarray(shared + kept + np.max([part.layer_bytes for part in parts], axis=0))

@@ -1,0 +1,1 @@
+"""Kernels of others behind the stages of this project: FlashMLA, SGLang's own, and a CPU stand-in."""

@@ -1,0 +1,119 @@
+"""A policy in service: what an engine's integration holds in each process, with the counters and the recording.
+
+    service = Service(Dispatcher.for_this_gpu(fallback="incumbent"))
+    attention = service.decider("prefill_attention", model="deepseek-v4-flash", layer="forward", h_q=64)
+    ...
+    if attention.serves:
+        path = attention(num_qo_tokens, kv_tokens, num_reqs)  # once per forward
+    else:
+        attention.counters.fell_back(attention.kept)  # and the engine's own choice
+
+A decision is integer arithmetic and two dictionary entries: no file, no lock, no device.
+"""
+
+from __future__ import annotations
+
+from mla_tune.runtime.counters import Reasons, SiteCounters, prometheus_text
+from mla_tune.runtime.dispatcher import Dispatcher, Resolved
+from mla_tune.runtime.recording import Record, Recorder
+from mla_tune.runtime.switches import Rule
+from mla_tune.sites.engines import Engine
+
+_KEPT = {Rule.ENGINE: Reasons.ENGINE_SETTING, Rule.OFF: Reasons.OFF, Rule.INCUMBENT: Reasons.NO_TABLE}
+
+
+class Decider:
+    """One resolved site that counts, and records where it was told to."""
+
+    __slots__ = ("_choose", "_measured", "_record", "counters", "kept", "resolved", "serves")
+
+    def __init__(self, resolved: Resolved, record: Record | None) -> None:
+        self.resolved = resolved
+        self.serves = resolved.table is not None
+        """Whether the policy or a pin decides. If not, the engine keeps its own choice: call what was there before."""
+        self.kept = "" if self.serves else _KEPT[resolved.rule]
+        """The reason to count then."""
+        answers = (resolved.incumbent,) if resolved.table is None else resolved.table.candidates
+        self.counters = SiteCounters(resolved.site, resolved.model, resolved.layer, dict.fromkeys(answers, 0), {})
+        self._choose = resolved.choose
+        self._record = record
+        measured = None if resolved.table is None else resolved.table.measured
+        nothing = (0, -1)
+        self._measured = (
+            *(nothing if measured is None else measured.num_qo_tokens),
+            *(nothing if measured is None else measured.kv_tokens),
+            *(nothing if measured is None else measured.num_reqs),
+        )
+
+    def __call__(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
+        """The candidate for one forward of ``num_reqs`` requests: host integers, real counts without padding."""
+        candidate = self._choose(num_qo_tokens, kv_tokens, num_reqs)
+        counters = self.counters
+        counters.choices[candidate] += 1
+        q_low, q_high, kv_low, kv_high, reqs_low, reqs_high = self._measured
+        inside = (
+            q_low <= num_qo_tokens <= q_high and kv_low <= kv_tokens <= kv_high and reqs_low <= num_reqs <= reqs_high
+        )
+        if not inside:
+            counters.out_of_range += 1
+        if self._record is not None:
+            self._record(num_qo_tokens, kv_tokens, num_reqs)
+        return candidate
+
+
+class Service:
+    """A dispatcher in a serving process."""
+
+    def __init__(self, dispatcher: Dispatcher) -> None:
+        self.dispatcher = dispatcher
+        self.deciders: list[Decider] = []
+        path = dispatcher.switches.record
+        self.recorder = None if path is None else Recorder(path)
+        if self.recorder is not None:
+            self.recorder.start()
+
+    def decider(
+        self,
+        site: str,
+        *,
+        model: str,
+        layer: str,
+        h_q: int | None = None,
+        engine: Engine = Engine.SGLANG,
+        engine_setting: str | None = None,
+        records: bool = True,
+    ) -> Decider:
+        """Prepare one choice; see :meth:`mla_tune.runtime.Dispatcher.resolve`. Here a miss keeps the incumbent.
+
+        Asked again for the same site, model and layer, it gives the same decider: a process counts each site once.
+        ``records``: False where another decider, or another rank, records the same forwards.
+        """
+        for known in self.deciders:
+            if (known.resolved.site, known.resolved.model, known.resolved.layer) == (site, model, layer):
+                return known
+        found = self.dispatcher.resolve(
+            site,
+            model=model,
+            layer=layer,
+            h_q=h_q,
+            fallback="incumbent",
+            engine=engine,
+            engine_setting=engine_setting,
+        )
+        record = self.recorder.site(found.site, model) if self.recorder is not None and records else None
+        decider = Decider(found, record)
+        self.deciders.append(decider)
+        return decider
+
+    def prometheus_text(self) -> str:
+        """All counters of this process, in Prometheus' text format."""
+        dispatcher = self.dispatcher
+        policy = dispatcher.policy
+        info = {
+            "source": dispatcher.source,
+            "digest": dispatcher.digest,
+            "sku": "" if policy is None else policy.gpu.sku,
+            "evidence": "" if policy is None else policy.evidence,
+            "mode": dispatcher.switches.mode,
+        }
+        return prometheus_text((decider.counters for decider in self.deciders), info)

@@ -1,0 +1,103 @@
+"""The process that touches the device: one per GPU (or for the CPU), replaced when it dies.
+
+It gets points over a pipe, says which candidate it is about to run, and sends back measurements, so that the parent knows
+from the last word what a dead worker died of. When the parent is gone the worker ends by itself.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import signal
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from mla_tune.bench.environment import detect_environment
+from mla_tune.errors import MlaTuneError
+from mla_tune.kernels.adapters import sglang_kernels
+from mla_tune.kernels.adapters.sglang_kernels import Missing
+from mla_tune.store.measurement import Measurement
+from mla_tune.sweep.tuning.trial import KernelTrials
+from mla_tune.sweep.worker.failure import DeviceLostError
+from mla_tune.sweep.worker.messages import Done, Entering, Hello, Lost, Offer, Refused, Task, Trial, Tried, Wanted
+from mla_tune.sweep.worker.point_measurer import PointMeasurer
+
+_PR_SET_PDEATHSIG = 1
+
+
+def serve(connection: Connection, kind: str, added: str) -> None:
+    """Serve tasks until the pipe closes or the device is lost. ``kind`` is ``cpu`` or ``cuda``.
+
+    ``added`` names a module that brings further candidates; empty for none.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    _die_with_the_server()
+    _be_the_first_to_go()
+    try:
+        if added:
+            importlib.import_module(added)
+        environment = detect_environment(gpu=kind == "cuda")
+        measurer = PointMeasurer(kind)
+        trials = KernelTrials(measurer.device, *measurer.gpu_time)
+    except (MlaTuneError, ImportError, RuntimeError) as error:  # RuntimeError: torch's, for a driver or device problem
+        connection.send(Refused(str(error).strip().splitlines()[0]))
+        return
+    with suppress(EOFError, ConnectionError):  # the parent has closed its end: nobody wants the rest
+        connection.send(Hello(environment, measurer.regimes))
+        _answer_tasks(connection, measurer, trials)
+
+
+def _answer_tasks(connection: Connection, measurer: PointMeasurer, trials: KernelTrials) -> None:
+    answer: Done | Lost | Tried | Offer | Refused = Done(())
+    while not isinstance(answer, Lost):
+        task = connection.recv()
+        if isinstance(task, Wanted):
+            answer = _offer(measurer.device.kind)
+        else:
+            answer = _try(trials, task) if isinstance(task, Trial) else _measure(connection, measurer, task)
+        connection.send(answer)
+
+
+def _offer(kind: str) -> Offer | Refused:
+    found = sglang_kernels.installed(kind)  # the only engine that can be wanted
+    return Refused(found.reason) if isinstance(found, Missing) else Offer(found.provider, found.left_out)
+
+
+def _try(trials: KernelTrials, trial: Trial) -> Tried | Lost:
+    try:
+        return trials.run(trial)
+    except DeviceLostError as lost:
+        return Lost((), str(lost))
+
+
+def _measure(connection: Connection, measurer: PointMeasurer, task: Task) -> Done | Lost:
+    rows: list[Measurement] = []
+    try:
+        for row in measurer.measure(task, lambda name: connection.send(Entering(name))):
+            rows.append(row)  # noqa: PERF402  -- what was measured before the device is lost must be kept
+    except DeviceLostError as lost:
+        return Lost(tuple(rows), str(lost))
+    return Done(tuple(rows))
+
+
+def _die_with_the_server() -> None:
+    """Ask the kernel to kill this process when the one that forked it ends, even in the middle of a launch.
+
+    That one ends as soon as the sweep's process does, however it does. Should both be gone already, the closed pipe ends
+    this one.
+    """
+    server = os.getppid()
+    try:
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    except (AttributeError, OSError):  # not Linux: the closed pipe ends the worker after its current task
+        return
+    if os.getppid() != server:  # it died before the call took effect
+        os._exit(1)
+
+
+def _be_the_first_to_go() -> None:
+    """If the machine runs out of memory, the kernel should end this process and not the one that keeps the results."""
+    with suppress(OSError):
+        Path("/proc/self/oom_score_adj").write_text("1000")
