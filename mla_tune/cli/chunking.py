@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.evidence import evidence
+from mla_tune.cli.named_policy import evidence
 from mla_tune.cli.options import JsonOption, PolicyOption
 from mla_tune.cli.policies import GpuOption, HeadsOption, MeasurementsOption, ModelOption
 from mla_tune.cli.traffic_command import RestOption, SpeedOption, TraceOption

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.evidence import Evidence, evidence
+from mla_tune.cli.named_policy import Evidence, evidence
 from mla_tune.cli.options import JsonOption, PolicyOption
 from mla_tune.cli.places import this_device
 from mla_tune.cli.policies import GpuOption, MeasurementsOption

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.evidence import measured_costs, named_policy
+from mla_tune.cli.named_policy import measured_costs, named_policy
 from mla_tune.cli.options import (
     OverlapOption,
     PolicyOption,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.evidence import Evidence, evidence
+from mla_tune.cli.named_policy import Evidence, evidence
 from mla_tune.cli.options import DEFAULT_TIMEOUT_S, JsonOption, PolicyOption, TimeoutOption, positive_seconds
 from mla_tune.cli.places import Device, this_device
 from mla_tune.cli.policies import GpuOption, MeasurementsOption

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.evidence import evidence
+from mla_tune.cli.named_policy import evidence
 from mla_tune.cli.options import DEFAULT_TIMEOUT_S, JsonOption, PolicyOption, TimeoutOption, positive_seconds
 from mla_tune.cli.policies import GpuOption, HeadsOption, MeasurementsOption, ModelOption
 from mla_tune.errors import UsageError

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.evidence import named_policy, policy_conditions
+from mla_tune.cli.named_policy import named_policy, policy_conditions
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
     GpuOption,
