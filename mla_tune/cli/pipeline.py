@@ -14,7 +14,7 @@ from mla_tune.cli.places import make_folder
 from mla_tune.errors import FitError, PolicyError, UsageError
 from mla_tune.fit.acquire import doubts
 from mla_tune.fit.costs import CostModel
-from mla_tune.fit.evaluation import Weighted, by_traffic, is_single_layer_attention, overall
+from mla_tune.fit.evaluation import Weighted, by_traffic
 from mla_tune.fit.objective import PLAIN, Objective, shape_weights
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.refine import crossover_shapes
@@ -24,7 +24,9 @@ from mla_tune.fit.table_rows import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.fit.usable import stored_provider, usable
 from mla_tune.fit.work import Array
 from mla_tune.hardware.sku import Environment
-from mla_tune.policy.schema import HeldOut, Policy, Source, load_policy, write_policy
+from mla_tune.policy.codec import load_policy, write_policy
+from mla_tune.policy.evidence import PolicyEvidence
+from mla_tune.policy.schema import Policy, Source, TableKey
 from mla_tune.sites.provider import OWN
 from mla_tune.sites.served_shapes import Shape as Recorded
 from mla_tune.sites.served_shapes import read_traffic
@@ -234,8 +236,7 @@ class Fitted:
     """A policy that was written, and what its tables do not say."""
 
     policy: Policy
-    overall: HeldOut | None
-    """Every rule over all attention tables of one layer type together; None where no table has two candidates."""
+    evidence: PolicyEvidence
     left_out: tuple[str, ...]
     """Tables that the policy lacks although their incumbent ran: no held-out point can judge them."""
     lost: int
@@ -266,7 +267,7 @@ def fit(
             f"--overlap {overlap} needs measurements of such selections: got none in {measurements}; "
             f"next: mla-tune sweep --overlap {overlap}"
         )
-    words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
+    words = ["mla-tune", "fit", "--measurements", measurements.as_posix()]
     if first_call_bound_s != FIRST_CALL_BOUND_S:
         words += ["--first-call-bound", repr(first_call_bound_s)]
     words += wishes.words()
@@ -281,7 +282,7 @@ def fit(
         command=shlex.join(words),
     )
     objective = wishes.objective()
-    policy = fit_policy(
+    fitted = fit_policy(
         found.environment,
         rows,
         found.tries,
@@ -290,27 +291,23 @@ def fit(
         objective=objective,
         tuned=found.tuned,
     )
-    observations = Observations(rows, regime=Regime(policy.regime))
+    policy = fitted.policy
     make_folder(out)
     before = _keys(out)
-    write_policy(out, policy)
-    comparable = any(is_single_layer_attention(t) and len(t.candidates) > 1 for t in policy.tables)
+    write_policy(out, policy, fitted.evidence)
+    observations = Observations(rows, regime=Regime(policy.regime))
     return Fitted(
         policy=policy,
-        overall=overall(observations, policy) if comparable else None,
+        evidence=fitted.evidence,
         left_out=tuple(left_out(rows, policy)),
-        lost=len(before - _table_keys(policy)),
+        lost=len(before - {table.key for table in policy.tables}),
         weighted=by_traffic(observations, policy, objective) if objective.traffic else None,
     )
 
 
-def _table_keys(policy: Policy) -> set[tuple[str, str, int | None, str, str]]:
-    return {(table.site, table.model, table.h_q, table.layer, table.engine) for table in policy.tables}
-
-
-def _keys(path: Path) -> set[tuple[str, str, int | None, str, str]]:
+def _keys(path: Path) -> set[TableKey]:
     """Tables of the policy at ``path``; none where there is no readable one."""
     try:
-        return _table_keys(load_policy(path))
+        return {table.key for table in load_policy(path).tables}
     except PolicyError:
         return set()

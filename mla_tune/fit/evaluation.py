@@ -15,9 +15,9 @@ from mla_tune.errors import FitError
 from mla_tune.fit.objective import Objective, inside, shares_near
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import Scope, scope
-from mla_tune.policy.decision import decide
-from mla_tune.policy.rules import POLICY_RULE
-from mla_tune.policy.schema import HeldOut, Policy, Slowdown, Table
+from mla_tune.policy.decision import Decision
+from mla_tune.policy.evidence import POLICY_RULE, HeldOut, Slowdown
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, PLAIN, Conditions, SiteName
@@ -42,11 +42,7 @@ class HeldOutPoint:
 
 def rules(table: Table) -> tuple[tuple[str, Rule], ...]:
     """Name and choice of every rule that is judged: the policy, then the baselines that the table can express."""
-
-    def policy(num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
-        return decide(table, num_qo_tokens, kv_tokens, num_reqs).candidate
-
-    found: list[tuple[str, Rule]] = [(POLICY_RULE, policy)]
+    found: list[tuple[str, Rule]] = [(POLICY_RULE, Decision(table).choose)]
     found += [(f"always {name}", _always(name)) for name in table.candidates]
     return (*found, *_hand_written(table))
 
@@ -101,16 +97,16 @@ def held_out(observations: Observations, table: Table) -> HeldOut:
     return _summary(names, [point.slowdowns for point in points])
 
 
-def overall(observations: Observations, policy: Policy) -> HeldOut:
+def overall(observations: Observations, tables: Iterable[Table]) -> HeldOut | None:
     """The judgement over all of SGLang's attention tables of one layer type, each point of each table with equal weight.
 
-    Raises :class:`FitError` if there is no such table with two candidates.
+    None if there is no such table with two candidates.
     """
-    tables = [t for t in policy.tables if is_single_layer_attention(t) and len(t.candidates) > 1]
-    if not tables:
-        raise FitError("an overall judgement needs an attention table with two candidates: got none; next: sweep both")
-    slowdowns = [point.slowdowns for table in tables for point in held_out_points(observations, table)]
-    return _summary([name for name, _ in rules(tables[0])], slowdowns)
+    judged = [table for table in tables if is_single_layer_attention(table) and len(table.candidates) > 1]
+    if not judged:
+        return None
+    slowdowns = [point.slowdowns for table in judged for point in held_out_points(observations, table)]
+    return _summary([name for name, _ in rules(judged[0])], slowdowns)
 
 
 @dataclass(frozen=True, slots=True)

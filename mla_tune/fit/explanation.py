@@ -39,7 +39,7 @@ class Explanation:
 
     shape: Shape
     decision: Decision
-    """The candidate, the rule that led to it, its row, threshold and bracket."""
+    """The candidate, the rule that led to it, its row and threshold."""
     unit: str
     """What the times are for: ``layer`` or ``forward``."""
     candidates: tuple[CandidateExplanation, ...]

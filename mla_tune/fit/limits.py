@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mla_tune.fit.observations import Observations
-from mla_tune.policy.schema import Limit
+from mla_tune.policy.evidence import LimitEvidence
 from mla_tune.sites.site import Site
 from mla_tune.store.measurement import CAPABILITY, Outcome
 
 _REASON_CHARACTERS = 160
 
 
-def limits(observations: Observations, sites: Iterable[Site], candidates: Iterable[str]) -> tuple[Limit, ...]:
+def limits(observations: Observations, sites: Iterable[Site], candidates: Iterable[str]) -> tuple[LimitEvidence, ...]:
     """One limit for each candidate that failed from some count of query tokens on, at any of ``sites``.
 
     Held-out points count too: a limit is about safety, not cost, and a failure that was seen must not be served. A
@@ -49,14 +49,14 @@ def _counts(observations: Observations, sites: list[Site], candidate: str) -> tu
     return ran, failed
 
 
-def _limit(candidate: str, ran: set[int], failed: dict[int, str]) -> Limit | None:
+def _limit(candidate: str, ran: set[int], failed: dict[int, str]) -> LimitEvidence | None:
     if not failed:
         return None
     fails_at = min(failed)
     below = [count for count in ran if count < fails_at]
     if not below:
         return None
-    return Limit(
+    return LimitEvidence(
         candidate=candidate,
         num_qo_tokens=max(below),
         fails_at=fails_at,

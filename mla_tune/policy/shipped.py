@@ -12,6 +12,10 @@ from pathlib import Path
 from mla_tune.errors import PolicyError
 from mla_tune.sites.provider import OWN
 
+_SAME_POLICY = {"nvidia-h800": "nvidia-h100", "nvidia-b300": "nvidia-b200", "nvidia-gb300": "nvidia-gb200"}
+"""Products without a file of their own, and the one whose modelled policy names them: their datasheets agree in all that it
+is made of. A test holds both to it."""
+
 
 def packaged_policies() -> dict[str, Traversable]:
     """Every shipped policy file by its name without ``.yaml``, sorted.
@@ -27,6 +31,8 @@ def packaged_policy(sku: str, provider: str = OWN) -> Traversable:
     Raises :class:`PolicyError` that lists the SKUs there are.
     """
     found = packaged_policies()
+    if sku not in found:
+        sku = _SAME_POLICY.get(sku, sku)
     theirs = found.get(f"{sku}.{provider}")
     if theirs is not None:
         return theirs

@@ -23,12 +23,11 @@ def mismatches(policy: Policy | None, gpu: GpuIdentity | None) -> list[str]:
     """How this machine differs from the measured one in what thresholds and limits depend on; one line each."""
     if policy is None:
         return []
-    measured = (policy.gpu.sku, policy.gpu.sm_count)
-    found = [] if gpu is None else [(gpu.sku, gpu.sm_count)]
     lines = []
-    if found != [measured]:
+    if gpu is None or gpu.sku not in policy.gpu.skus or gpu.sm_count != policy.gpu.sm_count:
         here = "no visible GPU" if gpu is None else f"{gpu.sku} with {gpu.sm_count} SMs"
-        lines.append(f"the GPU must be the measured {measured[0]} with {measured[1]} SMs: got {here}")
+        wanted = " or ".join(policy.gpu.skus)
+        lines.append(f"the GPU must be the measured {wanted} with {policy.gpu.sm_count} SMs: got {here}")
     for library in policy.environment.libraries:
         installed = _installed(library.name)
         if installed is None:
