@@ -18,7 +18,7 @@ from mla_tune.fit.usable import usable
 from mla_tune.hardware.datasheet import datasheet
 from mla_tune.hardware.sku import SKUS
 from mla_tune.integrations.sglang.sglang_process import TESTED
-from mla_tune.policy.schema import dump_policy, load_policy
+from mla_tune.policy.codec import dump_policy, load_policy
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.site import MODELS, SiteName
 from mla_tune.store.export import export_lines, export_sha256, read_export

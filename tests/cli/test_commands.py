@@ -14,7 +14,7 @@ import pytest
 
 from mla_tune import __version__
 from mla_tune.cli import run as run_here
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import load_policy
 from mla_tune.runtime import Dispatcher
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import CANDIDATES

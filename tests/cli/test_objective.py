@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from mla_tune.cli import run as run_here
 from mla_tune.cli.options import byte_count
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import load_policy
 from mla_tune.sites.served_shapes import Shape, Traffic, write_traffic
 from tests.cli.conftest import SWEEP
 from tests.cli.test_refusals import refusal

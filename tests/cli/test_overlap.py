@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import load_policy
 from tests.command import run
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from mla_tune.fit.table_rows import fit_table
 from mla_tune.fit.training import REQUEST_COUNTS, measured_range, training_grid
 from mla_tune.fit.work import work
 from mla_tune.fit.workspace_bytes import forward_bytes, workspace
-from mla_tune.policy.decision import compile_table, spans
+from mla_tune.policy.decision import Decision
 from mla_tune.policy.schema import Choice, Row, Table
 from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.served_shapes import Shape as Recorded
@@ -84,7 +84,7 @@ def random_shapes(where: Scope, inside: Table, count: int, seed: int) -> list[Sh
 @given(st.sampled_from(SCOPES), st.sampled_from([16, 64, 200, 512, 1500, 4096]), st.integers(0, 2**32 - 1))
 def test_no_served_choice_exceeds_the_cap_unless_nothing_is_surely_under_it(where: Scope, mib: int, seed: int) -> None:
     capped = table(where, mib * MIB)
-    choose = compile_table(capped)
+    choose = Decision(capped).choose
     shapes = random_shapes(where, capped, 300, seed)
     own = {name: needed_bytes(where, name, shapes) for name in capped.candidates}
     # The far corner of any cell that a shape can lie in is at most this much larger.
@@ -137,7 +137,7 @@ def test_a_cap_above_everything_changes_nothing(where: Scope) -> None:
 @pytest.mark.parametrize("where", SCOPES, ids=["/".join(map(str, place)) for place in PLACES])
 def test_a_cap_below_everything_leaves_the_incumbent_and_says_where(where: Scope) -> None:
     capped = table(where, 1)
-    only = Choice(num_qo_tokens_from=0, candidate=capped.incumbent)
+    only = Choice(candidate=capped.incumbent)
     assert [row.choices for row in capped.rows] == [(only,)] * len(capped.rows)
     note = capped.workspace_cap
     assert note is not None
@@ -158,13 +158,13 @@ def test_a_cap_holds_under_traffic_that_would_choose_otherwise() -> None:
     where = SCOPES[0]
     shape = Shape(4, 8192, 524288)
     kinds = {name: needed_bytes(where, name, [shape])[0] for name in ("sparse_fwd", "with_kvcache")}
-    plain = compile_table(table(where, None))(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
+    plain = Decision(table(where, None)).choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
     (other,) = kinds.keys() - {plain}
     below = int(kinds[plain]) - 1
     recorded = {Recorded("prefill_attention", where.model.name, 8192, 524288, 4): 1000}
     capped = fit_table(h200(), where, objective=Objective(traffic=Traffic(recorded), max_workspace_bytes=below))
     assert capped is not None
-    chosen = compile_table(capped)(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
+    chosen = Decision(capped).choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
     assert chosen == (other if kinds[other] * 1.3 < below else capped.incumbent)
 
 
@@ -225,7 +225,7 @@ def test_a_row_that_answers_a_barred_candidate_anywhere_is_found_out(data: st.Da
     row = Row(
         num_reqs_from=0,
         kv_tokens_from=int(frame.kv_starts[first]),
-        choices=(Choice(num_qo_tokens_from=0, candidate=one), switch),
+        choices=(Choice(candidate=one), switch),
     )
     kv_end = int(frame.kv_ends[last]) + 1
     line = Threshold.through((row.kv_tokens_from, kv_end), (ends[0], ends[1]))

@@ -9,8 +9,9 @@ import pytest
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.refine import crossover_shapes
 from mla_tune.fit.table_rows import fit_policy, left_out
+from mla_tune.policy.codec import dump_policy, parse_policy
 from mla_tune.policy.decision import decide
-from mla_tune.policy.schema import Policy, Table, dump_policy, parse_policy
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.engines import Engine, engine_choice
 from mla_tune.sites.shape import Shape, workload
 from mla_tune.sites.site import WITH_KVCACHE_MIXED, LayerType, Site, SiteName

@@ -9,7 +9,8 @@ from mla_tune.errors import FitError
 from mla_tune.fit.evaluation import held_out, held_out_points, overall, rules
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.table_rows import fit_policy
-from mla_tune.policy.schema import Choice, HeldOut, Range, Row, Table
+from mla_tune.policy.evidence import HeldOut
+from mla_tune.policy.schema import Choice, Range, Row, Table
 from mla_tune.store.measurement import Outcome, Role
 from tests.fit.synthetic import C4A, ENVIRONMENT, METADATA, SOURCE, World, attention_sites, fit_shapes, sweep
 
@@ -24,7 +25,7 @@ TABLE = Table(
     measured=Range(num_qo_tokens=(1, 65536), kv_tokens=(1, 1 << 26), num_reqs=(1, 64)),
     limits=(),
     ineligible=(),
-    rows=(Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),)),),
+    rows=(Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(candidate="with_kvcache"),)),),
     held_out=HeldOut(points=0, slowdown=()),
 )
 OBSERVATIONS = Observations(sweep(World(), [C4A]))

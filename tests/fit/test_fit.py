@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from mla_tune.errors import FitError
 from mla_tune.fit.observations import shares
 from mla_tune.fit.table_rows import fit_policy, left_out
+from mla_tune.policy.codec import dump_policy, parse_policy
 from mla_tune.policy.decision import decide, spans
 from mla_tune.policy.rules import problems
-from mla_tune.policy.schema import Choice, Policy, Row, Table, dump_policy, parse_policy
+from mla_tune.policy.schema import Choice, Policy, Row, Table
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import CANDIDATES, LayerType, Site, SiteName
@@ -129,7 +130,7 @@ def test_differences_inside_the_noise_keep_the_incumbent() -> None:
         return 20 + 0.1 * shape.num_qo_tokens
 
     table = _c4a_table(sweep(World(law=_attention_alone(equal), noise=0.003, launch_gap_us=0), [C4A]))
-    only = Choice(num_qo_tokens_from=0, candidate="sparse_fwd")
+    only = Choice(candidate="sparse_fwd")
     assert table.rows == (Row(num_reqs_from=0, kv_tokens_from=0, choices=(only,)),)
 
 

@@ -21,8 +21,9 @@ from mla_tune.fit.scope import Scope, scope
 from mla_tune.fit.table_rows import unjudged_table
 from mla_tune.fit.work import Array, work
 from mla_tune.hardware.datasheet import DATASHEETS, Datasheet, Figure, datasheet
+from mla_tune.policy.codec import dump_policy, parse_policy
 from mla_tune.policy.decision import decide
-from mla_tune.policy.schema import Policy, Table, dump_policy, parse_policy
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, LayerType, Site, SiteName
 from mla_tune.sites.stages import stages

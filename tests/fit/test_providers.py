@@ -12,7 +12,8 @@ from mla_tune.fit.limits import limits
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.table_rows import fit_policy
 from mla_tune.fit.usable import stored_provider, usable
-from mla_tune.policy.schema import Policy, dump_policy, parse_policy
+from mla_tune.policy.codec import dump_policy, parse_policy
+from mla_tune.policy.schema import Policy
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.shape import Shape

@@ -172,10 +172,7 @@ def test_a_layer_types_own_table_plans_that_layer() -> None:
 
 
 def limited(table: Table, **most: int) -> Table:
-    limits = tuple(
-        Limit(candidate=name, num_qo_tokens=count, fails_at=count + 1, found_by="probe", reason="made up")
-        for name, count in most.items()
-    )
+    limits = tuple(Limit(candidate=name, num_qo_tokens=count) for name, count in most.items())
     return msgspec.structs.replace(table, limits=limits)
 
 

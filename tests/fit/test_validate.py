@@ -13,7 +13,8 @@ import pytest
 from mla_tune.errors import FitError
 from mla_tune.fit.goal import Goal, Validation, validate
 from mla_tune.fit.observations import Observations
-from mla_tune.policy.schema import Choice, Policy, Row, load_policy
+from mla_tune.policy.codec import load_policy
+from mla_tune.policy.schema import Choice, Policy, Row
 from mla_tune.store.measurement import Measurement, Role
 from tests.fit.recorded import recorded
 
@@ -36,7 +37,7 @@ def judged(policy: Policy) -> Validation:
 
 def always(candidate: str) -> Policy:
     """The committed policy with one answer everywhere."""
-    row = Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate=candidate),))
+    row = Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(candidate=candidate),))
     policy = committed()
     tables = [msgspec.structs.replace(t, rows=(row,)) if candidate in t.candidates else t for t in policy.tables]
     return msgspec.structs.replace(policy, tables=tuple(tables))

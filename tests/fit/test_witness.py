@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mla_tune.policy.schema import Table, load_policy
+from mla_tune.policy.codec import load_policy
+from mla_tune.policy.schema import Table
 from mla_tune.sites.shape import Shape
 from tests.fit.synthetic import C4A, World, sweep
 from tests.fit.test_fit import _attention_alone, _c4a_table

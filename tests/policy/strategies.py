@@ -8,8 +8,10 @@ import msgspec
 from hypothesis import strategies as st
 
 from mla_tune.policy.evidence import (
+    HeldOut,
     Modelled,
     ScaledFrom,
+    Slowdown,
     StageUncertainty,
     TrafficWeights,
     Uncertainty,
@@ -19,7 +21,6 @@ from mla_tune.policy.rules import accepted_candidates, accepted_engines, accepte
 from mla_tune.policy.schema import (
     Choice,
     Gpu,
-    HeldOut,
     Ineligible,
     Library,
     Limit,
@@ -27,10 +28,10 @@ from mla_tune.policy.schema import (
     PolicyEnvironment,
     Range,
     Row,
-    Slowdown,
     Source,
     Table,
 )
+from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
 
@@ -71,15 +72,15 @@ def table(**changes: Any) -> Table:
                 num_reqs_from=0,
                 kv_tokens_from=0,
                 choices=(
-                    Choice(num_qo_tokens_from=0, candidate="with_kvcache"),
-                    Choice(num_qo_tokens_from=4096, candidate="sparse_fwd", bracket=(0.95, 1.05)),
+                    Choice(candidate="with_kvcache"),
+                    Choice(threshold=Threshold.level(4096), candidate="sparse_fwd", bracket=(0.95, 1.05)),
                 ),
             ),
             Row(
                 num_reqs_from=0,
                 kv_tokens_from=1 << 20,
                 choices=(
-                    Choice(num_qo_tokens_from=0, candidate="with_kvcache"),
+                    Choice(candidate="with_kvcache"),
                     Choice(
                         num_qo_tokens_from=6000,
                         num_qo_tokens_to=12000,
@@ -94,7 +95,7 @@ def table(**changes: Any) -> Table:
                 num_reqs_from=16,
                 kv_tokens_from=0,
                 censored="above",
-                choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),),
+                choices=(Choice(candidate="with_kvcache"),),
             ),
         ),
         held_out=HeldOut(
@@ -165,7 +166,7 @@ def full_policy() -> Policy:
         )
         for row in rows
     )
-    indexer_rows = (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="jit"),)),)
+    indexer_rows = (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(candidate="jit"),)),)
     tables = []
     for site, model, h_q, layer, engine in KEYS:
         changes: dict[str, Any] = {"site": site.value, "model": model, "h_q": h_q, "layer": str(layer), "rows": rows}
@@ -225,9 +226,7 @@ def limits(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Limit, ...]:
         largest = draw(st.integers(0, MAX - 1) | st.integers(0, 40_000))
         fails_at = draw(st.integers(largest + 1, MAX))
         reason = draw(names)
-        found.append(
-            Limit(candidate=candidate, num_qo_tokens=largest, fails_at=fails_at, found_by="sweep", reason=reason)
-        )
+        found.append(Limit(candidate=candidate, num_qo_tokens=largest))
     return tuple(found)
 
 

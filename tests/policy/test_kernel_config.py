@@ -8,8 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import PolicyError, UsageError
+from mla_tune.policy.codec import dump_policy, load_policy, parse_policy
 from mla_tune.policy.kernel_config import KernelConfig, LaunchParameters, kernel_configs
-from mla_tune.policy.schema import Policy, dump_policy, load_policy, parse_policy
+from mla_tune.policy.schema import Policy
 from mla_tune.runtime import Dispatcher
 from mla_tune.sites.launch_parameters import (
     DEFAULT_LAUNCHES,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mla_tune.errors import PolicyError
-from mla_tune.policy.schema import MAX_POLICY_BYTES, dump_policy, parse_policy
+from mla_tune.policy.codec import MAX_POLICY_BYTES, dump_policy, parse_policy
 from tests.policy.strategies import modelled_policy, policy, table
 
 GOOD = dump_policy(policy()).decode()

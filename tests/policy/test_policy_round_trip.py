@@ -11,7 +11,8 @@ import yaml
 from hypothesis import given, settings
 
 from mla_tune.errors import PolicyError
-from mla_tune.policy.schema import Policy, digest, dump_policy, load_policy, parse_policy, write_policy
+from mla_tune.policy.codec import digest, dump_policy, load_policy, parse_policy, write_policy
+from mla_tune.policy.schema import Policy
 from tests.policy.strategies import full_policy, modelled_policy, policies, policy, table
 
 GOLDEN = Path(__file__).with_name("golden.yaml")

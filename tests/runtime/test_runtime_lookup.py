@@ -13,8 +13,9 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import PolicyError
-from mla_tune.policy.decision import Reason, compile_table
+from mla_tune.policy.decision import Decision, Reason
 from mla_tune.policy.schema import Choice, Limit, Range, Row, Table
+from mla_tune.policy.threshold import Threshold
 from mla_tune.runtime.dispatcher import Dispatcher, Resolved
 from tests.policy.strategies import policy, table, tables
 
@@ -132,7 +133,7 @@ def test_the_incumbent_is_kept_outside_the_measured_range_of_any_axis() -> None:
 
 
 def test_past_its_limit_the_incumbent_gives_way_even_where_nothing_was_measured() -> None:
-    limit = Limit(candidate="sparse_fwd", num_qo_tokens=11622, fails_at=11673, found_by="sweep", reason="shared memory")
+    limit = Limit(candidate="sparse_fwd", num_qo_tokens=11622)
     site = resolved(table(limits=(limit,)))
     assert site.choose(11622, 100_000, 1) == "sparse_fwd"
     assert site.choose(11623, 100_000, 1) == "with_kvcache"
@@ -142,10 +143,7 @@ def test_past_its_limit_the_incumbent_gives_way_even_where_nothing_was_measured(
 
 
 def test_the_lower_of_two_limits_counts() -> None:
-    limits = tuple(
-        Limit(candidate="with_kvcache", num_qo_tokens=count, fails_at=9000, found_by="sweep", reason="x")
-        for count in (2000, 1000)
-    )
+    limits = tuple(Limit(candidate="with_kvcache", num_qo_tokens=count) for count in (2000, 1000))
     choose = resolved(table(limits=limits)).choose
     assert choose(1000, 100_000, 1) == "with_kvcache"
     assert choose(1001, 100_000, 1) == "sparse_fwd"
@@ -161,16 +159,16 @@ def one_row(*choices: Choice) -> Table:
     "of",
     [
         table(),
-        one_row(Choice(num_qo_tokens_from=0, candidate="sparse_fwd")),
+        one_row(Choice(candidate="sparse_fwd")),
         one_row(
-            Choice(num_qo_tokens_from=0, candidate="sparse_fwd"),
-            Choice(num_qo_tokens_from=900, candidate="with_kvcache"),
+            Choice(candidate="sparse_fwd"),
+            Choice(threshold=Threshold.level(900), candidate="with_kvcache"),
         ),
     ],
     ids=["two axes", "constant", "few choices"],
 )
 def test_a_call_allocates_nothing(of: Table) -> None:
-    choose = compile_table(of)
+    choose = Decision(of).choose
     choose(8192, 40_000_000, 1)
     calls = repeat(None, 20_000)
     tracemalloc.start()

@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
-from mla_tune.policy.schema import Choice, Policy, Row, Table, write_policy
+from mla_tune.policy.codec import write_policy
+from mla_tune.policy.schema import Choice, Policy, Row, Table
+from mla_tune.policy.threshold import Threshold
 from tests.policy.strategies import full_policy, table
 
 STUBS = Path(__file__).parents[1] / "stubs"
@@ -40,7 +42,7 @@ def rows(*choices: tuple[int, str]) -> tuple[Row, ...]:
             num_reqs_from=0,
             kv_tokens_from=0,
             choices=tuple(
-                Choice(num_qo_tokens_from=start, candidate=name, bracket=bracket)
+                Choice(threshold=Threshold.level(start), candidate=name, bracket=bracket)
                 for (start, name), bracket in zip(choices, brackets, strict=True)
             ),
         ),
