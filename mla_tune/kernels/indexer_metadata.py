@@ -49,10 +49,12 @@ def paged_mqa_logits_metadata(
     """Schedule of ``context_lens`` int32 ``(rows,)`` or ``(rows, 1)``: int32 ``(num_sms + 1, 2)``, written to ``out``.
 
     The last entry is ``(rows, 0)``, and no other: an SM without work starts where the SM behind it does. Without any split
-    every entry is ``(0, 0)``. ``block_kv`` (32 or 64 tokens a page) is only checked: a split is a whole number of either. One launch, and one compiled kernel for any number of rows above 256: each
-    program reads all ``4 * rows`` bytes (from the L2 but for the first; 2 MB in all for 32768 rows and 132 SMs, with 8
-    entries a program), finds its entries, and writes 8 bytes for each. Latency is the bound: the launch, one round of loads
-    up to 32768 rows, a scan. Raises :class:`UsageError`.
+    every entry is ``(0, 0)``. ``block_kv`` (32 or 64 tokens a page) is only checked: a split is a whole number of either.
+
+    One launch, and one compiled kernel for any number of rows above 256. Each program reads all ``4 * rows`` bytes, from
+    the L2 but for the first (2 MB in all for 32768 rows and 132 SMs, with 8 entries a program), finds its entries, and
+    writes 8 bytes for each. Latency is the bound: the launch, one round of loads up to 32768 rows, a scan. Raises
+    :class:`UsageError`.
     """
     out = _checked_out(context_lens, block_kv, num_sms, out)
     if choose_backend(context_lens, backend) is Backend.TORCH:

@@ -166,8 +166,10 @@ def test_a_schedule_is_judged_by_how_much_each_sm_gets_and_not_by_which_gets_it(
 
 @pytest.mark.parametrize(
     ("release", "major", "passed"),
-    [("0.1.2", 9, False), ("0.1.2", 10, False), ("0.2.3.post2", 10, False), ("0.2.5", 9, False), ("", 10, False)]
-    + [("0.2.5", 10, True), ("0.2.10.post1", 10, True), ("0.2.5", 12, False)],
+    [
+        *(("0.1.2", 9, False), ("0.1.2", 10, False), ("0.2.3.post2", 10, False), ("0.2.5", 9, False), ("", 10, False)),
+        *(("0.2.5", 10, True), ("0.2.10.post1", 10, True), ("0.2.5", 12, False)),
+    ],
 )
 def test_deep_gemm_is_told_the_request_of_each_row_only_where_it_must_be(
     release: str, major: int, passed: bool
