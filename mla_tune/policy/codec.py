@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ import msgspec
 
 from mla_tune import __version__
 from mla_tune.errors import PolicyError
-from mla_tune.policy.kernel_config import KernelConfig
+from mla_tune.policy.kernel_config import KernelConfig, LaunchParameters
 from mla_tune.policy.rules import REBUILD, problems, shown
 from mla_tune.policy.schema import (
     ALWAYS,
@@ -73,8 +74,8 @@ class _Measured(_Part, frozen=True, kw_only=True, omit_defaults=True):
     requests: tuple[int, int]
 
 
-class _Tables(_Part, frozen=True, kw_only=True, omit_defaults=True):
-    """Tables that agree in all but their keys."""
+class _Keys(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """The tables that an entry stands for: every combination."""
 
     site: str
     models: tuple[str, ...]
@@ -83,9 +84,26 @@ class _Tables(_Part, frozen=True, kw_only=True, omit_defaults=True):
     layers: tuple[str, ...]
     engine: Engine = Engine.SGLANG
     """Written only where it is another than SGLang."""
+
+
+class _Choose(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    among: tuple[str, ...]
     incumbent: str
-    candidates: tuple[str, ...]
+
+
+class _Common(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What holds for every entry that does not say otherwise."""
+
     measured: _Measured
+
+
+class _Tables(_Part, frozen=True, kw_only=True, omit_defaults=True, rename={"keys": "for"}):
+    """Tables that agree in all but their keys."""
+
+    keys: _Keys
+    choose: _Choose
+    measured: _Measured | None = None
+    """None where it is the common one."""
     limits: dict[str, int] = {}
     """Query tokens up to which a candidate runs."""
     slow_first_call_s: dict[str, float] = {}
@@ -105,7 +123,9 @@ class _File(_Part, frozen=True, kw_only=True, omit_defaults=True):
     source: Source
     overlap: int = 0
     provider: str | None = None
-    kernel_config: tuple[KernelConfig, ...] = ()
+    kernel_config: dict[str, tuple[dict[str, int], ...]] = {}
+    """Of each kernel its launch parameters by ``size_from``, ascending."""
+    common: _Common
     tables: tuple[_Tables, ...]
 
 
@@ -169,7 +189,8 @@ def dump_policy(policy: Policy, evidence: PolicyEvidence | None = None) -> bytes
     """
     from mla_tune.policy.preface import preface
 
-    body = write_yaml(msgspec.to_builtins(_file(policy)), one_line=_ONE_LINE, one_line_items=_ONE_LINE_ITEMS)
+    items = frozenset({"choices", *(entry.kernel for entry in policy.kernel_config)})
+    body = write_yaml(msgspec.to_builtins(_file(policy)), one_line=_ONE_LINE, one_line_items=items)
     data = "".join(f"# {line}".rstrip() + "\n" for line in preface(policy, evidence)).encode() + body.encode()
     parse_policy(data, "policy to write")
     return data
@@ -189,8 +210,7 @@ def write_policy(path: str | os.PathLike[str], policy: Policy, evidence: PolicyE
         raise PolicyError(f"a policy file must be writable: got {path}: {error.strerror}; check the path") from None
 
 
-_ONE_LINE = frozenset({"gpu", "measured", "limits", "slow_first_call_s"})
-_ONE_LINE_ITEMS = frozenset({"libraries", "kernel_config", "choices"})
+_ONE_LINE = frozenset({"gpu", "for", "choose", "measured", "limits", "slow_first_call_s"})
 
 
 def _check_schema(raw: Any, source: str) -> None:
@@ -215,33 +235,54 @@ def _refit(raw: Mapping[str, Any]) -> str:
     return REBUILD
 
 
+_AS_IT_IS = ("gpu", "evidence", "scaled_from", "regime", "environment", "source", "overlap", "provider")
+"""Fields of a policy that its file has in the same form."""
+
+
 def _policy(file: _File) -> Policy:
-    fields = {name: getattr(file, name) for name in file.__struct_fields__ if name not in ("schema", "tables")}
-    tables = [table for index, entry in enumerate(file.tables) for table in _expanded(entry, f"tables[{index}]")]
-    return Policy(tables=tuple(sorted(tables, key=_order)), **fields)
+    tables = [
+        table
+        for index, entry in enumerate(file.tables)
+        for table in _expanded(entry, entry.measured or file.common.measured, f"tables[{index}]")
+    ]
+    return Policy(
+        **{name: getattr(file, name) for name in _AS_IT_IS},
+        kernel_config=tuple(_launches(file.kernel_config)),
+        tables=tuple(sorted(tables, key=_order)),
+    )
 
 
-def _expanded(entry: _Tables, path: str) -> Iterator[Table]:
+def _launches(config: Mapping[str, Sequence[Mapping[str, int]]]) -> Iterator[KernelConfig]:
+    for kernel, entries in config.items():
+        for index, entry in enumerate(entries):
+            given = {name: value for name, value in entry.items() if name != "size_from"}
+            try:
+                launch = msgspec.convert(given, LaunchParameters, strict=True)
+            except msgspec.ValidationError as error:
+                raise _FormError(f"kernel_config.{kernel}[{index}]", f"must be launch parameters: {error}") from None
+            yield KernelConfig(kernel=kernel, size_from=entry.get("size_from", 0), launch=launch)
+
+
+def _expanded(entry: _Tables, measured: _Measured, path: str) -> Iterator[Table]:
     """Every table that an entry of the file stands for."""
-    context = entry.measured.context
-    low, high = (_tokens(end, f"{path}.measured.context") for end in context)
+    place = f"{path}.measured.context" if entry.measured else "common.measured.context"
+    low, high = (_tokens(end, place) for end in measured.context)
+    keys = entry.keys
     shared: dict[str, Any] = {
-        "site": entry.site,
-        "engine": entry.engine,
-        "incumbent": entry.incumbent,
-        "candidates": entry.candidates,
-        "measured": Range(
-            num_qo_tokens=entry.measured.query_tokens, kv_tokens=(low, high), num_reqs=entry.measured.requests
-        ),
+        "site": keys.site,
+        "engine": keys.engine,
+        "incumbent": entry.choose.incumbent,
+        "candidates": entry.choose.among,
+        "measured": Range(num_qo_tokens=measured.query_tokens, kv_tokens=(low, high), num_reqs=measured.requests),
         "limits": tuple(Limit(candidate=name, num_qo_tokens=most) for name, most in entry.limits.items()),
         "ineligible": tuple(
             Ineligible(candidate=name, first_call_s=seconds) for name, seconds in entry.slow_first_call_s.items()
         ),
         "rows": tuple(_rows(entry.choices, f"{path}.choices")),
     }
-    for model in entry.models:
-        for h_q in entry.heads or (None,):
-            for layer in entry.layers:
+    for model in keys.models:
+        for h_q in keys.heads or (None,):
+            for layer in keys.layers:
                 yield Table(model=model, h_q=h_q, layer=layer, **shared)
 
 
@@ -296,11 +337,24 @@ def written_tokens(count: int) -> Tokens:
 
 
 def _file(policy: Policy) -> _File:
-    fields = {name: getattr(policy, name) for name in policy.__struct_fields__ if name != "tables"}
-    return _File(schema=SCHEMA_VERSION, tables=tuple(_merged(policy.tables)), **fields)
+    config: dict[str, tuple[dict[str, int], ...]] = {}
+    for entry in policy.kernel_config:
+        launch = {"size_from": entry.size_from, **entry.launch.given()}
+        config[entry.kernel] = (*config.get(entry.kernel, ()), launch)
+    ranges = Counter(table.measured for table in policy.tables)
+    common = max(ranges, key=lambda measured: ranges[measured], default=None)
+    if common is None:
+        raise PolicyError("a policy must hold at least one table: got none")
+    return _File(
+        schema=SCHEMA_VERSION,
+        **{name: getattr(policy, name) for name in _AS_IT_IS},
+        kernel_config=config,
+        common=_Common(measured=_measured(common)),
+        tables=tuple(_merged(policy.tables, common)),
+    )
 
 
-def _merged(tables: Sequence[Table]) -> Iterator[_Tables]:
+def _merged(tables: Sequence[Table], common: Range) -> Iterator[_Tables]:
     """The entries of a file: tables that agree in all but model, heads and layer stand once."""
     alike: dict[Table, list[Table]] = {}
     for table in sorted(tables, key=_order):
@@ -317,27 +371,34 @@ def _merged(tables: Sequence[Table]) -> Iterator[_Tables]:
         for (model, of_layers), counts in heads.items():
             models[of_layers, counts] = (*models.get((of_layers, counts), ()), model)
         for (of_layers, counts), names in models.items():
-            yield _entry(members[0], names, tuple(count for count in counts if count is not None), of_layers)
+            first = members[0]
+            keys = _Keys(
+                site=first.site,
+                models=names,
+                heads=tuple(count for count in counts if count is not None),
+                layers=of_layers,
+                engine=first.engine,
+            )
+            yield _entry(first, keys, common)
 
 
-def _entry(table: Table, models: tuple[str, ...], heads: tuple[int, ...], layers: tuple[str, ...]) -> _Tables:
-    low, high = table.measured.kv_tokens
+def _entry(table: Table, keys: _Keys, common: Range) -> _Tables:
     return _Tables(
-        site=table.site,
-        models=models,
-        heads=heads,
-        layers=layers,
-        engine=table.engine,
-        incumbent=table.incumbent,
-        candidates=table.candidates,
-        measured=_Measured(
-            query_tokens=table.measured.num_qo_tokens,
-            context=(written_tokens(low), written_tokens(high)),
-            requests=table.measured.num_reqs,
-        ),
+        keys=keys,
+        choose=_Choose(among=table.candidates, incumbent=table.incumbent),
+        measured=None if table.measured == common else _measured(table.measured),
         limits={limit.candidate: limit.num_qo_tokens for limit in table.limits},
         slow_first_call_s={entry.candidate: entry.first_call_s for entry in table.ineligible},
         choices=tuple(_line(row, choice) for row in table.rows for choice in row.choices),
+    )
+
+
+def _measured(measured: Range) -> _Measured:
+    low, high = measured.kv_tokens
+    return _Measured(
+        query_tokens=measured.num_qo_tokens,
+        context=(written_tokens(low), written_tokens(high)),
+        requests=measured.num_reqs,
     )
 
 
@@ -378,15 +439,17 @@ def _place(path: str, policy: Policy, raw: Any) -> str:
     if found is None:
         return path
     table = policy.tables[int(found[1])]
-    index = next(
-        at
-        for at, entry in enumerate(raw["tables"])
-        if (entry["site"], entry.get("engine", Engine.SGLANG)) == (table.site, table.engine)
-        and table.model in entry["models"]
-        and table.layer in entry["layers"]
-        and (table.h_q in entry["heads"] if entry.get("heads") else table.h_q is None)
-    )
+    index = next(at for at, entry in enumerate(raw["tables"]) if _stands_for(entry["for"], table))
     if found[2] is None:
         return f"tables[{index}]"
     rows = table.rows[: int(found[2])]
     return f"tables[{index}].choices[{sum(len(row.choices) for row in rows) + int(found[3] or 0)}]"
+
+
+def _stands_for(keys: Mapping[str, Any], table: Table) -> bool:
+    return (
+        (keys["site"], keys.get("engine", Engine.SGLANG)) == (table.site, table.engine)
+        and table.model in keys["models"]
+        and table.layer in keys["layers"]
+        and (table.h_q in keys["heads"] if keys.get("heads") else table.h_q is None)
+    )

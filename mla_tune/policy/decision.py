@@ -94,11 +94,6 @@ class Decision:
         )
 
 
-def decide(table: Table, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> Explanation:
-    """:meth:`Decision.explain` for one question. Who has several keeps the :class:`Decision`."""
-    return Decision(table).explain(num_qo_tokens, kv_tokens, num_reqs)
-
-
 def constant(candidate: str) -> Choose:
     """The function that always answers ``candidate``."""
     return lambda num_qo_tokens, kv_tokens, num_reqs: candidate

@@ -8,15 +8,15 @@ from mla_tune.errors import FitError
 from mla_tune.fit.limits import is_unsafe, limits
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.table_rows import fit_policy
-from mla_tune.policy.decision import decide
-from mla_tune.policy.schema import Limit
+from mla_tune.policy.decision import Decision
+from mla_tune.policy.evidence import LimitEvidence
 from mla_tune.store.measurement import Outcome
 from tests.fit.synthetic import C4A, ENVIRONMENT, METADATA, SOURCE, World, sweep
 
 LAUNCH = (Outcome.RUNTIME_ERROR, "CUDA error:\n  invalid configuration\targument")
 
 
-def _limits(world: World) -> tuple[Limit, ...]:
+def _limits(world: World) -> tuple[LimitEvidence, ...]:
     return limits(Observations(sweep(world, [METADATA], held_out=4)), [METADATA], METADATA.candidates)
 
 
@@ -42,14 +42,13 @@ def test_a_reason_is_one_short_line() -> None:
 def test_a_candidate_past_its_limit_is_never_answered() -> None:
     failures = {("with_kvcache", 3000): LAUNCH}
 
-    (table,) = fit_policy(ENVIRONMENT, sweep(World(failures=failures), [C4A]), source=SOURCE).tables
+    (table,) = fit_policy(ENVIRONMENT, sweep(World(failures=failures), [C4A]), source=SOURCE).policy.tables
     (limit,) = table.limits
     answers = {
-        decide(table, q, kv, 1).candidate for q in (limit.num_qo_tokens + 1, 5000, 32768) for kv in (1 << 17, 1 << 26)
+        Decision(table).choose(q, kv, 1) for q in (limit.num_qo_tokens + 1, 5000, 32768) for kv in (1 << 17, 1 << 26)
     }
-    assert limit.fails_at > limit.num_qo_tokens
     assert answers == {"sparse_fwd"}
-    assert decide(table, 64, 1 << 26, 64).candidate == "with_kvcache"
+    assert Decision(table).choose(64, 1 << 26, 64) == "with_kvcache"
 
 
 def test_a_candidate_that_fails_at_its_smallest_count_is_left_out() -> None:
@@ -60,7 +59,7 @@ def test_a_candidate_that_fails_at_its_smallest_count_is_left_out() -> None:
     observations = Observations([*kept, *first])
     assert is_unsafe(observations, [C4A], "with_kvcache")
     assert not is_unsafe(observations, [C4A], "sparse_fwd")
-    (table,) = fit_policy(ENVIRONMENT, [*kept, *first], source=SOURCE).tables
+    (table,) = fit_policy(ENVIRONMENT, [*kept, *first], source=SOURCE).policy.tables
     assert table.candidates == ("sparse_fwd",)
 
 

@@ -39,7 +39,7 @@ def measured(site: Site, law: World) -> list[Measurement]:
 
 
 def fitted(rows: list[Measurement] | tuple[Measurement, ...]) -> Policy:
-    return fit_policy(ENVIRONMENT, rows, source=SOURCE)
+    return fit_policy(ENVIRONMENT, rows, source=SOURCE).policy
 
 
 OURS = measured(C4A, World())
@@ -145,7 +145,7 @@ def test_a_limit_of_a_kernel_that_no_provider_replaces_holds_for_every_provider(
     tries = [Try(C4A, name, shape, outcome) for name in ("with_kvcache", "sparse_fwd") for shape, outcome in shapes]
     (limit,) = limits(Observations(TRANSFORMED, tries), [site], site.candidates)
     assert (limit.candidate, limit.num_qo_tokens, limit.fails_at) == ("with_kvcache", 40_000, 40_001)
-    (theirs,) = fit_policy(ENVIRONMENT, TRANSFORMED, tries, source=SOURCE).tables
+    (theirs,) = fit_policy(ENVIRONMENT, TRANSFORMED, tries, source=SOURCE).policy.tables
     assert theirs.limits == (limit,)  # SGLang's own dequantize is another kernel than the one that was tried
 
 

@@ -27,7 +27,7 @@ def measured(site: Site, world: World = ALL) -> list[Measurement]:
 
 
 def fitted(rows: list[Measurement], tuned: tuple[Tuned, ...] = ()) -> Policy:
-    return fit_policy(ENVIRONMENT, rows, source=SOURCE, tuned=tuned)
+    return fit_policy(ENVIRONMENT, rows, source=SOURCE, tuned=tuned).policy
 
 
 def own_table(policy: Policy) -> Table:

@@ -36,17 +36,8 @@ elif importlib.util.find_spec("torchvision") is None:
 
 def rows(*choices: tuple[int, str]) -> tuple[Row, ...]:
     """One row with ``(from query tokens, candidate)`` choices."""
-    brackets = [None, *((0.9, 1.1) for _ in choices[1:])]
-    return (
-        Row(
-            num_reqs_from=0,
-            kv_tokens_from=0,
-            choices=tuple(
-                Choice(threshold=Threshold.level(start), candidate=name, bracket=bracket)
-                for (start, name), bracket in zip(choices, brackets, strict=True)
-            ),
-        ),
-    )
+    found = (Choice(threshold=Threshold.level(start), candidate=name) for start, name in choices)
+    return (Row(choices=tuple(found)),)
 
 
 def attention(layer: str, *choices: tuple[int, str], **changes: Any) -> Table:

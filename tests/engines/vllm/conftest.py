@@ -39,8 +39,8 @@ CROSSOVER = 300
 
 def rows(small: str, *, from_: int = CROSSOVER) -> tuple[Row, ...]:
     """``small`` up to ``from_`` query tokens, then ``sparse_fwd``."""
-    later = Choice(threshold=Threshold.level(from_), candidate="sparse_fwd", bracket=(1.0, 1.0))
-    return (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(candidate=small), later)),)
+    later = Choice(threshold=Threshold.level(from_), candidate="sparse_fwd")
+    return (Row(choices=(Choice(candidate=small), later)),)
 
 
 def vllm_policy(**changes: Any) -> Policy:
