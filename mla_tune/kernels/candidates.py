@@ -14,7 +14,6 @@ import torch
 
 from mla_tune.kernels import indexer, sparse_fwd, sparse_fwd_fused, sparse_fwd_selected, split_batch, with_kvcache
 from mla_tune.kernels.adapters import flash_mla, sglang_kernels
-from mla_tune.kernels.formats import kv_format
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
@@ -78,8 +77,7 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
     missing = flash_mla_missing()
     if missing is not None:
         return missing
-    head_dim = kv_format(site.layer).head_dim
-    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate != "sparse_fwd")
+    return _flash_mla(device.major).unsupported(site.h_q or 0)
 
 
 def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:

@@ -1,12 +1,13 @@
 """Candidates of ``indexer_metadata``: DeepGEMM's schedule kernel, compiled per bucket of rows, and the shape-agnostic one.
 
-Both give the (num_sms + 1, 2) int32 table that DeepGEMM's paged MQA logits kernel reads. On the CPU ``deep_gemm`` is the
-same algorithm in torch: a prefix sum, then one binary search per SM.
+Both give a (num_sms + 1, 2) int32 table that DeepGEMM's paged MQA logits kernel reads; :mod:`.indexer_metadata` says how
+far the two may differ. On the CPU ``deep_gemm`` is our algorithm in torch: a prefix sum, then one binary search per SM.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -19,6 +20,8 @@ from mla_tune.kernels.prepared import BoundStage, Output, Prepared
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.site import Site
 from mla_tune.sites.stages import stages
+
+_INDICES_FROM = (0, 2, 5)
 
 
 @lru_cache(maxsize=1)
@@ -58,8 +61,26 @@ def _maker(context_lens: torch.Tensor, candidate: str, num_sms: int, launches: L
         return lambda: paged_mqa_logits_metadata(context_lens, BLOCK_KV, num_sms, config=config)
     if context_lens.device.type == "cpu":
         return lambda: paged_mqa_logits_metadata_serial(context_lens, BLOCK_KV, num_sms)
-    metadata = importlib.import_module("deep_gemm").get_paged_mqa_logits_metadata
-    return lambda: metadata(context_lens, BLOCK_KV, num_sms)
+    module = importlib.import_module("deep_gemm")
+    major = torch.cuda.get_device_capability(context_lens.device)[0]
+    indices = request_indices(str(getattr(module, "__version__", "")), major, context_lens)
+    metadata = module.get_paged_mqa_logits_metadata
+    if indices is None:
+        return lambda: metadata(context_lens, BLOCK_KV, num_sms)
+    return lambda: metadata(context_lens, BLOCK_KV, num_sms, indices)
+
+
+def request_indices(release: str, major: int, context_lens: torch.Tensor) -> torch.Tensor | None:
+    """The fourth argument that DeepGEMM ``release`` needs on this architecture, ``(rows,)`` int32; None for none.
+
+    It names the request of each row. From 0.2.5 on the SM100 kernel needs it, to group the rows of a request; each row is
+    its own here, as in an engine's call without the argument. Every release has the parameter, but elsewhere it selects a
+    kernel that pairs rows and holds fewer of them, so it is passed only where it must be.
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:3])
+    if major != 10 or numbers < _INDICES_FROM:
+        return None
+    return torch.arange(context_lens.shape[0], dtype=torch.int32, device=context_lens.device)
 
 
 def _provided(context_lens: torch.Tensor, num_sms: int) -> Callable[[], torch.Tensor]:

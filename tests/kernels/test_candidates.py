@@ -168,13 +168,13 @@ def test_the_judge_names_a_wrong_and_an_unwritten_row(site: Site) -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 1 << 30))
-def test_the_indexers_judge_wants_every_entry_equal(seed: int) -> None:
+def test_the_indexers_judge_refuses_a_schedule_with_one_entry_moved(seed: int) -> None:
     judge = judge_of(every_site(SiteName.INDEXER_METADATA)[0], Shape(2, 40, 90000))
     prepared = judge.prepare("jit")
     prepared.run()
     output = prepared.result().clone()
     assert judge.verdict(output) is None
     entry = seed % output.shape[0]
-    output[entry, seed % 2] += 1
-    assert (judge.verdict(output) or "").startswith(f"1 of {output.shape[0]} entries differ, the first is {entry}:")
+    output[entry, seed % 2] += 2  # by one, two SMs may only have changed their shares
+    assert judge.verdict(output) is not None
     assert "differs from the reference's" in (judge.verdict(output[:-1]) or "")

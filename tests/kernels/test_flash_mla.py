@@ -111,20 +111,16 @@ def test_only_v3_2_has_the_mixed_call(site: Site) -> None:
     assert ("with_kvcache_mixed" in site.candidates) == (site.layer is LayerType.DSA)
 
 
-@pytest.mark.parametrize(
-    ("major", "head_dim", "legacy"), [(9, 512, True), (9, 576, True), (10, 512, False), (10, 576, True)]
-)
-def test_the_legacy_half_serves_sm90_and_v3_2_and_every_fp8_cache(major: int, head_dim: int, legacy: bool) -> None:
-    layer = LayerType.DSA if head_dim == 576 else LayerType.C4A
+@pytest.mark.parametrize("major", [9, 10])
+@pytest.mark.parametrize("layer", [LayerType.DSA, LayerType.C4A])
+def test_every_call_takes_the_legacy_binary_as_sglang_does_on_both_architectures(major: int, layer: LayerType) -> None:
     site = next(site for site in attention_sites if site.layer is layer)
     inputs = InputBuilder(torch.device("cpu")).attention(site, Shape(1, 3, 300))
     recorder = Recorder()
     for name in site.candidates:
         prepare(inputs, name, FlashMla(major, stand_in(True, recorder))).run()
-    sparse = [call["use_legacy"] for call in recorder.calls if "kv" in call]
-    paged = [call["use_legacy"] for call in recorder.calls if "k_cache" in call]
-    assert set(sparse) == {legacy}
-    assert set(paged) == {True}
+    kernels = {("kv" if "kv" in call else "k_cache", call["use_legacy"]) for call in recorder.calls}
+    assert kernels == {("kv", True), ("k_cache", True)}
 
 
 @pytest.mark.parametrize("candidate", ["with_kvcache", "with_kvcache_mixed"])
@@ -149,28 +145,22 @@ def test_the_schedule_stage_plans_anew_each_time_and_attention_reuses_one_plan(c
 
 @pytest.mark.parametrize("major", [8, 12])
 def test_an_architecture_without_kernels_is_named(major: int) -> None:
-    reason = FlashMla(major, stand_in(False, Recorder())).unsupported(64, 512, paged=False)
+    reason = FlashMla(major, stand_in(False, Recorder())).unsupported(64)
     assert reason == f"FlashMLA has kernels for sm90 and sm100; this GPU is sm{major}0"
 
 
 @pytest.mark.parametrize("h_q", [0, 16, 32, 65, 256])
 def test_head_counts_that_the_kernels_lack_are_named_with_what_to_do(h_q: int) -> None:
-    reason = FlashMla(9, stand_in(False, Recorder())).unsupported(h_q, 512, paged=True)
+    reason = FlashMla(9, stand_in(False, Recorder())).unsupported(h_q)
     assert reason == f"FlashMLA takes 64 or 128 query heads, not {h_q}: pad them"
 
 
-@pytest.mark.parametrize("legacy", [None, True, False])
 @pytest.mark.parametrize("major", [9, 10])
-@pytest.mark.parametrize("head_dim", [512, 576])
-@pytest.mark.parametrize("paged", [False, True])
-def test_only_a_build_without_its_legacy_half_lacks_what_that_half_serves(
-    legacy: bool | None, major: int, head_dim: int, paged: bool
-) -> None:
-    reason = FlashMla(major, stand_in(legacy is not None, Recorder(), legacy)).unsupported(64, head_dim, paged)
-    if legacy is False and (major == 9 or head_dim == 576 or paged):
-        assert reason == "this sgl-flash-mla was built without its legacy kernels (sm90, V3.2 and V4 cache formats)"
-    else:
-        assert reason is None
+@pytest.mark.parametrize(("legacy", "lacking"), [(None, False), (True, False), (False, True)])
+def test_a_build_without_its_legacy_binary_serves_no_site(legacy: bool | None, lacking: bool, major: int) -> None:
+    reason = FlashMla(major, stand_in(legacy is not None, Recorder(), legacy)).unsupported(64)
+    lacks = "this sgl-flash-mla was built without its legacy kernels (sm90, V3.2 and V4 cache formats)"
+    assert reason == (lacks if lacking else None)
 
 
 @pytest.fixture

@@ -72,9 +72,9 @@ class AttentionJudge:
 
 
 class IndexerJudge:
-    """Judges schedule metadata (num_sms + 1, 2) int32: it must equal the reference entry by entry.
+    """Judges schedule metadata (num_sms + 1, 2) int32: the SMs must get the shares of the reference.
 
-    A provider's schedule may give the splits that are left over to other SMs.
+    Which of them get the splits that are left over differs between the releases of DeepGEMM, and does not matter.
     """
 
     def __init__(self, site: Site, context_lens: torch.Tensor, device: candidates.Device) -> None:
@@ -96,13 +96,13 @@ class IndexerJudge:
         expected = metadata_reference(context_lens, self._device.sm_count)
         if output.shape != expected.shape:
             return f"shape {tuple(output.shape)} differs from the reference's {tuple(expected.shape)}"
-        if self._site.provider is not None and torch.equal(
-            shares(context_lens, output), shares(context_lens, expected)
-        ):
+        got, want = shares(context_lens, output), shares(context_lens, expected)
+        if torch.equal(got, want):
             return None
-        wrong = (output != expected).any(dim=1).nonzero().flatten()
-        if wrong.numel() == 0:
-            return None
-        entry = int(wrong[0])
-        got, want = output[entry].tolist(), expected[entry].tolist()
-        return f"{wrong.numel()} of {expected.shape[0]} entries differ, the first is {entry}: {got} instead of {want}"
+        if int(got.min()) < 0:
+            return "the schedule names rows or splits that do not exist, leaves out the first, or is out of order"
+        wrong = int((got != want).sum())
+        return (
+            f"{wrong} of {len(want)} SMs get another share than the reference gives: "
+            f"{int(got.min())} to {int(got.max())} splits instead of {int(want.min())} to {int(want.max())}"
+        )
