@@ -48,7 +48,9 @@ _FirstPromptOption = Annotated[
 ]
 _TurnTokensOption = Annotated[
     int,
-    typer.Option("--turn-tokens", parser=parsed_count, metavar="TOKENS", help="Mean new prompt tokens of a later turn."),
+    typer.Option(
+        "--turn-tokens", parser=parsed_count, metavar="TOKENS", help="Mean new prompt tokens of a later turn."
+    ),
 ]
 _GrowthOption = Annotated[
     int,
