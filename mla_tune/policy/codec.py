@@ -47,7 +47,7 @@ from mla_tune.sites.site import MODELS, SiteName
 if TYPE_CHECKING:
     from mla_tune.policy.evidence import PolicyEvidence
 
-SCHEMA_VERSION = 3
+SCHEMA_VERSION = 4
 MAX_POLICY_BYTES = 1 << 18
 """Largest file that is read; a GPU's takes 10 to 30 KB."""
 

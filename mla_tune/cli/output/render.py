@@ -24,6 +24,7 @@ from mla_tune.policy.schema import Policy, Row, Table
 from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN
+from mla_tune.sites.stages import KernelSource
 
 if TYPE_CHECKING:
     from mla_tune.fit.evaluation import Weighted
@@ -289,7 +290,7 @@ def explanation(result: Explanation, table: Table, stated: PolicyEvidence | None
     console.print(columns)
 
 
-_FIXED = (OWN, "flash_mla", "deep_gemm")
+_FIXED = (OWN, *KernelSource)
 """Whose kernels run without any ``--provider``."""
 
 

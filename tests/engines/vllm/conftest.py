@@ -20,8 +20,8 @@ import pytest
 from mla_tune.policy.codec import write_policy
 from mla_tune.policy.schema import Choice, Library, Policy, Row, Table
 from mla_tune.policy.threshold import Threshold
+from mla_tune.sites.candidates import WITH_KVCACHE_MIXED
 from mla_tune.sites.engines import Engine
-from mla_tune.sites.site import WITH_KVCACHE_MIXED
 from tests.policy.strategies import full_policy, table
 
 if importlib.util.find_spec("vllm") is None:
@@ -50,7 +50,7 @@ def vllm_policy(**changes: Any) -> Policy:
     def changed(of: Table) -> Table:
         if of.site != "prefill_attention":
             return of
-        small = "with_kvcache" if of.engine in (Engine.SGLANG, Engine.OWN) else WITH_KVCACHE_MIXED
+        small = "with_kvcache" if of.engine in (Engine.SGLANG, Engine.OWN) else WITH_KVCACHE_MIXED.name
         return msgspec.structs.replace(of, rows=rows(small))
 
     whole = full_policy()
@@ -152,8 +152,8 @@ def engine_table(engine: Engine, h_q: int, **changes: Any) -> Table:
         h_q=h_q,
         engine=engine,
         incumbent="sparse_fwd",
-        candidates=("sparse_fwd", WITH_KVCACHE_MIXED),
-        rows=rows(WITH_KVCACHE_MIXED),
+        candidates=("sparse_fwd", WITH_KVCACHE_MIXED.name),
+        rows=rows(WITH_KVCACHE_MIXED.name),
         **changes,
     )
 
