@@ -77,7 +77,6 @@ class _Measured(_Part, frozen=True, kw_only=True, omit_defaults=True):
 class _Keys(_Part, frozen=True, kw_only=True, omit_defaults=True):
     """The tables that an entry stands for: every combination."""
 
-    site: str
     models: tuple[str, ...]
     heads: tuple[int, ...] = ()
     """Query heads per rank as the kernel sees them; none where they play no role."""
@@ -111,6 +110,13 @@ class _Tables(_Part, frozen=True, kw_only=True, omit_defaults=True, rename={"key
     choices: tuple[_Line, ...]
 
 
+class _Sites(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """A field for each :class:`SiteName`."""
+
+    prefill_attention: tuple[_Tables, ...] = ()
+    indexer_metadata: tuple[_Tables, ...] = ()
+
+
 class _File(_Part, frozen=True, kw_only=True, omit_defaults=True):
     """A whole file."""
 
@@ -126,7 +132,7 @@ class _File(_Part, frozen=True, kw_only=True, omit_defaults=True):
     kernel_config: dict[str, tuple[dict[str, int], ...]] = {}
     """Of each kernel its launch parameters by ``size_from``, ascending."""
     common: _Common
-    tables: tuple[_Tables, ...]
+    tables: _Sites
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:
@@ -242,8 +248,9 @@ _AS_IT_IS = ("gpu", "evidence", "scaled_from", "regime", "environment", "source"
 def _policy(file: _File) -> Policy:
     tables = [
         table
-        for index, entry in enumerate(file.tables)
-        for table in _expanded(entry, entry.measured or file.common.measured, f"tables[{index}]")
+        for site in SiteName
+        for index, entry in enumerate(getattr(file.tables, site))
+        for table in _expanded(site.value, entry, file.common, f"tables.{site}[{index}]")
     ]
     return Policy(
         **{name: getattr(file, name) for name in _AS_IT_IS},
@@ -263,13 +270,14 @@ def _launches(config: Mapping[str, Sequence[Mapping[str, int]]]) -> Iterator[Ker
             yield KernelConfig(kernel=kernel, size_from=entry.get("size_from", 0), launch=launch)
 
 
-def _expanded(entry: _Tables, measured: _Measured, path: str) -> Iterator[Table]:
+def _expanded(site: str, entry: _Tables, common: _Common, path: str) -> Iterator[Table]:
     """Every table that an entry of the file stands for."""
+    measured = entry.measured or common.measured
     place = f"{path}.measured.context" if entry.measured else "common.measured.context"
     low, high = (_tokens(end, place) for end in measured.context)
     keys = entry.keys
     shared: dict[str, Any] = {
-        "site": keys.site,
+        "site": site,
         "engine": keys.engine,
         "incumbent": entry.choose.incumbent,
         "candidates": entry.choose.among,
@@ -350,14 +358,21 @@ def _file(policy: Policy) -> _File:
         **{name: getattr(policy, name) for name in _AS_IT_IS},
         kernel_config=config,
         common=_Common(measured=_measured(common)),
-        tables=tuple(_merged(policy.tables, common)),
+        tables=_Sites(**{site: tuple(_merged(of, common)) for site, of in _by_site(policy.tables).items()}),
     )
 
 
-def _merged(tables: Sequence[Table], common: Range) -> Iterator[_Tables]:
-    """The entries of a file: tables that agree in all but model, heads and layer stand once."""
-    alike: dict[Table, list[Table]] = {}
+def _by_site(tables: Sequence[Table]) -> dict[str, list[Table]]:
+    found: dict[str, list[Table]] = {}
     for table in sorted(tables, key=_order):
+        found.setdefault(table.site, []).append(table)
+    return found
+
+
+def _merged(tables: Sequence[Table], common: Range) -> Iterator[_Tables]:
+    """The entries of one site: tables that agree in all but model, heads and layer stand once."""
+    alike: dict[Table, list[Table]] = {}
+    for table in tables:
         alike.setdefault(msgspec.structs.replace(table, model="", h_q=None, layer=""), []).append(table)
     for members in alike.values():
         layers: dict[tuple[str, int | None], tuple[str, ...]] = {}
@@ -373,7 +388,6 @@ def _merged(tables: Sequence[Table], common: Range) -> Iterator[_Tables]:
         for (of_layers, counts), names in models.items():
             first = members[0]
             keys = _Keys(
-                site=first.site,
                 models=names,
                 heads=tuple(count for count in counts if count is not None),
                 layers=of_layers,
@@ -439,16 +453,17 @@ def _place(path: str, policy: Policy, raw: Any) -> str:
     if found is None:
         return path
     table = policy.tables[int(found[1])]
-    index = next(at for at, entry in enumerate(raw["tables"]) if _stands_for(entry["for"], table))
+    entries = raw["tables"][table.site]
+    entry = f"tables.{table.site}[{next(at for at, entry in enumerate(entries) if _stands_for(entry['for'], table))}]"
     if found[2] is None:
-        return f"tables[{index}]"
+        return entry
     rows = table.rows[: int(found[2])]
-    return f"tables[{index}].choices[{sum(len(row.choices) for row in rows) + int(found[3] or 0)}]"
+    return f"{entry}.choices[{sum(len(row.choices) for row in rows) + int(found[3] or 0)}]"
 
 
 def _stands_for(keys: Mapping[str, Any], table: Table) -> bool:
     return (
-        (keys["site"], keys.get("engine", Engine.SGLANG)) == (table.site, table.engine)
+        keys.get("engine", Engine.SGLANG) == table.engine
         and table.model in keys["models"]
         and table.layer in keys["layers"]
         and (table.h_q in keys["heads"] if keys.get("heads") else table.h_q is None)

@@ -74,6 +74,8 @@ def _told(policy: Policy) -> Iterator[str]:
 
 def _by_context(table: Table) -> str:
     """``sparse_fwd from 17 query tokens at 8K context, 39 at 128K; below with_kvcache``."""
+    if {limit.candidate for limit in table.limits} == set(table.candidates):
+        return "nothing that runs at every length"
     low, high = table.measured.kv_tokens
     longest = min(high, MODELS[table.model].max_context)
     contexts = [kv for kv in _CONTEXTS if low <= kv <= longest] or [low]

@@ -70,10 +70,10 @@ def test_context_tokens_are_written_exactly(count: int) -> None:
 
 
 def test_a_modelled_policy_warns_in_its_first_lines() -> None:
-    first = dump_policy(modelled_policy(), evidence(modelled=MODELLED)).decode().splitlines()[:4]
+    first = dump_policy(modelled_policy(), evidence(modelled=MODELLED)).decode().splitlines()[:2]
     assert first[0] == "# mla-tune: what serves on nvidia-b200, 148 SMs. Generated, do not edit."
     assert first[1].startswith("# WARNING: modelled, not measured")
-    assert "nvidia-h200" in first[2]
+    assert "nvidia-h200" in first[1]
 
 
 def test_a_measured_policy_has_no_word_of_a_model() -> None:
@@ -118,7 +118,7 @@ def test_a_written_file_loads_and_has_the_digest_of_its_bytes(tmp_path: Path) ->
 def test_an_invalid_policy_is_not_written_and_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "nvidia-h200.yaml"
     path.write_text("old")
-    with pytest.raises(PolicyError, match=r"tables\[0\]"):
+    with pytest.raises(PolicyError, match=r"tables\.prefill_attention\[0\]"):
         write_policy(path, policy(table(incumbent="jit")))
     slow = Ineligible(candidate="with_kvcache", first_call_s=float("nan"))
     with pytest.raises(PolicyError, match="finite"):
