@@ -8,9 +8,10 @@ from mla_tune.fit.scope import Scope
 from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN, Build
 from mla_tune.hardware.sku import CPU, Environment
 from mla_tune.policy.schema import CandidateBuilds
+from mla_tune.sites.candidates import TOPK_TRANSFORM, Candidate, candidate_at
 from mla_tune.sites.provider import SGLANG_KERNEL
 from mla_tune.sites.site import LayerType, Site
-from mla_tune.sites.stages import TOPK_TRANSFORM, provided_by, stages
+from mla_tune.sites.stages import Stage
 
 
 def builds_of(
@@ -25,29 +26,30 @@ def builds_of(
     )
 
 
-def _candidate_builds(environment: Environment, scope: Scope, candidate: str) -> set[Build]:
+def _candidate_builds(environment: Environment, scope: Scope, name: str) -> set[Build]:
     return {
         build
         for site, _ in scope.parts
-        for stage in stages(site, candidate)
-        for build in _stage_builds(environment, site, candidate, stage.name)
+        for candidate in (candidate_at(site, name),)
+        for stage in candidate.stages(site)
+        for build in _stage_builds(environment, site, candidate, stage)
     }
 
 
-def _stage_builds(environment: Environment, site: Site, candidate: str, stage: str) -> Iterator[Build]:
+def _stage_builds(environment: Environment, site: Site, candidate: Candidate, stage: Stage) -> Iterator[Build]:
     """None for a kernel of this project, and none on the CPU, where all of them are."""
-    module, provider = provided_by(site, candidate, stage), site.provider
     if environment.sku == CPU:
         return
-    if module in DISTRIBUTIONS:
-        names = DISTRIBUTIONS[module]
+    if stage.source is not None:
+        names = DISTRIBUTIONS[stage.source]
         found = [Build(library.name, library.version) for library in environment.libraries if library.name in names]
         # What was timed without a record of its build is served with none.
         yield from found or [Build(names[-1], UNKNOWN)]
-    elif provider is not None and module == str(provider):
+    elif site.provider is not None and stage.replaced:
         # V3.2's transform for the KV-cache kernel is sglang-kernel's; every other stage's kernel is in sglang itself.
-        fused = stage == TOPK_TRANSFORM.name and site.layer is LayerType.DSA and candidate == "with_kvcache"
-        yield Build(SGLANG_KERNEL, provider.kernels) if fused else Build(provider.name, provider.version)
+        compiled = stage == TOPK_TRANSFORM and site.layer is LayerType.DSA and candidate.paged
+        provider = site.provider
+        yield Build(SGLANG_KERNEL, provider.kernels) if compiled else Build(provider.name, provider.version)
 
 
 def _texts(builds: set[Build]) -> tuple[str, ...]:
