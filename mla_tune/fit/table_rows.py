@@ -22,6 +22,7 @@ from mla_tune.fit.limits import is_unsafe, limits
 from mla_tune.fit.objective import PLAIN, Objective, require_regime, require_traffic
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import Scope, scopes
+from mla_tune.fit.table_builds import builds_of
 from mla_tune.fit.training import measured_range
 from mla_tune.hardware.sku import Environment
 from mla_tune.policy.evidence import PolicyEvidence, TableEvidence
@@ -161,6 +162,7 @@ def unjudged_table(
     if costs.modelled:
         candidates = replace(candidates, noise_band=_uncertainty(costs, scope, candidates))
     found = table_rows(costs, scope, candidates, objective)
+    builds, candidate_builds = builds_of(costs.environment, scope, candidates.incumbent, candidates.names)
     table = Table(
         site=str(scope.name),
         model=scope.model.name,
@@ -169,6 +171,8 @@ def unjudged_table(
         engine=scope.engine,
         incumbent=candidates.incumbent,
         candidates=tuple(sorted(candidates.names)),
+        builds=builds,
+        candidate_builds=candidate_builds,
         measured=measured_range(swept),
         limits=tuple(
             Limit(candidate=limit.candidate, num_qo_tokens=limit.num_qo_tokens) for limit in candidates.limits

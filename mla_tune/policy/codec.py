@@ -16,9 +16,9 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import msgspec
 
@@ -28,6 +28,7 @@ from mla_tune.policy.kernel_config import KernelConfig, LaunchParameters
 from mla_tune.policy.rules import REBUILD, problems, shown
 from mla_tune.policy.schema import (
     ALWAYS,
+    CandidateBuilds,
     Choice,
     Gpu,
     Ineligible,
@@ -51,6 +52,7 @@ SCHEMA_VERSION = 4
 MAX_POLICY_BYTES = 1 << 18
 """Largest file that is read; a GPU's takes 10 to 30 KB."""
 
+_Value = TypeVar("_Value")
 Tokens = int | str
 """Context tokens as a file has them: 1024, 1K, 64M."""
 
@@ -93,6 +95,7 @@ class _Choose(_Part, frozen=True, kw_only=True, omit_defaults=True):
 class _Common(_Part, frozen=True, kw_only=True, omit_defaults=True):
     """What holds for every entry that does not say otherwise."""
 
+    builds: tuple[str, ...]
     measured: _Measured
 
 
@@ -101,8 +104,12 @@ class _Tables(_Part, frozen=True, kw_only=True, omit_defaults=True, rename={"key
 
     keys: _Keys
     choose: _Choose
+    builds: tuple[str, ...] | None = None
+    """What the incumbent ran on; None for the common ones."""
+    candidate_builds: dict[str, tuple[str, ...]] = {}
+    """What a candidate depends on besides."""
     measured: _Measured | None = None
-    """None where it is the common one."""
+    """None for the common one."""
     limits: dict[str, int] = {}
     """Query tokens up to which a candidate runs."""
     slow_first_call_s: dict[str, float] = {}
@@ -216,7 +223,7 @@ def write_policy(path: str | os.PathLike[str], policy: Policy, evidence: PolicyE
         raise PolicyError(f"a policy file must be writable: got {path}: {error.strerror}; check the path") from None
 
 
-_ONE_LINE = frozenset({"gpu", "for", "choose", "measured", "limits", "slow_first_call_s"})
+_ONE_LINE = frozenset({"gpu", "for", "choose", "measured", "limits", "slow_first_call_s", "candidate_builds"})
 
 
 def _check_schema(raw: Any, source: str) -> None:
@@ -281,6 +288,10 @@ def _expanded(site: str, entry: _Tables, common: _Common, path: str) -> Iterator
         "engine": keys.engine,
         "incumbent": entry.choose.incumbent,
         "candidates": entry.choose.among,
+        "builds": common.builds if entry.builds is None else entry.builds,
+        "candidate_builds": tuple(
+            CandidateBuilds(candidate=name, builds=builds) for name, builds in entry.candidate_builds.items()
+        ),
         "measured": Range(num_qo_tokens=measured.query_tokens, kv_tokens=(low, high), num_reqs=measured.requests),
         "limits": tuple(Limit(candidate=name, num_qo_tokens=most) for name, most in entry.limits.items()),
         "ineligible": tuple(
@@ -349,17 +360,24 @@ def _file(policy: Policy) -> _File:
     for entry in policy.kernel_config:
         launch = {"size_from": entry.size_from, **entry.launch.given()}
         config[entry.kernel] = (*config.get(entry.kernel, ()), launch)
-    ranges = Counter(table.measured for table in policy.tables)
-    common = max(ranges, key=lambda measured: ranges[measured], default=None)
-    if common is None:
+    if not policy.tables:
         raise PolicyError("a policy must hold at least one table: got none")
+    common = _Common(
+        builds=_most_common(table.builds for table in policy.tables),
+        measured=_measured(_most_common(table.measured for table in policy.tables)),
+    )
     return _File(
         schema=SCHEMA_VERSION,
         **{name: getattr(policy, name) for name in _AS_IT_IS},
         kernel_config=config,
-        common=_Common(measured=_measured(common)),
+        common=common,
         tables=_Sites(**{site: tuple(_merged(of, common)) for site, of in _by_site(policy.tables).items()}),
     )
+
+
+def _most_common(values: Iterable[_Value]) -> _Value:
+    """The one that occurs most often, the first of equals."""
+    return Counter(values).most_common(1)[0][0]
 
 
 def _by_site(tables: Sequence[Table]) -> dict[str, list[Table]]:
@@ -369,7 +387,7 @@ def _by_site(tables: Sequence[Table]) -> dict[str, list[Table]]:
     return found
 
 
-def _merged(tables: Sequence[Table], common: Range) -> Iterator[_Tables]:
+def _merged(tables: Sequence[Table], common: _Common) -> Iterator[_Tables]:
     """The entries of one site: tables that agree in all but model, heads and layer stand once."""
     alike: dict[Table, list[Table]] = {}
     for table in tables:
@@ -396,11 +414,13 @@ def _merged(tables: Sequence[Table], common: Range) -> Iterator[_Tables]:
             yield _entry(first, keys, common)
 
 
-def _entry(table: Table, keys: _Keys, common: Range) -> _Tables:
+def _entry(table: Table, keys: _Keys, common: _Common) -> _Tables:
     return _Tables(
         keys=keys,
         choose=_Choose(among=table.candidates, incumbent=table.incumbent),
-        measured=None if table.measured == common else _measured(table.measured),
+        builds=None if table.builds == common.builds else table.builds,
+        candidate_builds={entry.candidate: entry.builds for entry in table.candidate_builds},
+        measured=None if (measured := _measured(table.measured)) == common.measured else measured,
         limits={limit.candidate: limit.num_qo_tokens for limit in table.limits},
         slow_first_call_s={entry.candidate: entry.first_call_s for entry in table.ineligible},
         choices=tuple(_line(row, choice) for row in table.rows for choice in row.choices),

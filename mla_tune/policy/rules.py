@@ -10,6 +10,7 @@ from itertools import groupby, pairwise
 
 import msgspec
 
+from mla_tune.hardware.builds import Build
 from mla_tune.policy.kernel_config import kernel_config_fault
 from mla_tune.policy.schema import Ineligible, Limit, Policy, Range, Row, Table, row_ends
 from mla_tune.sites.engines import Engine, engine_choice, engine_heads, table_engine
@@ -18,6 +19,7 @@ from mla_tune.sites.site import FORWARD, MODELS, OVERLAPS, ModelConfig, SiteName
 
 EVIDENCE = ("measured", "modelled")
 REGIMES = ("graph", "eager")
+_BUILD = "accepted: a form like sgl-flash-mla==1.0.0"
 MAX_INT64 = 2**63 - 1
 REBUILD = "rebuild the file with `mla-tune fit`"
 """The next step of every error about a file's content."""
@@ -83,6 +85,7 @@ def _table(path: str, table: Table) -> Iterator[Problem]:
         yield from _one_of(f"{path}.candidates[{index}]", candidate, known)
     yield from _unique(f"{path}.candidates", table.candidates)
     yield from _one_of(f"{path}.incumbent", table.incumbent, table.candidates)
+    yield from _builds(path, table)
     yield from _measured(f"{path}.measured", table.measured)
     for index, limit in enumerate(table.limits):
         yield from _limit(f"{path}.limits[{index}]", limit, table.candidates)
@@ -93,6 +96,33 @@ def _table(path: str, table: Table) -> Iterator[Problem]:
     served = [name for name in table.candidates if name not in barred]
     wrong_rows = list(_rows(f"{path}.rows", table.rows, served))
     yield from wrong_rows or _crossing(f"{path}.rows", table)
+
+
+def _builds(path: str, table: Table) -> Iterator[Problem]:
+    yield from _build_names(f"{path}.builds", table.builds)
+    others = [name for name in table.candidates if name != table.incumbent]
+    yield from _unique(f"{path}.candidate_builds", [entry.candidate for entry in table.candidate_builds])
+    for index, entry in enumerate(table.candidate_builds):
+        below = f"{path}.candidate_builds[{index}]"
+        if entry.candidate not in others:
+            rule = "must be another candidate of the table than its incumbent"
+            yield Problem(f"{below}.candidate", f"{rule}: got {shown(entry.candidate)}; accepted: {', '.join(others)}")
+        if not entry.builds:
+            yield Problem(f"{below}.builds", "must name at least one build: got none")
+        yield from _build_names(f"{below}.builds", entry.builds)
+        for build in sorted(set(entry.builds) & set(table.builds)):
+            yield Problem(f"{below}.builds", f"must name what the table itself does not: got {build} in both")
+
+
+def _build_names(path: str, builds: tuple[str, ...]) -> Iterator[Problem]:
+    for index, text in enumerate(builds):
+        try:
+            Build.parse(text)
+        except ValueError:
+            yield Problem(f"{path}[{index}]", f"must be a distribution's exact release: got {shown(text)}; {_BUILD}")
+    yield from _unique(path, builds)
+    if list(builds) != sorted(builds):
+        yield Problem(path, f"must be sorted: got {', '.join(builds)}")
 
 
 def _keys(path: str, table: Table) -> Iterator[Problem]:

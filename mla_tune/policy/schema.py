@@ -71,6 +71,14 @@ class Range(_Record, frozen=True):
         return all(low <= size <= high for (low, high), size in sizes)
 
 
+class CandidateBuilds(_Record, frozen=True):
+    """Builds that one candidate depends on beyond those of its table."""
+
+    candidate: str
+    """Never the incumbent: without it there is nothing to switch from."""
+    builds: tuple[str, ...]
+
+
 class Table(_Record, frozen=True, kw_only=True):
     """The dispatch table of one site, model, head count and layer type."""
 
@@ -85,6 +93,11 @@ class Table(_Record, frozen=True, kw_only=True):
     incumbent: str
     candidates: tuple[str, ...]
     """Every candidate that was measured, sorted; choices and limits name only these."""
+    builds: tuple[str, ...]
+    """What the incumbent ran on, as ``sgl-flash-mla==1.0.0``, sorted: with any other build the table says nothing. Empty
+    where every kernel is this project's own."""
+    candidate_builds: tuple[CandidateBuilds, ...] = ()
+    """What single candidates depend on besides; one whose builds are not there leaves the choice to the others."""
     measured: Range
     limits: tuple[Limit, ...] = ()
     """At most one of each candidate."""

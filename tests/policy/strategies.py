@@ -20,6 +20,7 @@ from mla_tune.policy.evidence import (
 )
 from mla_tune.policy.rules import accepted_candidates, accepted_engines, accepted_heads, problems
 from mla_tune.policy.schema import (
+    CandidateBuilds,
     Choice,
     Gpu,
     Ineligible,
@@ -64,6 +65,7 @@ def table(**changes: Any) -> Table:
         layer="c4a",
         incumbent="sparse_fwd",
         candidates=("sparse_fwd", "with_kvcache"),
+        builds=("sgl-flash-mla==1.0.0",),
         measured=Range(num_qo_tokens=(16, 32768), kv_tokens=(2048, 1 << 26), num_reqs=(1, 64)),
         rows=(
             Row(
@@ -192,7 +194,9 @@ def full_policy() -> Policy:
         elif engine is not Engine.SGLANG:
             changes |= {"engine": engine, "candidates": ("sparse_fwd", "with_kvcache_mixed"), "rows": mixed_rows}
         if site is SiteName.INDEXER_METADATA:
+            own = (CandidateBuilds(candidate="deep_gemm", builds=("sgl-deep-gemm==0.1.2",)),)
             changes |= {"incumbent": "jit", "candidates": ("deep_gemm", "jit"), "rows": indexer_rows}
+            changes |= {"builds": (), "candidate_builds": own}
         tables.append(table(**changes))
     return policy(*tables)
 
@@ -235,6 +239,16 @@ def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]
     return tuple(Ineligible(candidate=name, first_call_s=draw(seconds)) for name in barred)
 
 
+BUILDS = ("sgl-flash-mla==1.0.0", "sglang==0.5.23", "vllm==0.33.0+cu130", "flash-mla==unknown", "a-b-c==1!2.0rc1.post2")
+
+
+@st.composite
+def candidate_builds(draw: st.DrawFn, others: list[str]) -> tuple[CandidateBuilds, ...]:
+    named = draw(st.lists(st.sampled_from(others), unique=True)) if others else []
+    builds = st.sets(st.sampled_from(["sgl-deep-gemm==0.1.2", "sglang-kernel==0.4.10"]), min_size=1)
+    return tuple(CandidateBuilds(candidate=name, builds=tuple(sorted(draw(builds)))) for name in named)
+
+
 def without_crossing(**fields: Any) -> Table:
     """A table, with level thresholds where slanted ones pass each other, and one choice a row where these would too."""
     found = Table(**fields)
@@ -274,6 +288,8 @@ def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] =
         engine=engine,
         incumbent=incumbent,
         candidates=candidates,
+        builds=tuple(sorted(draw(st.sets(st.sampled_from(BUILDS), max_size=2)))),
+        candidate_builds=draw(candidate_builds([name for name in candidates if name != incumbent])),
         measured=Range(num_qo_tokens=draw(ranges), kv_tokens=draw(ranges), num_reqs=draw(ranges)),
         limits=draw(limits(candidates)),
         ineligible=barred,
