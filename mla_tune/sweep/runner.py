@@ -13,10 +13,10 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mla_tune.hardware.sku import Environment
+from mla_tune.sites.candidates import candidates_at, names_at
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
-from mla_tune.sites.stages import kernels
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import CAPABILITY, Measurement, Outcome
 from mla_tune.store.tuned import launches_from
@@ -134,7 +134,7 @@ class Sweep:
 
     def ask_support(self, sites: Iterable[Site]) -> dict[tuple[Site, str], str | None]:
         """Why each candidate of ``sites`` cannot run on this machine, None where it can. No inputs are built for it."""
-        pairs = dict.fromkeys((site, name) for site in dict.fromkeys(sites) for name in site.candidates)
+        pairs = dict.fromkeys((site, name) for site in dict.fromkeys(sites) for name in names_at(site))
         open_pairs = tuple(pair for pair in pairs if pair not in self._unsupported)
         if open_pairs:
             answers = self._worker.support(open_pairs, self._timeout_s)
@@ -211,7 +211,7 @@ class Sweep:
     def check(self, points: Iterable[Point]) -> Iterator[Measurement]:
         """Compare every candidate with the reference at ``points``, without timing; nothing is stored."""
         for point in points:
-            rows = self._measure(Task(point, (*point.site.candidates, *self._added.at(point)), timed=False))
+            rows = self._measure(Task(point, (*names_at(point.site), *self._added.at(point)), timed=False))
             yield from {row.candidate: row for row in rows}.values()
 
     def _measure_or_skip(self, task: Task, tracker: FailureTracker) -> list[Measurement]:
@@ -306,7 +306,7 @@ class Sweep:
 
 def launch_digests(point: Point, launches: Launches) -> dict[str, str]:
     """By candidate: which of the tuned launch parameters its kernels run with at ``point``."""
-    return {name: launches.digest(kernels(point.site, name)) for name in point.site.candidates}
+    return {found.name: launches.digest(found.own_kernels(point.site)) for found in candidates_at(point.site)}
 
 
 def stored_failures(database: Database, environment: Environment) -> FailureTracker:
@@ -357,7 +357,7 @@ def missing_tasks(
     done = {key for key in database.done_candidates(environment.id) if key[:3] not in repeat}
     tasks = []
     for point in plan:
-        names = (*point.site.candidates, *added.at(point))
+        names = (*names_at(point.site), *added.at(point))
         key, digests = (point.site.key, point.shape), launch_digests(point, launches)
         left = tuple(n for n in names if n not in without and (*key, n, digests.get(n, "")) not in done)
         if left:

@@ -19,6 +19,7 @@ from mla_tune.fit.table_rows import fit_policy, fit_table
 from mla_tune.fit.usable import usable
 from mla_tune.policy.decision import decide
 from mla_tune.policy.schema import Ineligible, Limit, Table
+from mla_tune.sites.candidates import names_at
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import PLAIN, Conditions, LayerType, Site, SiteName
@@ -58,7 +59,7 @@ def fitted(rows: Iterable[Measurement], tries: Iterable[Try] = (), engine: Engin
 
 
 def found(world: World, *tries: Try) -> tuple[Limit, ...]:
-    return limits(Observations(sweep(world, [METADATA], held_out=4), tries), [METADATA], METADATA.candidates)
+    return limits(Observations(sweep(world, [METADATA], held_out=4), tries), [METADATA], names_at(METADATA))
 
 
 def failed(shape: Shape, outcome: Outcome, detail: str, candidate: str = "sparse_fwd", site: Site = C4A) -> Measurement:
@@ -77,7 +78,7 @@ def test_a_failure_of_a_sweep_is_a_suspect_and_no_limit(outcome: Outcome) -> Non
     world = World(failures={("deep_gemm", 15000): (outcome, "fails to launch")})
     assert found(world) == ()
     observations = Observations(sweep(world, [METADATA], held_out=4))
-    (suspect,) = suspects(observations, [METADATA], METADATA.candidates)
+    (suspect,) = suspects(observations, [METADATA], names_at(METADATA))
     assert (suspect.candidate, suspect.runs_at, suspect.shape.num_qo_tokens) == ("deep_gemm", 8192, 16384)
     assert suspect.reason == "fails to launch"
 
@@ -86,14 +87,14 @@ def test_a_failure_whose_neighbour_did_not_run_in_a_fresh_process_is_no_limit() 
     assert found(World(), tried("deep_gemm", 8192), tried("deep_gemm", 16384, Outcome.CRASH)) == ()
     assert found(World(), tried("deep_gemm", 16384, Outcome.CRASH)) == ()
     observations = Observations(sweep(World(), [METADATA], held_out=4), [tried("deep_gemm", 16384, Outcome.CRASH)])
-    assert [s.shape.num_qo_tokens for s in suspects(observations, [METADATA], METADATA.candidates)] == [16384]
+    assert [s.shape.num_qo_tokens for s in suspects(observations, [METADATA], names_at(METADATA))] == [16384]
 
 
 @pytest.mark.parametrize("outcome", [Outcome.NO_MEMORY, Outcome.UNSUPPORTED, Outcome.TIMEOUT, Outcome.DISTURBED])
 def test_what_says_nothing_about_the_kernel_is_neither(outcome: Outcome) -> None:
     world = World(failures={("deep_gemm", 15000): (outcome, "not today")})
     assert found(world, tried("deep_gemm", 14999), tried("deep_gemm", 15000, outcome)) == ()
-    assert suspects(Observations(sweep(world, [METADATA], held_out=4)), [METADATA], METADATA.candidates) == ()
+    assert suspects(Observations(sweep(world, [METADATA], held_out=4)), [METADATA], names_at(METADATA)) == ()
 
 
 def struck(detail: str) -> list[Measurement]:
@@ -110,7 +111,8 @@ def test_trouble_around_a_kernel_is_none_of_its_capability(detail: str) -> None:
     (spoiled,) = [m for m in kept if m.outcome is not Outcome.OK]
     assert (spoiled.outcome, spoiled.detail) == (Outcome.DISTURBED, detail)
     observations = Observations(kept)
-    assert limits(observations, [DSA], DSA.candidates) == suspects(observations, [DSA], DSA.candidates) == ()
+    assert limits(observations, [DSA], names_at(DSA)) == ()
+    assert suspects(observations, [DSA], names_at(DSA)) == ()
 
 
 def test_a_worker_killed_at_64_query_tokens_leaves_the_table_as_it_was() -> None:
@@ -130,19 +132,19 @@ def test_a_try_that_was_ended_from_outside_is_no_side_of_a_limit(detail: str) ->
 
 def test_one_crash_amid_larger_shapes_that_ran_bars_nothing() -> None:
     rows = struck("worker ended with exit code -11")
-    assert suspects(Observations(rows), [DSA], DSA.candidates) == ()
+    assert suspects(Observations(rows), [DSA], names_at(DSA)) == ()
 
 
 def test_a_wrong_result_stays_a_suspect_whatever_ran_above_it_until_it_is_right_in_a_fresh_process() -> None:
     shape = Shape(1, 64, 131072)
     rows = [m for m in sweep(World(), [C4A]) if not (m.candidate == "sparse_fwd" and m.shape == shape)]
     rows.append(failed(shape, Outcome.WRONG_RESULT, "differs"))
-    (suspect,) = suspects(Observations(rows), [C4A], C4A.candidates)
+    (suspect,) = suspects(Observations(rows), [C4A], names_at(C4A))
     assert (suspect.shape, suspect.runs_at) == (shape, 37)
     elsewhere = tried("sparse_fwd", 64, site=C4A)
-    assert suspects(Observations(rows, [elsewhere]), [C4A], C4A.candidates) == (suspect,)
+    assert suspects(Observations(rows, [elsewhere]), [C4A], names_at(C4A)) == (suspect,)
     there = replace(elsewhere, shape=shape)
-    assert suspects(Observations(rows, [there]), [C4A], C4A.candidates) == ()
+    assert suspects(Observations(rows, [there]), [C4A], names_at(C4A)) == ()
 
 
 def test_the_newest_try_at_a_count_counts() -> None:
@@ -248,7 +250,7 @@ def test_the_committed_limits_of_an_h200_were_found_by_probes_and_hold() -> None
         bounds = {
             (PLAIN.at(site).key, limit.candidate): (limit.num_qo_tokens, limit.fails_at, limit.found_by)
             for site in sites
-            for limit in limits(observations, [site], site.candidates)
+            for limit in limits(observations, [site], names_at(site))
         }
         assert bounds == {
             ("indexer_metadata/c4a", "deep_gemm"): (14496, 14497, "probe"),
@@ -259,6 +261,6 @@ def test_the_committed_limits_of_an_h200_were_found_by_probes_and_hold() -> None
             ("prefill_attention/c128a/h64", "with_kvcache"): (65903, 65904, "probe"),
             ("prefill_attention/c128a/h128", "with_kvcache"): (33928, 33929, "probe"),
         }
-        open_ones = suspects(observations, list(sites), sorted({c for site in sites for c in site.candidates}))
+        open_ones = suspects(observations, list(sites), sorted({c for site in sites for c in names_at(site)}))
         # What a sweep alone saw, and no probe: not a limit any more.
         assert [s.shape.num_qo_tokens for s in open_ones] == mixed

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from mla_tune.bench.environment import detect_environment
 from mla_tune.errors import MlaTuneError
-from mla_tune.kernels import candidates
+from mla_tune.kernels import binding
 from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.adapters.sglang_kernels import Missing
 from mla_tune.sites.site import Site
@@ -82,9 +82,9 @@ def _offer(kind: str) -> Offer | Refused:
     return Refused(found.reason) if isinstance(found, Missing) else Offer(found.provider, found.left_out)
 
 
-def _unsupported(site: Site, candidate: str, device: candidates.Device) -> str | None:
+def _unsupported(site: Site, candidate: str, device: binding.Device) -> str | None:
     try:
-        return candidates.unsupported(site, candidate, device)
+        return binding.unsupported(site, candidate, device)
     except Exception as error:  # a kernel library may raise anything when it is imported
         return one_line(error)
 
