@@ -18,7 +18,7 @@ from mla_tune.fit.scope import scope, scopes
 from mla_tune.fit.table_rows import fit_policy, fit_table
 from mla_tune.fit.usable import usable
 from mla_tune.policy.decision import decide
-from mla_tune.policy.schema import Ineligible, Limit, Table
+from mla_tune.policy.schema import Choice, Ineligible, Limit, Row, Table
 from mla_tune.sites.candidates import names_at
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.shape import Shape
@@ -191,7 +191,8 @@ def table_past_limits(*slow: str) -> Table:
     names = (table.incumbent, "with_kvcache")
     bound = tuple(Limit(candidate=n, num_qo_tokens=100, fails_at=101, found_by="probe", reason="-") for n in names)
     barred = tuple(Ineligible(candidate=name, first_call_s=9.0, bound_s=1.0) for name in slow)
-    return msgspec.structs.replace(table, limits=bound, ineligible=barred)
+    only = Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),))
+    return msgspec.structs.replace(table, limits=bound, ineligible=barred, rows=(only,))
 
 
 def test_past_a_limit_a_candidate_with_slow_first_calls_comes_last_of_those_that_run() -> None:
@@ -261,6 +262,6 @@ def test_the_committed_limits_of_an_h200_were_found_by_probes_and_hold() -> None
             ("prefill_attention/c128a/h64", "with_kvcache"): (65903, 65904, "probe"),
             ("prefill_attention/c128a/h128", "with_kvcache"): (33928, 33929, "probe"),
         }
-        open_ones = suspects(observations, list(sites), sorted({c for site in sites for c in names_at(site)}))
+        open_ones = [s for site in sites for s in suspects(observations, [site], names_at(site))]
         # What a sweep alone saw, and no probe: not a limit any more.
         assert [s.shape.num_qo_tokens for s in open_ones] == mixed
