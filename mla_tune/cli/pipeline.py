@@ -68,11 +68,13 @@ def make_plan(
     names: Sequence[SiteName],
     preset: Preset = FULL,
     recorded: Path | None = None,
+    architecture: str | None = None,
 ) -> Plan:
     """The first points for a device: the whole grid, or the seeds of an adaptive sweep, with what judges them.
 
-    ``recorded`` is a file of traffic. Raises :class:`StoreError` where it cannot be read, and :class:`UsageError` where it
-    has nothing of the models and sites that are to be swept.
+    ``recorded`` is a file of traffic; ``architecture`` as of :func:`mla_tune.sweep.grid.gpu_grid`. Raises
+    :class:`StoreError` where the file cannot be read, and :class:`UsageError` where it has nothing of the models and sites
+    that are to be swept.
     """
     objective = Objective(traffic=read_traffic(recorded)) if recorded else PLAIN
     if recorded and not any(objective.recorded(name, model.name) for name in names for model in models):
@@ -80,7 +82,7 @@ def make_plan(
         raise UsageError(
             f"--traffic must have a forward of what is swept: got none in {recorded}; accepted: {accepted}"
         )
-    grid = cpu_grid() if kind == "cpu" else gpu_grid(sm_count)
+    grid = cpu_grid() if kind == "cpu" else gpu_grid(sm_count, architecture)
     held_out = min(preset.held_out, grid.held_out), min(preset.held_out_indexer, grid.held_out_indexer)
     grid = replace(grid, held_out=held_out[0], held_out_indexer=held_out[1])
     first = grid_points if preset.dense else seed_points
