@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mla_tune.hardware.datasheet import SM90, SM100, architecture
-from mla_tune.sites.kernel_switches import has_schedule, paged_entries, switch_contexts
+from mla_tune.sites.kernel_switches import has_schedule, switch_contexts
 from mla_tune.sites.shape import Shape, workload
 from mla_tune.sites.site import DEEPSEEK_V3_2, DEEPSEEK_V4_FLASH, DEEPSEEK_V4_PRO, LayerType, ModelConfig, SiteName
 
@@ -30,12 +30,6 @@ def test_on_sm100_a_query_of_at_most_640_entries_is_not_split(
     assert has_schedule(site, SM100, context) is scheduled
     assert has_schedule(site, SM90, context)
     assert has_schedule(site, None, context)  # any other GPU is taken to do as Hopper does
-
-
-def test_entries_are_the_columns_of_both_index_matrices() -> None:
-    assert paged_entries(LayerType.SWA_ONLY, 0) == 128
-    assert paged_entries(LayerType.C4A, 512) == 640
-    assert paged_entries(LayerType.DSA, 2048) == 2048
 
 
 @pytest.mark.parametrize(("h_q", "switches"), [(64, 1), (128, 2)])

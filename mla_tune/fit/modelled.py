@@ -43,8 +43,9 @@ class ModelledCosts(CostModel):
 
     modelled = True
 
-    def __init__(self, measured: CostModel, target: Datasheet) -> None:
-        self.scaling = Scaling(datasheet(measured.environment.sku), target)
+    def __init__(self, measured: CostModel, target: Datasheet, *, always_splits: bool = False) -> None:
+        """``always_splits``: as a build whose KV-cache kernel splits every query; see :class:`Scaling`."""
+        self.scaling = Scaling(datasheet(measured.environment.sku), target, always_splits)
         self.measured = measured
         self.environment = replace(
             measured.environment,
@@ -69,7 +70,7 @@ class ModelledCosts(CostModel):
             members = []
             for stage, curve in path.stages:
                 shapes, _ = self.observations.latencies(site, candidate, stage.name)
-                scaled[stage.name] = scale_stage(self.scaling, site, candidate, stage, curve, work(site, shapes))
+                scaled[stage.name] = scale_stage(self.scaling, site, stage, curve, work(site, shapes))
                 members.append((stage, scaled[stage.name].curve))
             correction = path.correction
             if correction is not None:

@@ -45,10 +45,14 @@ def check(measured: CostModel, figures: Iterable[Published]) -> tuple[Checked, .
     On the measured GPU itself the curves are as they were fitted. Raises :class:`mla_tune.errors.UsageError` for a GPU
     without a datasheet.
     """
-    found: dict[str, ModelledCosts] = {}
+    found: dict[tuple[str, bool], ModelledCosts] = {}
+    checked = []
     for figure in figures:
-        found.setdefault(figure.sku, ModelledCosts(measured, datasheet(figure.sku)))
-    return tuple(_checked(found[figure.sku], figure) for figure in figures)
+        kind = (figure.sku, figure.always_splits)
+        if kind not in found:
+            found[kind] = ModelledCosts(measured, datasheet(figure.sku), always_splits=figure.always_splits)
+        checked.append(_checked(found[kind], figure))
+    return tuple(checked)
 
 
 def _checked(costs: ModelledCosts, figure: Published) -> Checked:
@@ -62,9 +66,9 @@ def _checked(costs: ModelledCosts, figure: Published) -> Checked:
 
 def _predicted(costs: ModelledCosts, launches: Launches) -> tuple[float, float] | None:
     """Microseconds of all launches, and the uncertainty of their stage; None where it was not measured."""
-    if launches.candidate not in costs.candidates(launches.site):
+    if launches.candidate.name not in costs.candidates(launches.site):
         return None
-    stage = costs.stages(launches.site, launches.candidate).get(launches.stage)
+    stage = costs.stages(launches.site, launches.candidate.name).get(launches.stage)
     if stage is None:
         return None
     us = float(stage.curve.latency_us(work(launches.site, [launches.shape]))[0])

@@ -1,12 +1,15 @@
 """From one GPU's curve to another's: each term of the law by the ratio of what bounds it, and how far that may be off.
 
 * Clock (launches, latencies, the serial scheduler): the ratio of boost clocks.
-* Memory: the ratio of bandwidths. The share of gathers that miss is taken anew with the target's L2.
+* Memory: the ratio of bandwidths. The share of gathers that miss is taken anew with an L2 larger by the ratio of both.
 * SMs: the staircase is laid anew in waves of the target's SM count. A wave lasts as long as one SM needs, which is the
   tensor cores' part, by throughput per SM, and the rest, by clock; how large the first is says the utilisation that the
   kernel reaches on the measured GPU. On another architecture ``sparse_fwd`` is another kernel, written for that one's
   tensor cores: its utilisation is taken to stay. ``with_kvcache`` dequantizes on the CUDA cores, which are no faster
   there, so it keeps the two parts on both.
+
+On SM100 the KV-cache kernel leaves narrow selections unsplit (:mod:`mla_tune.sites.kernel_switches`), so that the laws
+count no schedule and no merge there.
 
 What a law misses (the local correction) is carried over as it is: it is a ratio without a unit, made by tails of waves,
 by partial overlap and by what a stage finds in the L2, and on the target it is looked up at as many waves as it was
@@ -19,12 +22,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_tune.fit.bases import Chip, Resource, basis
+from mla_tune.fit.bases import L2_BYTES, Chip, Resource, basis
 from mla_tune.fit.curves import Correction, Curve, terms_of
 from mla_tune.fit.work import Array, Work
 from mla_tune.hardware.datasheet import Datasheet
 from mla_tune.sites.site import LayerType, Site
-from mla_tune.sites.stages import Stage
+from mla_tune.sites.stages import Law, Stage
 
 _D_V = 512
 _D_QK = {LayerType.DSA: 576}
@@ -39,8 +42,11 @@ _CLOCK_EXPONENT = 0.5
 """A latency is partly the memory's, which no SM clock shortens: its exponent on the clock is between 0 and 1."""
 _MEMORY_EXPONENT = 0.25
 """The dequantize kernel moves 0.80 of an H200's 4.8 TB/s at best; a part with more reaches a smaller share."""
-_ANOTHER_KERNEL = {"sparse_fwd": 0.25, "with_kvcache": 0.5}
-"""Doubt in an attention kernel of another architecture. FlashMLA's README states, of V3.2 shapes: sparse prefill 640
+_OVER_WORKSPACE = (Law.WORKSPACE_ATTENTION, Law.SELECTED_ATTENTION)
+_ANOTHER_KERNEL = {True: 0.25, False: 0.5}
+"""Doubt in an attention kernel of another architecture: over a workspace, and over the paged cache.
+
+FlashMLA's README states, of V3.2 shapes: sparse prefill 640
 TFLOP/s on an H800 and 1450 on a B200, 0.65 and 0.64 of the peak, where the same utilisation gives 1455; but V4's
 queries are shorter. Sparse decoding 410 and 350, "not really optimized yet", 1.31 times the time per SM, where the two
 parts at a utilisation of 0.41 give 0.79: off by exp(0.5)."""
@@ -52,6 +58,8 @@ class Scaling:
 
     source: Datasheet
     target: Datasheet
+    always_splits: bool = False
+    """Whether the target's KV-cache kernel is taken to split every query, as FlashMLA's builds of before 2026 did."""
 
     @property
     def same_architecture(self) -> bool:
@@ -70,7 +78,7 @@ class Scaling:
     def _tensor(self) -> float:
         return self.source.bf16_tflops_per_sm / self.target.bf16_tflops_per_sm
 
-    def factor(self, resource: Resource, candidate: str, utilisation: float) -> float:
+    def factor(self, resource: Resource, law: Law, utilisation: float) -> float:
         """What a term's coefficient is multiplied by; exactly 1 where source and target are one product.
 
         ``utilisation`` is the share of the source's tensor peak that the kernel reaches.
@@ -79,17 +87,17 @@ class Scaling:
             return self._clock
         if resource is Resource.MEMORY:
             return self._memory
-        per_sm = self._per_sm(candidate, utilisation)
+        per_sm = self._per_sm(law, utilisation)
         if resource is Resource.DEVICE:
             return per_sm * self.source.sm_count.value / self.target.sm_count.value
         return per_sm
 
-    def _per_sm(self, candidate: str, utilisation: float) -> float:
-        if candidate == "sparse_fwd" and not self.same_architecture:
+    def _per_sm(self, law: Law, utilisation: float) -> float:
+        if law in _OVER_WORKSPACE and not self.same_architecture:
             return self._tensor
         return 1 + utilisation * (self._tensor - 1) + (1 - utilisation) * (self._clock - 1)
 
-    def doubt(self, resource: Resource, candidate: str, utilisation: float) -> float:
+    def doubt(self, resource: Resource, law: Law, utilisation: float) -> float:
         """Half-width of the interval around a scaled term, as a logarithm; 0 for the product that was measured."""
         if self.source.sku == self.target.sku:
             return 0.0
@@ -99,14 +107,19 @@ class Scaling:
         if resource is Resource.MEMORY:
             return base + _MEMORY_EXPONENT * abs(float(np.log(self._memory)))
         if not self.same_architecture:
-            return _ANOTHER_KERNEL.get(candidate, max(_ANOTHER_KERNEL.values()))
+            return _ANOTHER_KERNEL[law in _OVER_WORKSPACE]
         # The two parts of a wave are added, as if one waited for the other; at the other end they overlap in full.
         overlapped = max(utilisation * self._tensor, self._clock)
-        return base + abs(float(np.log(self._per_sm(candidate, utilisation) / overlapped)))
+        return base + abs(float(np.log(self._per_sm(law, utilisation) / overlapped)))
 
     def chip(self) -> Chip:
         """The device that the scaled basis is for."""
-        return Chip(int(self.target.sm_count.value), self.target.l2_bytes.value, int(self.source.sm_count.value))
+        return Chip(
+            int(self.target.sm_count.value),
+            L2_BYTES * self.target.l2_bytes.value / self.source.l2_bytes.value,
+            int(self.source.sm_count.value),
+            None if self.always_splits else self.target.architecture,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -122,20 +135,20 @@ class ScaledStage:
     shape where that is most."""
 
 
-def scale_stage(scaling: Scaling, site: Site, candidate: str, stage: Stage, measured: Curve, load: Work) -> ScaledStage:
+def scale_stage(scaling: Scaling, site: Site, stage: Stage, measured: Curve, load: Work) -> ScaledStage:
     """``measured`` on the target of ``scaling``; ``load`` is the work of the shapes that it was measured at."""
     utilisation = tensor_utilisation(scaling.source, site, measured, load) if stage.name == "attention" else 0.0
-    target = basis(site, candidate, stage, scaling.chip())
+    target = basis(site, stage.law, scaling.chip())
     pieces = len(measured.coefficients) // len(target.resources)  # a law with a break has every term twice
     resources = target.resources * pieces
-    factors = [scaling.factor(resource, candidate, utilisation) for resource in resources]
+    factors = [scaling.factor(resource, stage.law, utilisation) for resource in resources]
     curve = replace(
         measured,
         basis=target,
         coefficients=tuple(c * factor for c, factor in zip(measured.coefficients, factors, strict=True)),
-        floor_us=measured.floor_us * scaling.factor(Resource.CLOCK, candidate, utilisation),
+        floor_us=measured.floor_us * scaling.factor(Resource.CLOCK, stage.law, utilisation),
     )
-    doubts = [scaling.doubt(resource, candidate, utilisation) for resource in resources]
+    doubts = [scaling.doubt(resource, stage.law, utilisation) for resource in resources]
     doubt = float(np.einsum("ij,i->j", _shares(curve, load), np.array(doubts)).max())
     error = measured.correction.error
     return ScaledStage(replace(curve, correction=widened(curve.correction, doubt)), error, doubt)

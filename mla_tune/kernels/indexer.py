@@ -17,9 +17,10 @@ from mla_tune.errors import MissingPackageError
 from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.sites.candidates import Candidate
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.site import Site
-from mla_tune.sites.stages import stages
+from mla_tune.sites.stages import KernelSource
 
 _INDICES_FROM = (0, 2, 5)
 
@@ -28,7 +29,7 @@ _INDICES_FROM = (0, 2, 5)
 def deep_gemm_missing() -> str | None:
     """Why DeepGEMM cannot be used, in one sentence; None if its module imports. Asked once: a failed import is slow."""
     try:
-        module = importlib.import_module("deep_gemm")
+        module = importlib.import_module(KernelSource.DEEP_GEMM)
     # DeepGEMM builds itself on import if it must: assertions and subprocess errors are then possible too.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -39,29 +40,31 @@ def deep_gemm_missing() -> str | None:
 
 
 def prepare(
-    context_lens: torch.Tensor, site: Site, candidate: str, num_sms: int, launches: Launches = DEFAULT_LAUNCHES
+    context_lens: torch.Tensor, site: Site, candidate: Candidate, num_sms: int, launches: Launches = DEFAULT_LAUNCHES
 ) -> Prepared:
     """Bind ``candidate`` to ``context_lens`` (num_qo_tokens, 1) int32."""
-    (stage,) = stages(site, candidate)
+    (stage,) = candidate.stages(site)
     output = Output()
-    if site.provider is not None and candidate == "jit":
+    if site.provider is not None and stage.replaced:
         make = _provided(context_lens, num_sms)
     else:
-        make = _maker(context_lens, candidate, num_sms, launches)
+        make = _maker(context_lens, stage.source, num_sms, launches)
 
     def run() -> None:
         output.tensor = make()
 
-    return Prepared(candidate=candidate, stages=(BoundStage(stage, run),), output=output)
+    return Prepared(candidate=candidate.name, stages=(BoundStage(stage, run),), output=output)
 
 
-def _maker(context_lens: torch.Tensor, candidate: str, num_sms: int, launches: Launches) -> Callable[[], torch.Tensor]:
-    if candidate == "jit":
+def _maker(
+    context_lens: torch.Tensor, source: KernelSource | None, num_sms: int, launches: Launches
+) -> Callable[[], torch.Tensor]:
+    if source is None:
         config = launches.metadata(context_lens.numel())
         return lambda: paged_mqa_logits_metadata(context_lens, BLOCK_KV, num_sms, config=config)
     if context_lens.device.type == "cpu":
         return lambda: paged_mqa_logits_metadata_serial(context_lens, BLOCK_KV, num_sms)
-    module = importlib.import_module("deep_gemm")
+    module = importlib.import_module(KernelSource.DEEP_GEMM)
     major = torch.cuda.get_device_capability(context_lens.device)[0]
     indices = request_indices(str(getattr(module, "__version__", "")), major, context_lens)
     metadata = module.get_paged_mqa_logits_metadata

@@ -31,16 +31,14 @@ def unsplit_entries(architecture: str | None) -> int:
     return UNSPLIT_ENTRIES if architecture == SM100 else 0
 
 
-def paged_entries(layer: LayerType, selection: int) -> int:
-    """Entries of a query as the KV-cache kernel counts them: columns of the selection, and those of the window."""
-    if layer is LayerType.SWA_ONLY:
-        return SWA_WINDOW
-    return selection + (SWA_WINDOW if layer.has_window else 0)
+def window_columns(layer: LayerType) -> int:
+    """Entries of a query that the KV-cache kernel counts beside the columns of its selection."""
+    return SWA_WINDOW if layer.has_window else 0
 
 
 def has_schedule(site: Site, architecture: str | None, context: int) -> bool:
     """Whether the KV-cache kernel has a schedule, partial results and a merge where the longest context is ``context``."""
-    return paged_entries(site.layer, selection_width(site, context)) > unsplit_entries(architecture)
+    return selection_width(site, context) + window_columns(site.layer) > unsplit_entries(architecture)
 
 
 def switch_contexts(site: Site, architecture: str | None) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.candidates import Device
+from mla_tune.kernels.binding import Device
 from mla_tune.kernels.indexer import request_indices
 from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial, shares
 from mla_tune.kernels.reference import metadata_reference
