@@ -183,8 +183,8 @@ def _schedule(queries: Array, tiles: Array, piece_tiles: float) -> tuple[Array, 
     """FlashMLA's split-KV schedule: tiles of its busiest part, and whether every query is split (1 or 0).
 
     ``queries`` are query blocks per part and ``tiles`` the tiles of one query. The scheduler (FlashMLA,
-    ``get_decoding_sched_meta``) shares the tiles out evenly, charges each piece of a query ``piece_tiles``, and leaves a part's
-    rest empty where nothing but that charge would fit. Where a part holds no whole query all results must be merged.
+    ``get_decoding_sched_meta``) shares the tiles out evenly, charges each piece of a query ``piece_tiles``, and leaves a
+    part's rest empty where nothing but that charge would fit. Where a part holds no whole query all results must be merged.
     """
     whole = tiles + piece_tiles
     payload = np.ceil(queries * whole) + piece_tiles

@@ -158,7 +158,8 @@ def capped_cells(
 ) -> CappedCells:
     """The cells of a table of attention; ``largest`` are the query tokens up to which each candidate may run.
 
-    ``device`` has the SM count and the architecture, as :func:`mla_tune.fit.workspace_bytes.workspace` takes them. The incumbent comes first in ``largest``. In a cell where nothing is over the cap nothing is barred.
+    ``device`` has the SM count and the architecture, as :func:`mla_tune.fit.workspace_bytes.workspace` takes them. The
+    incumbent comes first in ``largest``. In a cell where nothing is over the cap nothing is barred.
     """
     fits = np.stack([_most_bytes(scope, name, device, frame) <= max_bytes for name in largest], axis=2)
     may_run = np.stack([frame.query_ends <= most for most in largest.values()])

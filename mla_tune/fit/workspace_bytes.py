@@ -5,8 +5,9 @@ the slot that each came from, and an index matrix with a length per query; its k
 head. ``sparse_fwd_fused`` holds no slots; ``sparse_fwd_selected`` has rows for as many as could be selected, their slots,
 and a mark and a place for every compressed row. ``with_kvcache`` splits each query's selection over the SMs and merges: a
 float32 partial result and its logarithm for every query and head, and for every part of the schedule, besides the merged
-logarithm (on SM100 it does not split narrow selections, see :mod:`mla_tune.sites.kernel_switches`). Measured peaks are up to 2 MiB above these sums (the allocator's rounding, a schedule); with one batch entry for
-all queries (``with_kvcache_mixed``) two partial results a query are counted, which is up to 17 MiB too much.
+logarithm; on SM100 it does not split narrow selections (:mod:`mla_tune.sites.kernel_switches`). Measured peaks are up to
+2 MiB above these sums (the allocator's rounding, a schedule); with one batch entry for all queries
+(``with_kvcache_mixed``) two partial results a query are counted, which is up to 17 MiB too much.
 A test compares all of the committed export.
 """
 
