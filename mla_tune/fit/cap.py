@@ -205,6 +205,7 @@ def _corner_work(
         "num_qo_tokens": queries,
         "compressed_rows": rows,
         "window_rows": windows,
+        "selection_width": widths,
         "index_width": index_widths,
     }
     none = dict.fromkeys((field.name for field in fields(Work)), np.zeros(queries.size))
