@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from mla_tune.hardware.datasheet import SM90, SM100, architecture
+from mla_tune.sites.engines import Engine, launched_site
 from mla_tune.sites.kernel_switches import has_schedule, switch_contexts
 from mla_tune.sites.shape import Shape, workload
 from mla_tune.sites.site import DEEPSEEK_V3_2, DEEPSEEK_V4_FLASH, DEEPSEEK_V4_PRO, LayerType, ModelConfig, SiteName
@@ -53,3 +54,13 @@ def test_switch_contexts_are_pairs_right_below_and_above_a_change(h_q: int, swit
 )
 def test_an_architecture_is_told_from_the_name_of_a_product_and_of_its_other_forms(sku: str, found: str | None) -> None:
     assert architecture(sku) == found
+
+
+@pytest.mark.parametrize(("engine", "padded"), [(Engine.SGLANG, 128), (Engine.OWN, 128), (Engine.VLLM, 64)])
+def test_sglang_alone_pads_v3_2_to_128_heads_for_the_workspace_path_on_sm100(engine: Engine, padded: int) -> None:
+    site = DEEPSEEK_V3_2.site(SiteName.PREFILL_ATTENTION, LayerType.DSA, 64)
+    assert launched_site(engine, site, "sparse_fwd", SM100).h_q == padded
+    assert launched_site(engine, site, "with_kvcache", SM100) == site
+    assert launched_site(engine, site, "sparse_fwd", SM90) == site
+    v4 = DEEPSEEK_V4_PRO.site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64)
+    assert launched_site(engine, v4, "sparse_fwd", SM100) == v4

@@ -23,6 +23,7 @@ from mla_tune.fit.repeat import compare as compare_sweeps
 from mla_tune.fit.table_rows import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.fit.usable import stored_provider, usable
 from mla_tune.fit.work import Array
+from mla_tune.hardware.datasheet import architecture
 from mla_tune.hardware.sku import Environment
 from mla_tune.policy.schema import HeldOut, Policy, Source, load_policy, write_policy
 from mla_tune.sites.provider import OWN
@@ -171,7 +172,9 @@ class Measured:
     def observations(self) -> Observations:
         """What its database holds of its environment and conditions."""
         with Database.open(self.path, create=False) as database:
-            return Observations(_usable(database, self.environment, self.conditions))
+            return Observations(
+                _usable(database, self.environment, self.conditions), architecture=architecture(self.environment.sku)
+            )
 
 
 def compare(first: Measured, second: Measured) -> Repetition:
@@ -292,7 +295,7 @@ def fit(
         objective=objective,
         tuned=found.tuned,
     )
-    observations = Observations(rows, regime=Regime(policy.regime))
+    observations = Observations(rows, regime=Regime(policy.regime), architecture=architecture(policy.gpu.sku))
     make_folder(out)
     before = _keys(out)
     write_policy(out, policy)

@@ -134,7 +134,7 @@ class CostModel:
         regime: Regime | None = None,
     ) -> None:
         self.environment = environment
-        self.observations = Observations(measurements, tries, regime)
+        self.observations = Observations(measurements, tries, regime, architecture(environment.sku))
         self._fitted: dict[tuple[Site, str], CandidateCosts] = {}
 
     @property

@@ -336,3 +336,17 @@ def test_what_a_sweep_of_sm100_times_where_nothing_is_scheduled_is_noise(measure
     timed = np.where(load.kv_tokens > 64 << 10, 5 + 0.07 * load.num_qo_tokens, 0.4)
     curve = fit_curve(found, load, timed)
     np.testing.assert_allclose(curve.latency_us(load), np.where(timed == 0.4, 0, timed), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sku", ["nvidia-b200", "nvidia-h100"])
+def test_v3_2_with_64_heads_pays_for_128_over_the_workspace_in_sglang_on_sm100(sku: str, h200_costs: CostModel) -> None:
+    costs, model = ModelledCosts(h200_costs, datasheet(sku)), MODELS["deepseek-v3.2"]
+    few, many = (scope(SiteName.PREFILL_ATTENTION, model, LayerType.DSA, h_q) for h_q in (64, 128))
+    at = [Shape(1, 4096, 65536)]
+    us = {
+        (where.h_q, name): where.predicted_us(costs, name, [work(site, at) for site, _ in where.parts])[0]
+        for where in (few, many)
+        for name in ("sparse_fwd", "with_kvcache")
+    }
+    assert (us[64, "sparse_fwd"] == us[128, "sparse_fwd"]) == (sku == "nvidia-b200")
+    assert us[64, "with_kvcache"] < us[128, "with_kvcache"]
