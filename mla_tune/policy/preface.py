@@ -63,9 +63,12 @@ def _times(rule: Slowdown) -> str:
 
 def _told(policy: Policy) -> Iterator[str]:
     """What is chosen for each model in a whole forward of one request."""
-    for table in policy.tables:
-        if (table.site, table.layer, table.engine) == (SiteName.PREFILL_ATTENTION, FORWARD, Engine.SGLANG):
-            yield f"{table.model}, {table.h_q} heads: {_by_context(table)}."
+    key = SiteName.PREFILL_ATTENTION, FORWARD, Engine.SGLANG
+    told = [table for table in policy.tables if (table.site, table.layer, table.engine) == key]
+    if told:
+        yield "What it takes for a whole forward of one request:"
+    for table in told:
+        yield f"{table.model}, {table.h_q} heads: {_by_context(table)}."
     indexer = [table for table in policy.tables if table.site == SiteName.INDEXER_METADATA]
     taken = {choice.candidate for table in indexer for row in table.rows for choice in row.choices}
     if indexer:
