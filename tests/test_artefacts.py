@@ -23,6 +23,7 @@ from mla_tune.sites.provider import Provider
 from mla_tune.sites.site import MODELS, SiteName
 from mla_tune.store.export import export_lines, export_sha256, read_export
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Role
+from tests.rebuilt import skip_if_rebuilt
 
 ROOT = Path(__file__).parent.parent
 POLICIES = sorted((ROOT / "policies").glob("*.yaml"))
