@@ -332,6 +332,12 @@ def _like(first: Table, key: tuple[SiteName, str, int | None, str, Engine]) -> T
         incumbent = accepted_candidates(site, MODELS[model], engine)[0]
         rows_ = (Row(choices=(Choice(candidate=incumbent),)),)
         first = msgspec.structs.replace(
-            first, incumbent=incumbent, candidates=(incumbent,), limits=(), ineligible=(), rows=rows_
+            first,
+            incumbent=incumbent,
+            candidates=(incumbent,),
+            candidate_builds=(),
+            limits=(),
+            ineligible=(),
+            rows=rows_,
         )
     return msgspec.structs.replace(first, site=site.value, model=model, h_q=h_q, layer=str(layer), engine=engine)

@@ -42,8 +42,8 @@ def test_a_policy_without_launch_parameters_has_no_line_for_them() -> None:
 def test_what_was_tuned_is_what_a_server_launches_with_and_the_rest_is_the_default(tmp_path: Path) -> None:
     data = dump_policy(with_launches(*TUNED))
     assert (
-        b"  - {kernel: dequantize_v4, size_from: 131072, launch: {rows_per_program: 8, num_warps: 1, programs_per_sm: 16, "
-        b"stream_loads: 1, stream_stores: 0}}\n"
+        b"    - {size_from: 131072, rows_per_program: 8, num_warps: 1, programs_per_sm: 16, "
+        b"stream_loads: 1, stream_stores: 0}\n"
     ) in data
     (tmp_path / "p.yaml").write_bytes(data)
     launches = Dispatcher.load(tmp_path / "p.yaml").launches
