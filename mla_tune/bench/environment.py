@@ -6,23 +6,21 @@ a digest over its files, since two builds may carry one version.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
-from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN
+from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN, installed_version, module_folder
+from mla_tune.hardware.digests import digest_library
 from mla_tune.hardware.sku import CPU, Environment, KernelLibrary, sku_name
 
 if TYPE_CHECKING:
     from types import ModuleType
 
-_CHUNK_BYTES = 1 << 20
 _PROCESSORS = Path("/proc/cpuinfo")
 
 
@@ -40,29 +38,15 @@ def kernel_libraries() -> tuple[KernelLibrary, ...]:
 
     A library without metadata (a source tree on the path) goes by its project's name and the version :data:`UNKNOWN`.
     """
-    found = []
+    libraries: list[KernelLibrary] = []
     for module, distributions in DISTRIBUTIONS.items():
-        folder = _module_folder(module)
+        folder = module_folder(module)
         if folder is None:
             continue
-        installed = [(name, version(name)) for name in distributions if _is_installed(name)]
+        stated = [(name, found) for name in distributions if (found := installed_version(name)) is not None]
         sha256 = digest_library(folder)
-        found += [KernelLibrary(n, v, sha256) for n, v in installed or [(distributions[-1], UNKNOWN)]]
-    return tuple(sorted(found, key=lambda library: library.name))
-
-
-def digest_library(folder: Path) -> str:
-    """SHA-256 over a package's compiled files, or over its Python sources where it has none, in path order.
-
-    Each file enters by its path in the package, its size and its bytes; where the package lies does not matter.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.so")) or sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
+        libraries += [KernelLibrary(n, v, sha256) for n, v in stated or [(distributions[-1], UNKNOWN)]]
+    return tuple(sorted(libraries, key=lambda library: library.name))
 
 
 def processor_name(cpuinfo: Iterable[str]) -> str:
@@ -141,20 +125,6 @@ def _triton_version() -> str:
         with suppress(PackageNotFoundError):
             return version(name)
     return ""
-
-
-def _module_folder(module: str) -> Path | None:
-    """Where a top-level package lies, without importing it; None if there is no such package."""
-    spec = find_spec(module)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
-    return Path(folders[0]) if folders else None
-
-
-def _is_installed(distribution: str) -> bool:
-    with suppress(PackageNotFoundError):
-        version(distribution)
-        return True
-    return False
 
 
 def _missing(package: str, error: ImportError) -> MissingPackageError:
