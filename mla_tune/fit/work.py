@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -12,6 +12,7 @@ from mla_tune.sites.shape import AnyShape, workload
 from mla_tune.sites.site import Site
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,6 +29,10 @@ class Work:
     selection_width: Array
     index_width: Array
     distinct_rows: Array
+
+    def at(self, chosen: Mask) -> Work:
+        """The shapes that ``chosen`` (num_shapes,) marks, in their order."""
+        return Work(*(getattr(self, field.name)[chosen] for field in fields(self)))
 
     @property
     def attended(self) -> Array:
