@@ -11,10 +11,11 @@ import numpy as np
 
 from mla_tune.errors import FitError
 from mla_tune.fit.bases import Chip, basis, whole_path_coordinates
-from mla_tune.fit.curves import Correction, Curve, fit_correction, fit_curve, smooth_correction
+from mla_tune.fit.curves import Correction, Curve, fit_correction, fit_curve, log_ratio, smooth_correction
 from mla_tune.fit.observations import Observations, Shares, group
 from mla_tune.fit.prediction_error import PredictionError, folds, prediction_error
 from mla_tune.fit.work import Array, Work, work
+from mla_tune.hardware.datasheet import architecture
 from mla_tune.hardware.sku import Environment
 from mla_tune.sites.candidates import stages
 from mla_tune.sites.shape import Shape
@@ -129,10 +130,15 @@ class CostModel:
         regime: Regime | None = None,
     ) -> None:
         self.environment = environment
-        self.observations = Observations(measurements, tries, regime)
+        self.observations = Observations(measurements, tries, regime, architecture(environment.sku))
         self._fitted: dict[tuple[Site, str], CandidateCosts] = {}
         self._stage_fits: dict[tuple[Site, str, Stage], _StageFit] = {}
         self._stage_errors: dict[tuple[Site, str, Stage], PredictionError] = {}
+
+    @property
+    def architecture(self) -> str | None:
+        """Of the GPU that the curves are of; see :func:`mla_tune.hardware.datasheet.architecture`."""
+        return architecture(self.environment.sku)
 
     def candidates(self, site: Site) -> tuple[str, ...]:
         """Candidates that ran at this site, sorted."""
@@ -181,7 +187,9 @@ class CostModel:
         if key not in self._stage_fits:
             shapes, latencies_us = self.observations.latencies(site, candidate, stage.name)
             load, measured_us = work(site, shapes), np.array(latencies_us)
-            stage_basis = basis(site, stage.law, Chip(max(self.environment.sm_count, 1)))
+            stage_basis = basis(
+                site, stage.law, Chip(max(self.environment.sm_count, 1), architecture=self.architecture)
+            )
             self._stage_fits[key] = _StageFit(
                 fit_curve(stage_basis, load, measured_us), load, tuple(shapes), measured_us
             )
@@ -224,7 +232,9 @@ class _Whole:
 
     def correction(self, curves: Iterable[Curve]) -> Correction:
         """From the sum of the stages to the whole."""
-        return fit_correction(whole_path_coordinates(self.load), np.log(self.measured_us / _sum_us(curves, self.load)))
+        return fit_correction(
+            whole_path_coordinates(self.load), -log_ratio(_sum_us(curves, self.load), self.measured_us)
+        )
 
     def error(self, parts: Sequence[_StageFit], correction: Correction | None) -> PredictionError:
         """Errors at every point, predicted by stages and a correction that know nothing of the fold that it is in."""
@@ -233,7 +243,7 @@ class _Whole:
         for fold in left_out:
             hidden = {shape for shape, hide in zip(self.shapes, fold, strict=True) if hide}
             predicted_us = _sum_us([part.without(hidden) for part in parts], self.load)
-            log_ratios = np.log(self.measured_us / predicted_us)
+            log_ratios = -log_ratio(predicted_us, self.measured_us)
             if correction is not None:
                 kept = [axis[~fold] for axis in where]
                 known = smooth_correction(kept, log_ratios[~fold], correction.smoothness)

@@ -171,7 +171,8 @@ def _cap(
         return None
     largest = {name: candidates.largest(name) for name in candidates.names}
     frame = Frame.of(bins, groups, tokens, measured)
-    return capped_cells(scope, largest, objective.max_workspace_bytes, costs.environment.sm_count, frame)
+    device = costs.environment.sm_count, costs.architecture
+    return capped_cells(scope, largest, objective.max_workspace_bytes, device, frame)
 
 
 def _weights(charged: _Charged, scope: Scope, objective: Objective, measured: Range) -> Array:

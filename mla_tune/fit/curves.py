@@ -115,25 +115,33 @@ class Curve:
     def latency_us(self, work: Work) -> Array:
         """Predicted latency, microseconds, (num_shapes,)."""
         law_us = _law_us(terms_of(self.basis, work, self.break_at), self.coefficients, self.floor_us)
-        return np.asarray(law_us * np.exp(self.correction.log_factor(_coordinates(self.basis, work, self.break_at))))
+        us = law_us * np.exp(self.correction.log_factor(_coordinates(self.basis, work, self.break_at)))
+        return np.asarray(us if self.basis.runs is None else us * self.basis.runs(work))
 
     def without(self, work: Work, latencies_us: Array, left_out: Mask) -> Curve:
         """The curve that the same points give without some: another law, and another correction as smooth as this one."""
-        kept = ~left_out
-        return _fit(self.basis, work.at(kept), latencies_us[kept], self.correction.smoothness)
+        kept = _where_it_runs(self.basis, work.where(~left_out), latencies_us[~left_out])
+        return _fit(self.basis, *kept, self.correction.smoothness)
 
     def error(self, work: Work, latencies_us: Array, left_out: Sequence[Mask]) -> PredictionError:
         """Errors at the points that it was fitted on, each predicted without the fold that it is in."""
         errors = np.zeros(len(latencies_us))
         for fold in left_out:
-            predicted_us = self.without(work, latencies_us, fold).latency_us(work.at(fold))
-            errors[fold] = np.log(predicted_us / latencies_us[fold])
+            predicted_us = self.without(work, latencies_us, fold).latency_us(work.where(fold))
+            errors[fold] = log_ratio(predicted_us, latencies_us[fold])
         return prediction_error(self.basis.coordinates(work), errors, left_out)
 
 
 def fit_curve(basis: Basis, work: Work, latencies_us: Array) -> Curve:
     """Fit one stage. ``latencies_us`` (num_shapes,) are measured, positive and at least one."""
-    return _fit(basis, work, latencies_us)
+    return _fit(basis, *_where_it_runs(basis, work, latencies_us))
+
+
+def _where_it_runs(basis: Basis, work: Work, latencies_us: Array) -> tuple[Work, Array]:
+    """What was timed where the stage does not run is noise, and is left out as long as there is anything else."""
+    if basis.runs is not None and (ran := basis.runs(work) > 0).any() and not ran.all():
+        return work.where(ran), latencies_us[ran]
+    return work, latencies_us
 
 
 def _fit(basis: Basis, work: Work, latencies_us: Array, *known: Smoothness | None) -> Curve:
@@ -170,6 +178,12 @@ def fit_nonnegative(terms: Sequence[Array], latencies_us: Array) -> tuple[float,
     scale = np.maximum(np.abs(columns).max(axis=0), 1e-300)
     solution, _ = nnls(columns / scale, np.ones(len(columns)))
     return tuple(float(value) for value in solution / scale)
+
+
+def log_ratio(predicted_us: Array, measured_us: Array) -> Array:
+    """(num_shapes,) logarithm of predicted over measured; 0 where the prediction is that nothing runs."""
+    runs = predicted_us > 0
+    return np.asarray(np.log(np.where(runs, predicted_us / measured_us, 1.0)))
 
 
 def _law_us(terms: Sequence[Array], coefficients: tuple[float, ...], floor_us: float) -> Array:

@@ -43,8 +43,9 @@ class ModelledCosts(CostModel):
 
     modelled = True
 
-    def __init__(self, measured: CostModel, target: Datasheet) -> None:
-        self.scaling = Scaling(datasheet(measured.environment.sku), target)
+    def __init__(self, measured: CostModel, target: Datasheet, *, always_splits: bool = False) -> None:
+        """``always_splits``: as a build whose KV-cache kernel splits every query; see :class:`Scaling`."""
+        self.scaling = Scaling(datasheet(measured.environment.sku), target, always_splits)
         self.measured = measured
         self.environment = replace(
             measured.environment,

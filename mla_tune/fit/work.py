@@ -30,10 +30,6 @@ class Work:
     index_width: Array
     distinct_rows: Array
 
-    def at(self, chosen: Mask) -> Work:
-        """The shapes that ``chosen`` (num_shapes,) marks, in their order."""
-        return Work(*(getattr(self, field.name)[chosen] for field in fields(self)))
-
     @property
     def attended(self) -> Array:
         """Entries that one query attends to, mean over the queries."""
@@ -43,6 +39,10 @@ class Work:
     def rows(self) -> Array:
         """Rows of the bf16 workspace."""
         return self.compressed_rows + self.window_rows
+
+    def where(self, mask: Mask) -> Work:
+        """The entries of ``mask`` (num_shapes,) alone."""
+        return Work(**{field.name: getattr(self, field.name)[mask] for field in fields(self)})
 
 
 def work(site: Site, shapes: Sequence[AnyShape]) -> Work:
