@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 SOON_S = 240.0
-"""Patience of a test on a busy machine; what it waits for takes milliseconds to seconds, and only a failure takes all of it."""
+"""Patience of a test on a busy machine: what it waits for takes milliseconds to seconds, only a failure takes all of it."""
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),

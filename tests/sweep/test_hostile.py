@@ -36,13 +36,14 @@ POINTS = [
     Point(METADATA, Shape(1, 16, 4000)),
     *(Point(SITE, Shape(1, tokens, 3000), Role.HELD_OUT) for tokens in (8, 40)),
 ]
-DEADLY = ("raises", "aborts", "illegal_access", "killed", "hangs", "works_once")
+DEADLY = ("raises", "aborts", "illegal_access", "hangs", "works_once")
+FROM_OUTSIDE = ("killed",)
 HARMLESS = ("out_of_memory", "wrong", "unwritten_row", "flaky")
 OUTCOMES = {
     "raises": Outcome.RUNTIME_ERROR,
     "aborts": Outcome.CRASH,
     "illegal_access": Outcome.RUNTIME_ERROR if HAS_CUDA else Outcome.CRASH,
-    "killed": Outcome.CRASH,
+    "killed": Outcome.DISTURBED,
     "hangs": Outcome.TIMEOUT,
     "works_once": Outcome.RUNTIME_ERROR,
     "out_of_memory": Outcome.NO_MEMORY,
@@ -108,12 +109,14 @@ def _summary(done: Swept) -> list[str]:
 
 def test_every_kind_is_in_the_sweep_and_has_an_expected_outcome() -> None:
     assert set(OUTCOMES) == set(hostile.KINDS)
-    assert {*DEADLY, *HARMLESS, "noisy", "slow_first_call"} == set(hostile.KINDS)
+    assert {*DEADLY, *FROM_OUTSIDE, *HARMLESS, "noisy", "slow_first_call"} == set(hostile.KINDS)
 
 
-def test_the_sweep_reaches_its_end_and_has_nothing_left_for_the_next(swept: Swept) -> None:
+def test_the_sweep_reaches_its_end_and_leaves_the_next_only_what_was_disturbed(swept: Swept) -> None:
     assert (swept.report.points, swept.report.left) == (len(POINTS), 0)
-    assert (swept.again.points, swept.again.already_done) == (0, len(POINTS))
+    disturbed = sum(point.site == SITE for point in POINTS)
+    assert (swept.again.points, swept.again.already_done) == (disturbed, len(POINTS) - disturbed)
+    assert swept.report.disturbed == swept.again.disturbed == disturbed
 
 
 @pytest.mark.parametrize("candidate", names_at(SITE))
@@ -131,7 +134,7 @@ def test_the_other_site_is_measured_although_workers_died_before_it(swept: Swept
     assert {row.candidate for row in rows if row.outcome is Outcome.OK} >= {"jit"}
 
 
-@pytest.mark.parametrize("kind", [*DEADLY, *HARMLESS])
+@pytest.mark.parametrize("kind", [*DEADLY, *FROM_OUTSIDE, *HARMLESS])
 def test_a_broken_candidate_costs_its_own_rows_which_keep_its_last_words(swept: Swept, kind: str) -> None:
     first = [row for row in swept.of(kind) if row.shape == SHAPES[0]]
     assert {row.outcome for row in first} == {OUTCOMES[kind]}
@@ -158,9 +161,10 @@ def test_what_costs_no_worker_is_tried_everywhere(swept: Swept, kind: str) -> No
 
 
 def test_as_many_workers_are_replaced_as_died(swept: Swept) -> None:
+    # Two points each, and a worker's end is tried once more; so is what ran out of memory, while that helps.
     mortal = sum(OUTCOMES[kind] is Outcome.CRASH for kind in DEADLY)
     mortal += HAS_CUDA  # the illegal access takes the context with it
-    assert swept.report.restarts == 2 * mortal
+    assert 4 * mortal <= swept.report.restarts <= 4 * mortal + 4 + 3
     assert swept.hung.restarts >= 2  # more only on a machine too busy for an honest candidate in that time
 
 
