@@ -17,7 +17,10 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
     *("mla_tune", "mla_tune.errors", "mla_tune.files"),
-    *("mla_tune.sites", *(f"mla_tune.sites.{name}" for name in ("site", "provider", "engines"))),
+    *(
+        "mla_tune.sites",
+        *(f"mla_tune.sites.{name}" for name in ("site", "provider", "engines", "candidates", "stages")),
+    ),
     *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml"))),
     "mla_tune.policy",
     *(f"mla_tune.policy.{name}" for name in ("schema", "evidence", "kernel_config", "rules", "text", "threshold")),

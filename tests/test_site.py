@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
+from mla_tune.sites.candidates import names_at, stages
+from mla_tune.sites.engines import Engine, engine_choice
 from mla_tune.sites.site import (
     DEEPSEEK_V3_2,
     DEEPSEEK_V4_FLASH,
@@ -18,7 +20,7 @@ from mla_tune.sites.site import (
     SiteName,
     model,
 )
-from mla_tune.sites.stages import Amortization, stages
+from mla_tune.sites.stages import Amortization
 from tests.shapes import every_site
 
 any_site = st.builds(
@@ -96,14 +98,17 @@ def test_an_unknown_model_is_refused_with_the_known_ones() -> None:
 
 @pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
 def test_every_sites_incumbent_is_one_of_its_candidates(site: Site) -> None:
-    assert site.incumbent in site.candidates
-    assert list(site.candidates) == sorted(site.candidates)
+    for engine in Engine:
+        choice = engine_choice(engine, site.name, site.layer)
+        assert choice.incumbent in choice.candidates
+        assert set(choice.candidates) <= set(names_at(site))
+    assert list(names_at(site)) == sorted(names_at(site))
 
 
 @pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
 def test_stages_of_a_whole_forward_come_first(site: Site) -> None:
     order = [Amortization.PER_FORWARD, Amortization.PER_LAYER_TYPE, Amortization.PER_LAYER]
-    for candidate in site.candidates:
+    for candidate in names_at(site):
         ranks = [order.index(stage.amortization) for stage in stages(site, candidate)]
         assert ranks
         assert ranks == sorted(ranks)

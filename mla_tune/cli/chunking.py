@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mla_tune.cli.named_policy import evidence
-from mla_tune.cli.options import JsonOption, PolicyOption
+from mla_tune.cli.options import JsonOption, PolicyOption, token_count
 from mla_tune.cli.policies import GpuOption, HeadsOption, MeasurementsOption, ModelOption
 from mla_tune.cli.traffic_command import RestOption, SpeedOption, TraceOption
 from mla_tune.errors import UsageError
@@ -111,8 +111,8 @@ def _prompts(text: str, longest: int) -> Prompts:
 
     tokens, _, weight = text.partition(":")
     try:
-        found = Prompts(int(tokens), float(weight) if weight else 1.0)
-    except ValueError:
+        found = Prompts(token_count(tokens), float(weight) if weight else 1.0)
+    except (ValueError, UsageError):
         raise UsageError(
             f"--prompt must be TOKENS or TOKENS:WEIGHT: got {text[:40]!r}; accepted: 131072, 8192:3"
         ) from None

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from mla_tune.cli.places import database_path, export_path, make_folder, policy_sku
 from mla_tune.errors import StoreError
-from mla_tune.hardware.sku import Environment
-from mla_tune.store.database import Database
-from mla_tune.store.export import read_export
+
+if TYPE_CHECKING:
+    from mla_tune.hardware.sku import Environment
+    from mla_tune.store.database import Database
 
 GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose files are meant.")]
 DbOption = Annotated[Path | None, typer.Option("--db", help="Working database (default db/<sku>.db).")]
@@ -28,6 +29,7 @@ def export(
 ) -> None:
     """Write one environment's measurements as sorted JSON lines, ready to commit."""
     from mla_tune.cli import pipeline
+    from mla_tune.store.database import Database
 
     sku = policy_sku(gpu)
     with Database.open(db or database_path(sku), create=False) as database:
@@ -56,6 +58,9 @@ def import_(
     ] = False,
 ) -> None:
     """Read an export into a working database (raw samples are not in exports)."""
+    from mla_tune.store.database import Database
+    from mla_tune.store.export import read_export
+
     found = read_export(source)
     if only_tries:
         found = replace(found, measurements=(), tuned=())
@@ -70,6 +75,7 @@ def import_(
 def ls(gpu: GpuOption = "auto", db: DbOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
     """List the environments in a database, with their outcomes."""
     from mla_tune.cli.output import render
+    from mla_tune.store.database import Database
 
     with Database.open(db or database_path(policy_sku(gpu)), create=False) as database:
         render.database(database.summaries(), as_json)

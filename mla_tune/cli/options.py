@@ -96,6 +96,30 @@ def byte_count(option: str, text: str) -> int:
     return count
 
 
+_COUNT = {"": 1, "k": 1 << 10, "m": 1 << 20}
+
+
+def token_count(text: object) -> int:
+    """A count of tokens or requests from ``131072``, ``131_072``, ``128K`` or ``1M`` (binary units, as contexts are named).
+
+    Raises :class:`UsageError`.
+    """
+    found = re.fullmatch(r"(\d[\d_]{0,24})([km]?)", str(text).strip().lower())
+    digits = found[1].replace("_", "") if found else ""
+    count = int(digits) * _COUNT[found[2]] if found and len(digits) <= 18 else 1 << 63
+    if count >= 1 << 63:
+        raise UsageError(f"a count must be a whole number: got {str(text)[:60]!r}; accepted: 131072, 128K or 1M")
+    return count
+
+
+def parsed_count(text: object) -> int:
+    """:func:`token_count` for an option's ``parser``: the refusal then names the option. Defaults come as integers."""
+    try:
+        return token_count(text)
+    except UsageError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def positive_seconds(option: str, value: float) -> float:
     """``value``, checked. Raises :class:`UsageError`."""
     if not 0 < value < float("inf"):

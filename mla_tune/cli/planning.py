@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mla_tune.cli.named_policy import Evidence, evidence
-from mla_tune.cli.options import JsonOption, PolicyOption
+from mla_tune.cli.options import JsonOption, PolicyOption, token_count
 from mla_tune.cli.places import this_device
 from mla_tune.cli.policies import GpuOption, MeasurementsOption
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, UsageError
@@ -60,9 +60,14 @@ def plan(
 
 def _ends(option: str, text: str) -> tuple[int, int]:
     low, colon, high = text.partition(":")
-    if not (colon and low.isdecimal() and high.isdecimal() and len(text) <= 40):
-        raise UsageError(f"{option} must be two numbers: got {text[:60]!r}; accepted: for example 8:64")
-    return int(low), int(high)
+    try:
+        if not colon:
+            raise UsageError("no colon")
+        return token_count(low), token_count(high)
+    except UsageError:
+        raise UsageError(
+            f"{option} must be two numbers: got {text[:60]!r}; accepted: for example 8:64, or 64K:512K"
+        ) from None
 
 
 def _tables(found: Evidence, layer: str) -> list[tuple[Table, int]]:

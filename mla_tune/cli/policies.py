@@ -18,6 +18,7 @@ from mla_tune.cli.options import (
     byte_count,
     checked_overlap,
     chosen_regime,
+    parsed_count,
 )
 from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.errors import PolicyError, UsageError
@@ -37,9 +38,18 @@ ModelOption = Annotated[str, typer.Option("--model", help="deepseek-v4-flash, de
 LayerOption = Annotated[str, typer.Option("--layer", help="A layer type of the model, or forward for its whole mix.")]
 EngineOption = Annotated[Engine, typer.Option("--engine", help="The engine that chooses, where engines differ (V3.2).")]
 HeadsOption = Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")]
-TokensArgument = Annotated[int, typer.Argument(help="Query tokens of the forward.")]
-ContextArgument = Annotated[int, typer.Argument(help="Context tokens of all requests together.")]
-NumReqsOption = Annotated[int, typer.Option("--num-reqs", help="Requests in the forward.")]
+TokensArgument = Annotated[
+    int, typer.Argument(parser=parsed_count, metavar="QUERY_TOKENS", help="Query tokens of the forward.")
+]
+ContextArgument = Annotated[
+    int,
+    typer.Argument(
+        parser=parsed_count, metavar="CONTEXT_TOKENS", help="Context tokens of all requests together: 131072, 128K, 1M."
+    ),
+]
+NumReqsOption = Annotated[
+    int, typer.Option("--num-reqs", parser=parsed_count, metavar="COUNT", help="Requests in the forward.")
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 

@@ -21,7 +21,8 @@ from mla_tune.cli.options import (
 from mla_tune.cli.output import device_output, render
 from mla_tune.cli.places import database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import UsageError
-from mla_tune.sites.site import CANDIDATES, ModelConfig, Site, SiteName
+from mla_tune.sites.candidates import CANDIDATES, names_at
+from mla_tune.sites.site import ModelConfig, Site, SiteName
 
 _NO_BUDGET_S = 1e9
 
@@ -84,7 +85,7 @@ _LARGEST_MAX = 1 << 20
 
 def _targets(models: list[ModelConfig], names: list[SiteName], candidates: list[str] | None) -> list[tuple[Site, str]]:
     """Every (site, candidate) that the options name, each once."""
-    known = {candidate for name in names for candidate in CANDIDATES[name]}
+    known = {candidate.name for name in names for candidate in CANDIDATES[name]}
     for candidate in candidates or ():
         if candidate not in known:
             raise UsageError(
@@ -97,5 +98,5 @@ def _targets(models: list[ModelConfig], names: list[SiteName], candidates: list[
         for h_q in model.heads
         for layer in model.site_layers(name)
     ]
-    found = [(site, name) for site in sites for name in site.candidates if not candidates or name in candidates]
+    found = [(site, name) for site in sites for name in names_at(site) if not candidates or name in candidates]
     return list(dict.fromkeys(found))

@@ -8,7 +8,14 @@ from typing import Annotated
 import typer
 
 from mla_tune.cli.named_policy import evidence
-from mla_tune.cli.options import DEFAULT_TIMEOUT_S, JsonOption, PolicyOption, TimeoutOption, positive_seconds
+from mla_tune.cli.options import (
+    DEFAULT_TIMEOUT_S,
+    JsonOption,
+    PolicyOption,
+    TimeoutOption,
+    parsed_count,
+    positive_seconds,
+)
 from mla_tune.cli.policies import GpuOption, HeadsOption, MeasurementsOption, ModelOption
 from mla_tune.errors import UsageError
 from mla_tune.sites.site import model as find_model
@@ -16,7 +23,9 @@ from mla_tune.sites.site import model as find_model
 TraceOption = Annotated[
     Path | None, typer.Option("--trace", help="Requests in Mooncake's JSON lines (gzip is read too).")
 ]
-ChunkOption = Annotated[int, typer.Option("--chunk", help="Most query tokens of a prefill forward.")]
+ChunkOption = Annotated[
+    int, typer.Option("--chunk", parser=parsed_count, metavar="TOKENS", help="Most query tokens of a prefill forward.")
+]
 ConcurrencyOption = Annotated[int, typer.Option("--concurrency", help="Most requests in the server at a time.")]
 SpeedOption = Annotated[
     float, typer.Option("--speed", help="Divides a trace's arrival times; inf: all requests wait from the start.")
@@ -31,9 +40,24 @@ _AgentsOption = Annotated[
     int | None, typer.Option("--agents", help="Instead of a trace: so many agentic sessions at a time.")
 ]
 _TurnsOption = Annotated[int, typer.Option("--turns", help="Turns of each agentic session.")]
-_FirstPromptOption = Annotated[int, typer.Option("--first-prompt", help="Mean tokens of a session's first prompt.")]
-_TurnTokensOption = Annotated[int, typer.Option("--turn-tokens", help="Mean new prompt tokens of a later turn.")]
-_GrowthOption = Annotated[int, typer.Option("--growth", help="Mean growth of a context per turn, answers included.")]
+_FirstPromptOption = Annotated[
+    int,
+    typer.Option(
+        "--first-prompt", parser=parsed_count, metavar="TOKENS", help="Mean tokens of a session's first prompt."
+    ),
+]
+_TurnTokensOption = Annotated[
+    int,
+    typer.Option(
+        "--turn-tokens", parser=parsed_count, metavar="TOKENS", help="Mean new prompt tokens of a later turn."
+    ),
+]
+_GrowthOption = Annotated[
+    int,
+    typer.Option(
+        "--growth", parser=parsed_count, metavar="TOKENS", help="Mean growth of a context per turn, answers included."
+    ),
+]
 _PauseOption = Annotated[float, typer.Option("--pause-ms", help="Mean pause between a session's turns, ms.")]
 _RecordOption = Annotated[
     Path | None, typer.Option("--record", help="Write the forwards as MLA_TUNE_RECORD does in a server.")

@@ -22,10 +22,11 @@ from mla_tune.fit.costs import CostModel
 from mla_tune.fit.evaluation import table_scope
 from mla_tune.fit.work import Array, Work, work
 from mla_tune.policy.schema import Table
+from mla_tune.sites.candidates import SPARSE_FWD, WITH_KVCACHE
 from mla_tune.sites.shape import RaggedShape, fresh_request
 from mla_tune.sites.site import LayerType, Site, SiteName
 
-WORKSPACE, CACHE = "sparse_fwd", "with_kvcache"
+WORKSPACE, CACHE = SPARSE_FWD.name, WITH_KVCACHE.name
 """The path that dequantizes rows into a workspace, and the one that reads the cache itself."""
 
 _V_DIM, _BF16_BYTES = 512, 2

@@ -14,8 +14,9 @@ from mla_tune.fit.curves import Correction, Curve, fit_correction, fit_curve
 from mla_tune.fit.observations import Observations, Shares, group
 from mla_tune.fit.work import Array, Work, work
 from mla_tune.hardware.sku import Environment
+from mla_tune.sites.candidates import stages
 from mla_tune.sites.site import LayerType, Site
-from mla_tune.sites.stages import Amortization, Stage, provided_by, stages
+from mla_tune.sites.stages import Amortization, Stage
 from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Regime
 
@@ -30,7 +31,7 @@ class StageCost:
     stage: str
     amortization: Amortization
     provider: str
-    """Whose kernel runs it; see :func:`mla_tune.sites.stages.provided_by`."""
+    """Whose kernel runs it; see :meth:`mla_tune.sites.stages.Stage.run_by`."""
     latency_us: float
     """The share that is paid, before the whole-path correction: per layer, or per forward for a whole forward."""
 
@@ -98,7 +99,7 @@ class CandidateCosts:
                 self.site.layer,
                 stage.name,
                 stage.amortization,
-                provided_by(self.site, self.candidate, stage.name),
+                stage.run_by(self.site),
                 float(latency_us[0]) * share.of(stage.amortization) * layers,
             )
             for path in self.paths
@@ -180,5 +181,5 @@ class CostModel:
 
     def _fit_stage(self, site: Site, candidate: str, stage: Stage) -> Curve:
         shapes, latencies_us = self.observations.latencies(site, candidate, stage.name)
-        stage_basis = basis(site, candidate, stage, Chip(max(self.environment.sm_count, 1)))
+        stage_basis = basis(site, stage.law, Chip(max(self.environment.sm_count, 1)))
         return fit_curve(stage_basis, work(site, shapes), np.array(latencies_us))

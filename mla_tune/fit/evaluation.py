@@ -18,6 +18,7 @@ from mla_tune.fit.scope import Scope, scope
 from mla_tune.policy.decision import decide
 from mla_tune.policy.rules import POLICY_RULE
 from mla_tune.policy.schema import HeldOut, Policy, Slowdown, Table
+from mla_tune.sites.candidates import DEEP_GEMM, JIT, SPARSE_FWD, WITH_KVCACHE
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, PLAIN, Conditions, SiteName
@@ -57,7 +58,7 @@ def _always(name: str) -> Rule:
 
 def _hand_written(table: Table) -> list[tuple[str, Rule]]:
     attention = table.site == SiteName.PREFILL_ATTENTION
-    large, small = ("sparse_fwd", "with_kvcache") if attention else ("jit", "deep_gemm")
+    large, small = (c.name for c in ((SPARSE_FWD, WITH_KVCACHE) if attention else (JIT, DEEP_GEMM)))
     if not {large, small} <= set(table.candidates):
         return []
 

@@ -13,9 +13,9 @@ from mla_tune.fit.work import work
 from mla_tune.policy.decision import Explanation as Decision
 from mla_tune.policy.decision import decide
 from mla_tune.policy.schema import Table
+from mla_tune.sites.candidates import stages
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, Site, SiteName
-from mla_tune.sites.stages import stages
 
 
 @dataclass(frozen=True, slots=True)

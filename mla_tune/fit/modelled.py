@@ -69,7 +69,7 @@ class ModelledCosts(CostModel):
             members = []
             for stage, curve in path.stages:
                 shapes, _ = self.observations.latencies(site, candidate, stage.name)
-                scaled[stage.name] = scale_stage(self.scaling, site, candidate, stage, curve, work(site, shapes))
+                scaled[stage.name] = scale_stage(self.scaling, site, stage, curve, work(site, shapes))
                 members.append((stage, scaled[stage.name].curve))
             correction = path.correction
             if correction is not None:

@@ -9,9 +9,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
 
+from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import PLAIN, Conditions, ModelConfig, Site, SiteName
-from mla_tune.sites.stages import Amortization, provided_by, stages
+from mla_tune.sites.stages import Amortization
 from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import (
     PER_FORWARD_TOTAL,
@@ -128,16 +129,14 @@ class Observations:
         """
         found = self._tries.get((site.overlapping(0), candidate), [])
         plain = PLAIN.at(site)
-        if site.provider is None or any(
-            provided_by(site, candidate, stage.name) == str(site.provider) for stage in stages(plain, candidate)
-        ):
+        if site.provider is None or any(stage.run_by(site) == str(site.provider) for stage in stages(plain, candidate)):
             return found
         return sorted([*found, *self._tries.get((plain, candidate), [])], key=lambda attempt: attempt.key)
 
     def candidates(self, site: Site) -> tuple[str, ...]:
         """Candidates with at least one whole timing among the fit points, sorted."""
         fit_shapes = self.shapes(site, Role.FIT)
-        return tuple(c for c in site.candidates if any(self.cost(site, c, s) is not None for s in fit_shapes))
+        return tuple(c for c in names_at(site) if any(self.cost(site, c, s) is not None for s in fit_shapes))
 
     def part(self, site: Site, candidate: str, shape: Shape, name: str) -> Measurement | None:
         """The successful measurement of one part; a group of one stage is its own total."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from mla_tune.sites.candidates import SPARSE_FWD, WITH_KVCACHE, Candidate
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import DEEPSEEK_V3_2, DEEPSEEK_V4_FLASH, LayerType, Site, SiteName
 
@@ -18,7 +19,7 @@ class Launches:
     """Launches of one stage at one shape."""
 
     site: Site
-    candidate: str
+    candidate: Candidate
     stage: str
     shape: Shape
     count: float
@@ -46,7 +47,9 @@ _CHUNK, _PROMPT, _CHUNKS = 8192, 131072, 5
 _SOME_CHUNKS = "which 5 of the prompt's 16 chunks is not said: the mean over all; 16 heads a rank, padded to 64"
 
 
-def _v4_flash(candidate: str, stages: dict[str, Sequence[LayerType]], *, once: bool = False) -> tuple[Launches, ...]:
+def _v4_flash(
+    candidate: Candidate, stages: dict[str, Sequence[LayerType]], *, once: bool = False
+) -> tuple[Launches, ...]:
     """Launches of five chunks of a 128K prompt of V4-Flash; ``stages`` says which layer types run each of them.
 
     ``once``: one launch for all layers of a type, rather than one in each.
@@ -68,7 +71,7 @@ def _v4_flash(candidate: str, stages: dict[str, Sequence[LayerType]], *, once: b
 
 def _v3_sparse_fwd(h_q: int, num_qo_tokens: int, context: int) -> tuple[Launches, ...]:
     site = DEEPSEEK_V3_2.site(SiteName.PREFILL_ATTENTION, LayerType.DSA, h_q)
-    return (Launches(site, "sparse_fwd", "attention", Shape(1, num_qo_tokens, context), 1),)
+    return (Launches(site, SPARSE_FWD, "attention", Shape(1, num_qo_tokens, context), 1),)
 
 
 _SWA, _C4A, _C128A = LayerType.SWA_ONLY, LayerType.C4A, LayerType.C128A
@@ -83,7 +86,7 @@ PUBLISHED: tuple[Published, ...] = (
         published_ms=205.89 + 12.36,
         source=_SGLANG,
         assumed=f"{_SOME_CHUNKS}; our stage holds both kernels",
-        launches=_v4_flash("with_kvcache", {"attention": _ALL}),
+        launches=_v4_flash(WITH_KVCACHE, {"attention": _ALL}),
     ),
     Published(
         what=f"{_PREFILL}: with_kvcache metadata",
@@ -91,7 +94,7 @@ PUBLISHED: tuple[Published, ...] = (
         published_ms=9.04,
         source=_SGLANG,
         assumed="15 launches: 3 layer types a chunk",
-        launches=_v4_flash("with_kvcache", {"schedule": _ALL}, once=True),
+        launches=_v4_flash(WITH_KVCACHE, {"schedule": _ALL}, once=True),
     ),
     Published(
         what=f"{_PREFILL}: sparse_fwd attention",
@@ -99,7 +102,7 @@ PUBLISHED: tuple[Published, ...] = (
         published_ms=146.78,
         source=_SGLANG,
         assumed=_SOME_CHUNKS,
-        launches=_v4_flash("sparse_fwd", {"attention": _ALL}),
+        launches=_v4_flash(SPARSE_FWD, {"attention": _ALL}),
     ),
     Published(
         what=f"{_PREFILL}: dequantize",
@@ -107,7 +110,7 @@ PUBLISHED: tuple[Published, ...] = (
         published_ms=5.22,
         source=_SGLANG,
         assumed=f"{_SOME_CHUNKS}; SGLang's kernel, where ours is timed",
-        launches=_v4_flash("sparse_fwd", {"dequantize_window": _ALL, "dequantize_compressed": (_C4A, _C128A)}),
+        launches=_v4_flash(SPARSE_FWD, {"dequantize_window": _ALL, "dequantize_compressed": (_C4A, _C128A)}),
     ),
     Published(
         what=f"{_PREFILL}: combine of indices",
@@ -116,8 +119,8 @@ PUBLISHED: tuple[Published, ...] = (
         source=_SGLANG,
         assumed="launches not said: once a layer of c4a, once a chunk for the others; SGLang's kernel, where ours is timed",
         launches=(
-            *_v4_flash("sparse_fwd", {"combine": (_C4A,)}),
-            *_v4_flash("sparse_fwd", {"combine": (_SWA, _C128A)}, once=True),
+            *_v4_flash(SPARSE_FWD, {"combine": (_C4A,)}),
+            *_v4_flash(SPARSE_FWD, {"combine": (_SWA, _C128A)}, once=True),
         ),
     ),
     Published(
@@ -126,7 +129,7 @@ PUBLISHED: tuple[Published, ...] = (
         published_ms=0.19,
         source=_SGLANG,
         assumed="once a chunk; SGLang's kernel, where ours is timed",
-        launches=_v4_flash("sparse_fwd", {"window_ids": (_C4A,)}, once=True),
+        launches=_v4_flash(SPARSE_FWD, {"window_ids": (_C4A,)}, once=True),
     ),
     Published(
         what=f"{_PREFILL}: top-k transform on the with_kvcache path",

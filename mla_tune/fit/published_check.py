@@ -62,9 +62,9 @@ def _checked(costs: ModelledCosts, figure: Published) -> Checked:
 
 def _predicted(costs: ModelledCosts, launches: Launches) -> tuple[float, float] | None:
     """Microseconds of all launches, and the uncertainty of their stage; None where it was not measured."""
-    if launches.candidate not in costs.candidates(launches.site):
+    if launches.candidate.name not in costs.candidates(launches.site):
         return None
-    stage = costs.stages(launches.site, launches.candidate).get(launches.stage)
+    stage = costs.stages(launches.site, launches.candidate.name).get(launches.stage)
     if stage is None:
         return None
     us = float(stage.curve.latency_us(work(launches.site, [launches.shape]))[0])

@@ -24,7 +24,7 @@ from mla_tune.fit.curves import Correction, Curve, terms_of
 from mla_tune.fit.work import Array, Work
 from mla_tune.hardware.datasheet import Datasheet
 from mla_tune.sites.site import LayerType, Site
-from mla_tune.sites.stages import Stage
+from mla_tune.sites.stages import Law, Stage
 
 _D_V = 512
 _D_QK = {LayerType.DSA: 576}
@@ -39,8 +39,11 @@ _CLOCK_EXPONENT = 0.5
 """A latency is partly the memory's, which no SM clock shortens: its exponent on the clock is between 0 and 1."""
 _MEMORY_EXPONENT = 0.25
 """The dequantize kernel moves 0.80 of an H200's 4.8 TB/s at best; a part with more reaches a smaller share."""
-_ANOTHER_KERNEL = {"sparse_fwd": 0.25, "with_kvcache": 0.5}
-"""Doubt in an attention kernel of another architecture. FlashMLA's README states, of V3.2 shapes: sparse prefill 640
+_OVER_WORKSPACE = (Law.WORKSPACE_ATTENTION, Law.SELECTED_ATTENTION)
+_ANOTHER_KERNEL = {True: 0.25, False: 0.5}
+"""Doubt in an attention kernel of another architecture: over a workspace, and over the paged cache.
+
+FlashMLA's README states, of V3.2 shapes: sparse prefill 640
 TFLOP/s on an H800 and 1450 on a B200, 0.65 and 0.64 of the peak, where the same utilisation gives 1455; but V4's
 queries are shorter. Sparse decoding 410 and 350, "not really optimized yet", 1.31 times the time per SM, where the two
 parts at a utilisation of 0.41 give 0.79: off by exp(0.5)."""
@@ -70,7 +73,7 @@ class Scaling:
     def _tensor(self) -> float:
         return self.source.bf16_tflops_per_sm / self.target.bf16_tflops_per_sm
 
-    def factor(self, resource: Resource, candidate: str, utilisation: float) -> float:
+    def factor(self, resource: Resource, law: Law, utilisation: float) -> float:
         """What a term's coefficient is multiplied by; exactly 1 where source and target are one product.
 
         ``utilisation`` is the share of the source's tensor peak that the kernel reaches.
@@ -79,17 +82,17 @@ class Scaling:
             return self._clock
         if resource is Resource.MEMORY:
             return self._memory
-        per_sm = self._per_sm(candidate, utilisation)
+        per_sm = self._per_sm(law, utilisation)
         if resource is Resource.DEVICE:
             return per_sm * self.source.sm_count.value / self.target.sm_count.value
         return per_sm
 
-    def _per_sm(self, candidate: str, utilisation: float) -> float:
-        if candidate == "sparse_fwd" and not self.same_architecture:
+    def _per_sm(self, law: Law, utilisation: float) -> float:
+        if law in _OVER_WORKSPACE and not self.same_architecture:
             return self._tensor
         return 1 + utilisation * (self._tensor - 1) + (1 - utilisation) * (self._clock - 1)
 
-    def doubt(self, resource: Resource, candidate: str, utilisation: float) -> float:
+    def doubt(self, resource: Resource, law: Law, utilisation: float) -> float:
         """Half-width of the interval around a scaled term, as a logarithm; 0 for the product that was measured."""
         if self.source.sku == self.target.sku:
             return 0.0
@@ -99,10 +102,10 @@ class Scaling:
         if resource is Resource.MEMORY:
             return base + _MEMORY_EXPONENT * abs(float(np.log(self._memory)))
         if not self.same_architecture:
-            return _ANOTHER_KERNEL.get(candidate, max(_ANOTHER_KERNEL.values()))
+            return _ANOTHER_KERNEL[law in _OVER_WORKSPACE]
         # The two parts of a wave are added, as if one waited for the other; at the other end they overlap in full.
         overlapped = max(utilisation * self._tensor, self._clock)
-        return base + abs(float(np.log(self._per_sm(candidate, utilisation) / overlapped)))
+        return base + abs(float(np.log(self._per_sm(law, utilisation) / overlapped)))
 
     def chip(self) -> Chip:
         """The device that the scaled basis is for."""
@@ -122,20 +125,20 @@ class ScaledStage:
     shape where that is most."""
 
 
-def scale_stage(scaling: Scaling, site: Site, candidate: str, stage: Stage, measured: Curve, load: Work) -> ScaledStage:
+def scale_stage(scaling: Scaling, site: Site, stage: Stage, measured: Curve, load: Work) -> ScaledStage:
     """``measured`` on the target of ``scaling``; ``load`` is the work of the shapes that it was measured at."""
     utilisation = tensor_utilisation(scaling.source, site, measured, load) if stage.name == "attention" else 0.0
-    target = basis(site, candidate, stage, scaling.chip())
+    target = basis(site, stage.law, scaling.chip())
     pieces = len(measured.coefficients) // len(target.resources)  # a law with a break has every term twice
     resources = target.resources * pieces
-    factors = [scaling.factor(resource, candidate, utilisation) for resource in resources]
+    factors = [scaling.factor(resource, stage.law, utilisation) for resource in resources]
     curve = replace(
         measured,
         basis=target,
         coefficients=tuple(c * factor for c, factor in zip(measured.coefficients, factors, strict=True)),
-        floor_us=measured.floor_us * scaling.factor(Resource.CLOCK, candidate, utilisation),
+        floor_us=measured.floor_us * scaling.factor(Resource.CLOCK, stage.law, utilisation),
     )
-    doubts = [scaling.doubt(resource, candidate, utilisation) for resource in resources]
+    doubts = [scaling.doubt(resource, stage.law, utilisation) for resource in resources]
     doubt = float(np.einsum("ij,i->j", _shares(curve, load), np.array(doubts)).max())
     error = measured.correction.error
     return ScaledStage(replace(curve, correction=widened(curve.correction, doubt)), error, doubt)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mla_tune.errors import UsageError
+from mla_tune.sites.candidates import candidate_at, names_at
 from mla_tune.sites.launch_parameters import Launches
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.site import PLAIN, Conditions
-from mla_tune.sites.stages import kernels, stage_kernels, stages
 from mla_tune.store.measurement import Measurement
 from mla_tune.store.tuned import Tuned, launches_from
 
@@ -45,9 +45,9 @@ def stored_provider(measurements: Iterable[Measurement], word: str) -> Provider 
 
 def _current(measurement: Measurement, launches: Launches) -> bool:
     site, candidate, part = measurement.site, measurement.candidate, measurement.part
-    if candidate not in site.candidates:
+    if candidate not in names_at(site):
         return not measurement.launches
-    if measurement.launches == launches.digest(kernels(site, candidate)):
+    found = candidate_at(site, candidate)
+    if measurement.launches == launches.digest(found.own_kernels(site)):
         return True
-    is_stage = any(stage.name == part for stage in stages(site, candidate))
-    return is_stage and not stage_kernels(site, candidate, part)
+    return any(stage.name == part and not stage.own_kernels(site) for stage in found.stages(site))

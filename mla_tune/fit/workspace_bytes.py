@@ -19,8 +19,9 @@ import numpy as np
 
 from mla_tune.errors import UsageError
 from mla_tune.fit.work import Array, Work
-from mla_tune.sites.site import WITH_KVCACHE_MIXED, LayerType, Site, SiteName
-from mla_tune.sites.stages import Amortization, stages
+from mla_tune.sites.candidates import candidate_at, names_at
+from mla_tune.sites.site import LayerType, Site
+from mla_tune.sites.stages import Amortization
 
 _VALUE_DIM = 512
 _HEADS_PER_PART = 64
@@ -47,23 +48,24 @@ class Workspace:
 def workspace(site: Site, candidate: str, work: Work, sm_count: int) -> Workspace:
     """Bytes of ``candidate`` at an attention site, on a GPU of ``sm_count`` SMs. Raises :class:`UsageError`."""
     heads, none = site.h_q or 0, np.zeros_like(work.num_qo_tokens)
-    if candidate not in site.candidates or site.name is not SiteName.PREFILL_ATTENTION:
+    found = candidate_at(site, candidate) if candidate in names_at(site) else None
+    if found is None or found.buffers is None:
         raise UsageError(f"workspace is counted for attention candidates: got {candidate!r} at {site.key}")
-    if candidate in ("with_kvcache", WITH_KVCACHE_MIXED):
+    if not found.buffers.rows:
         parts = max(1, sm_count // max(1, heads // _HEADS_PER_PART))
-        partial_rows = (work.num_qo_tokens * (2 if candidate == WITH_KVCACHE_MIXED else 1) + parts) * heads
+        partial_rows = (work.num_qo_tokens * found.buffers.partials + parts) * heads
         return Workspace(none, none, partial_rows * (_VALUE_DIM + 1) * 4 + work.num_qo_tokens * heads * 4)
-    fused, row_bytes = candidate == "sparse_fwd_fused", 2 * (576 if site.layer is LayerType.DSA else 512)
+    slots, row_bytes = found.buffers.slots, 2 * (576 if site.layer is LayerType.DSA else 512)
     rows, selection = work.rows, none
-    if candidate == "sparse_fwd_selected":
+    if found.buffers.selected:
         most = np.minimum(work.compressed_rows, work.num_qo_tokens * (site.topk or 0))
         rows, selection = work.window_rows + most, 5 * work.compressed_rows + 4 * most
     indices = work.num_qo_tokens * (work.index_width + 1) * 4
-    combine = next((stage for stage in stages(site, candidate) if stage.name == "combine"), None)
+    combine = next((stage for stage in found.stages(site) if stage.name == "combine"), None)
     each_layer = combine is None or combine.amortization is Amortization.PER_LAYER  # V3.2's indexer writes its own
     return Workspace(
-        shared_bytes=none if fused else work.window_rows * 4,
-        type_bytes=(none if fused else work.compressed_rows * 4) + (none if each_layer else indices),
+        shared_bytes=work.window_rows * 4 if slots else none,
+        type_bytes=(work.compressed_rows * 4 if slots else none) + (none if each_layer else indices),
         layer_bytes=rows * row_bytes
         + selection
         + work.num_qo_tokens * heads * 2 * 4

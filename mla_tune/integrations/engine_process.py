@@ -11,9 +11,8 @@ from mla_tune.integrations.announced_service import announce
 from mla_tune.integrations.seams import Hooks
 from mla_tune.runtime.counters import SiteCounters
 from mla_tune.runtime.decider import Decider, Service
+from mla_tune.sites.candidates import PAGED
 from mla_tune.sites.site import MODELS, LayerType, ModelConfig
-
-SPARSE = "sparse_fwd"
 
 _log = logging.getLogger("mla_tune")
 
@@ -86,7 +85,7 @@ def paged_limit(decider: Decider) -> int:
     table = decider.resolved.table
     if table is None:
         return 0
-    bounds = [limit.num_qo_tokens for limit in table.limits if limit.candidate != SPARSE]
+    bounds = [limit.num_qo_tokens for limit in table.limits if limit.candidate in PAGED]
     return min([*bounds, table.measured.num_qo_tokens[1]])
 
 

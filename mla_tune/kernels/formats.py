@@ -6,7 +6,9 @@ V4 (584 B a token): a page holds ``page_size * 576`` data bytes (448 e4m3 values
 then ``page_size * 8`` scale bytes (7 exponents and 1 pad byte a token), and is padded to a multiple of 576 B.
 A value is ``e4m3 * 2**(scale - 127)``; scale 255 is NaN, scale 0 is 2**-127.
 
-DSA (656 B a token, V3.2): 512 e4m3 values, 4 float32 scales (one per 128 values), 64 bf16 rotary values.
+DSA (656 B a token, V3.2): 512 e4m3 values, 4 float32 scales (one per 128 values), 64 bf16 rotary values. The quantizer
+rounds these scales up to powers of two as well: on SM100 some builds of FlashMLA truncate a float32 scale to its exponent,
+so that only such scales give the same values in every build.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from mla_tune.errors import UsageError
 from mla_tune.sites.site import LayerType
 
 ROPE_DIM = 64
-_E4M3_MAX = 448.0
 _NAN_BYTE = 0xFF
 """NaN in every part of a row: as e4m3, as an exponent, and repeated as bf16 and as float32."""
 
@@ -166,25 +167,19 @@ def quantize_k_cache(values: torch.Tensor, fmt: KVFormat, page_size: int) -> tor
 
 def _write_rows(parts: PageParts, first_page: int, rows: torch.Tensor, fmt: KVFormat, page_size: int) -> None:
     groups = rows[:, : fmt.nope_dim].float().reshape(-1, fmt.num_groups, fmt.group_size)
-    scales, scale_bytes = (_exponent_scales if fmt.exponent_scales else _float_scales)(groups.abs().amax(-1))
+    scales, exponents = _power_of_two_scales(groups.abs().amax(-1))
+    stored = torch.nn.functional.pad(exponents, (0, 1)) if fmt.exponent_scales else scales.view(torch.uint8)
     nope = (groups / scales[..., None]).to(torch.float8_e4m3fn).flatten(1).view(torch.uint8)
     rope = rows[:, fmt.nope_dim :].to(torch.bfloat16).contiguous().view(torch.uint8)
     full, rest = divmod(rows.shape[0], page_size)
-    for view, data in ((parts.nope, nope), (parts.scales, scale_bytes), (parts.rope, rope)):
+    for view, data in ((parts.nope, nope), (parts.scales, stored), (parts.rope, rope)):
         view[first_page : first_page + full] = data[: full * page_size].view(full, page_size, data.shape[1])
         if rest:
             view[first_page + full, :rest] = data[full * page_size :]
 
 
-def _exponent_scales(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales 2**ceil(log2(amax / 448)) as float32, and the bytes that store them with one pad byte."""
+def _power_of_two_scales(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales 2**ceil(log2(amax / 448)) as float32, and their biased exponents as uint8."""
     mantissa, exponent = torch.frexp(amax)  # amax = mantissa * 2**exponent, mantissa in [0.5, 1); 448 = 0.875 * 2**9
     biased = (exponent - 8 - (mantissa <= 0.875).int() + 127).clamp(1, 254)  # 1: a float32 power of two, not subnormal
-    scale_bytes = torch.nn.functional.pad(biased, (0, 1)).to(torch.uint8)
-    return (biased.to(torch.int32) << 23).view(torch.float32), scale_bytes
-
-
-def _float_scales(amax: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales amax / 448 as float32 (1 for a group of zeros), and the bytes that store them."""
-    scales = torch.where(amax > 0, (amax / _E4M3_MAX).clamp_min(torch.finfo(torch.float32).tiny), 1.0)
-    return scales, scales.view(torch.uint8)
+    return (biased.to(torch.int32) << 23).view(torch.float32), biased.to(torch.uint8)

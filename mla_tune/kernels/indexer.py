@@ -1,12 +1,13 @@
 """Candidates of ``indexer_metadata``: DeepGEMM's schedule kernel, compiled per bucket of rows, and the shape-agnostic one.
 
-Both give the (num_sms + 1, 2) int32 table that DeepGEMM's paged MQA logits kernel reads. On the CPU ``deep_gemm`` is the
-same algorithm in torch: a prefix sum, then one binary search per SM.
+Both give a (num_sms + 1, 2) int32 table that DeepGEMM's paged MQA logits kernel reads; :mod:`.indexer_metadata` says how
+far the two may differ. On the CPU ``deep_gemm`` is our algorithm in torch: a prefix sum, then one binary search per SM.
 """
 
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from functools import lru_cache
 
@@ -16,16 +17,19 @@ from mla_tune.errors import MissingPackageError
 from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.sites.candidates import Candidate
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.site import Site
-from mla_tune.sites.stages import stages
+from mla_tune.sites.stages import KernelSource
+
+_INDICES_FROM = (0, 2, 5)
 
 
 @lru_cache(maxsize=1)
 def deep_gemm_missing() -> str | None:
     """Why DeepGEMM cannot be used, in one sentence; None if its module imports. Asked once: a failed import is slow."""
     try:
-        module = importlib.import_module("deep_gemm")
+        module = importlib.import_module(KernelSource.DEEP_GEMM)
     # DeepGEMM builds itself on import if it must: assertions and subprocess errors are then possible too.
     except Exception as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -36,30 +40,50 @@ def deep_gemm_missing() -> str | None:
 
 
 def prepare(
-    context_lens: torch.Tensor, site: Site, candidate: str, num_sms: int, launches: Launches = DEFAULT_LAUNCHES
+    context_lens: torch.Tensor, site: Site, candidate: Candidate, num_sms: int, launches: Launches = DEFAULT_LAUNCHES
 ) -> Prepared:
     """Bind ``candidate`` to ``context_lens`` (num_qo_tokens, 1) int32."""
-    (stage,) = stages(site, candidate)
+    (stage,) = candidate.stages(site)
     output = Output()
-    if site.provider is not None and candidate == "jit":
+    if site.provider is not None and stage.replaced:
         make = _provided(context_lens, num_sms)
     else:
-        make = _maker(context_lens, candidate, num_sms, launches)
+        make = _maker(context_lens, stage.source, num_sms, launches)
 
     def run() -> None:
         output.tensor = make()
 
-    return Prepared(candidate=candidate, stages=(BoundStage(stage, run),), output=output)
+    return Prepared(candidate=candidate.name, stages=(BoundStage(stage, run),), output=output)
 
 
-def _maker(context_lens: torch.Tensor, candidate: str, num_sms: int, launches: Launches) -> Callable[[], torch.Tensor]:
-    if candidate == "jit":
+def _maker(
+    context_lens: torch.Tensor, source: KernelSource | None, num_sms: int, launches: Launches
+) -> Callable[[], torch.Tensor]:
+    if source is None:
         config = launches.metadata(context_lens.numel())
         return lambda: paged_mqa_logits_metadata(context_lens, BLOCK_KV, num_sms, config=config)
     if context_lens.device.type == "cpu":
         return lambda: paged_mqa_logits_metadata_serial(context_lens, BLOCK_KV, num_sms)
-    metadata = importlib.import_module("deep_gemm").get_paged_mqa_logits_metadata
-    return lambda: metadata(context_lens, BLOCK_KV, num_sms)
+    module = importlib.import_module(KernelSource.DEEP_GEMM)
+    major = torch.cuda.get_device_capability(context_lens.device)[0]
+    indices = request_indices(str(getattr(module, "__version__", "")), major, context_lens)
+    metadata = module.get_paged_mqa_logits_metadata
+    if indices is None:
+        return lambda: metadata(context_lens, BLOCK_KV, num_sms)
+    return lambda: metadata(context_lens, BLOCK_KV, num_sms, indices)
+
+
+def request_indices(release: str, major: int, context_lens: torch.Tensor) -> torch.Tensor | None:
+    """The fourth argument that DeepGEMM ``release`` needs on this architecture, ``(rows,)`` int32; None for none.
+
+    It names the request of each row. From 0.2.5 on the SM100 kernel needs it, to group the rows of a request; each row is
+    its own here, as in an engine's call without the argument. Every release has the parameter, but elsewhere it selects a
+    kernel that pairs rows and holds fewer of them, so it is passed only where it must be.
+    """
+    numbers = tuple(int(number) for number in re.findall(r"\d+", release)[:3])
+    if major != 10 or numbers < _INDICES_FROM:
+        return None
+    return torch.arange(context_lens.shape[0], dtype=torch.int32, device=context_lens.device)
 
 
 def _provided(context_lens: torch.Tensor, num_sms: int) -> Callable[[], torch.Tensor]:

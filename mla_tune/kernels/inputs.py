@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from mla_tune.kernels.formats import V4, KVFormat, PagedSelection, kv_format, quantize_k_cache
+from mla_tune.sites.candidates import candidates_at
 from mla_tune.sites.shape import AnyShape, Workload, compressed_row_counts, window_row_counts, workload
 from mla_tune.sites.site import SWA_PAGE_SIZE, SWA_WINDOW, LayerType, Site
 
@@ -121,8 +122,9 @@ def required_bytes(site: Site, shape: AnyShape) -> int:
     caches = (work.rows + shape.num_reqs * 2 * SWA_PAGE_SIZE) * (fmt.bytes_per_token + 8)
     if site.layer is LayerType.C128A:
         caches *= 2  # a page of two rows is padded from 1168 to 1728 bytes
-    paged = sum(name.startswith("with_kvcache") for name in site.candidates)
-    outputs, matrices = len(site.candidates), len(site.candidates) - paged  # the paged ones have no index matrix
+    found = candidates_at(site)
+    paged = sum(candidate.paged for candidate in found)
+    outputs, matrices = len(found), len(found) - paged  # the paged ones have no index matrix
     queries = shape.num_qo_tokens * (site.h_q or 0) * (fmt.head_dim + outputs * 512) * 2
     partials = shape.num_qo_tokens * (site.h_q or 0) * 512 * 4 * paged
     indices = shape.num_qo_tokens * (work.selection_width + matrices * (work.index_width + 1)) * 4

@@ -126,11 +126,11 @@ def metadata_reference(context_lens: torch.Tensor, num_sms: int) -> torch.Tensor
     """The indexer's schedule, one walk over the rows: int32 ``(num_sms + 1, 2)``."""
     splits = [-(-length // 256) for length in context_lens.flatten().tolist()]
     share, remainder = divmod(sum(splits), num_sms)
-    entries = []
+    has_work, entries = any(splits), []
     row = passed = 0
     for sm in range(num_sms + 1):
-        first = sm * share + min(sm, remainder)
-        while row < len(splits) and passed + splits[row] <= first:
+        first = sm * share + max(0, sm + remainder - num_sms)
+        while has_work and row < len(splits) and passed + splits[row] <= first:
             passed += splits[row]
             row += 1
         entries.append((row, first - passed))

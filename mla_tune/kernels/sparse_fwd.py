@@ -7,6 +7,7 @@ from mla_tune.kernels.adapters.provided import sparse_fwd_runs
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.workspace import SparseWorkspace
+from mla_tune.sites.candidates import SPARSE_FWD
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 
 
@@ -15,4 +16,4 @@ def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launche
     bound = SparseWorkspace(
         inputs, kernels, launches, split=inputs.work.compressed_rows, combines=inputs.site.layer.has_window
     )
-    return bound.prepared("sparse_fwd", bound.runs() | sparse_fwd_runs(bound))
+    return bound.prepared(SPARSE_FWD, bound.runs() | sparse_fwd_runs(bound))

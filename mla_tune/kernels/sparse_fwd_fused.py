@@ -11,6 +11,7 @@ from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.workspace import SparseWorkspace
+from mla_tune.sites.candidates import SPARSE_FWD_FUSED
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.site import LayerType
 
@@ -24,7 +25,7 @@ def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launche
     bound.scratch = tuple(t for t in bound.scratch if t is not bound.row_slots and t is not bound.window_slots)
     del bound.row_slots, bound.window_slots
     preparation = Preparation(_compressed(bound), _window(bound), _indices(bound), launches.prepare(inputs.work.rows))
-    return bound.prepared("sparse_fwd_fused", bound.runs() | {"prepare": preparation.run})
+    return bound.prepared(SPARSE_FWD_FUSED, bound.runs() | {"prepare": preparation.run})
 
 
 def _compressed(bound: SparseWorkspace) -> RowsJob | None:

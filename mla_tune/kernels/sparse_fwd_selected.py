@@ -13,6 +13,7 @@ from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.select import compact_selected, mark_selected, most_selected_rows
 from mla_tune.kernels.workspace import SparseWorkspace, present
+from mla_tune.sites.candidates import SPARSE_FWD_SELECTED
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 
 
@@ -39,4 +40,4 @@ def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launche
         "dequantize_selected": lambda: bound.dequantize(cache, slots, bound.compressed_out, count),
         "combine": lambda: bound.combine(row_map),
     }
-    return bound.prepared("sparse_fwd_selected", runs)
+    return bound.prepared(SPARSE_FWD_SELECTED, runs)

@@ -22,9 +22,9 @@ from mla_tune.kernels import sparse_fwd, with_kvcache
 from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs, PagedCache
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.sites.candidates import split_stages
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.shape import RaggedShape, compressed_row_counts, fresh_request, window_row_counts, workload
-from mla_tune.sites.stages import split_stages
 
 NAME = "split"
 """What its measurements are called; no policy names it."""
@@ -113,7 +113,7 @@ class _Split:
         self._from_cache = with_kvcache.prepare(from_cache, kernels)
 
     def stages(self) -> tuple[BoundStage, ...]:
-        """Those of :func:`mla_tune.sites.stages.split_stages`, without a gather of nothing."""
+        """Those of :func:`mla_tune.sites.candidates.split_stages`, without a gather of nothing."""
         first, *_, last = split_stages(self._inputs.site)
         runs = {first.name: BoundStage(first, self._gather), last.name: BoundStage(last, self._merge)}
         for part in (self.workspace, self._from_cache):

@@ -19,18 +19,17 @@ from mla_tune.kernels.adapters.provided import Selections, selections
 from mla_tune.kernels.formats import PagedSelection, paged_view
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared, Run
-from mla_tune.sites.site import WITH_KVCACHE_MIXED
-from mla_tune.sites.stages import stages
+from mla_tune.sites.candidates import WITH_KVCACHE, Candidate
 
 
-def prepare(inputs: AttentionInputs, kernels: FlashMla | None, candidate: str = "with_kvcache") -> Prepared:
+def prepare(inputs: AttentionInputs, kernels: FlashMla | None, candidate: Candidate = WITH_KVCACHE) -> Prepared:
     """Bind both stages of ``candidate``. ``kernels`` None means the torch implementation on the CPU."""
     return _prepare_cpu(inputs, candidate) if kernels is None else _prepare_gpu(inputs, kernels, candidate)
 
 
-def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla, candidate: str) -> Prepared:
+def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla, candidate: Candidate) -> Prepared:
     output, chosen = Output(), selections(inputs)
-    one_entry = candidate == WITH_KVCACHE_MIXED
+    one_entry = candidate.one_entry
     if chosen.transform is not None:  # the schedule's calls read a selection as well
         chosen.transform()
     fixed = _call(inputs, chosen.parts, one_entry=one_entry)
@@ -48,10 +47,10 @@ def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla, candidate: str) -> 
     return _prepared(inputs, candidate, chosen, output, attention_with_schedule, attention, baseline=attention)
 
 
-def _prepare_cpu(inputs: AttentionInputs, candidate: str) -> Prepared:
+def _prepare_cpu(inputs: AttentionInputs, candidate: Candidate) -> Prepared:
     output, chosen = Output(), selections(inputs)
     lengths = torch.stack([part.lengths for part in chosen.parts]).sum(0)
-    if candidate == WITH_KVCACHE_MIXED:  # one entry has one length: every query is taken to be as wide as the indices
+    if candidate.one_entry:  # one entry has one length: every query is taken to be as wide as the indices
         lengths = torch.full_like(lengths, sum(part.slot_ids.shape[1] for part in chosen.parts))
     h_q, head_dim = inputs.q.shape[1:]
     plan = schedule_cpu(lengths, h_q, head_dim)
@@ -68,7 +67,7 @@ def _prepare_cpu(inputs: AttentionInputs, candidate: str) -> Prepared:
 
 def _prepared(
     inputs: AttentionInputs,
-    candidate: str,
+    candidate: Candidate,
     chosen: Selections,
     output: Output,
     schedule: Run,
@@ -80,8 +79,8 @@ def _prepared(
     if chosen.transform is not None:
         bound["topk_transform"] = (chosen.transform, None)
     return Prepared(
-        candidate=candidate,
-        stages=tuple(BoundStage(stage, *bound[stage.name]) for stage in stages(inputs.site, candidate)),
+        candidate=candidate.name,
+        stages=tuple(BoundStage(stage, *bound[stage.name]) for stage in candidate.stages(inputs.site)),
         output=output,
         buffers=chosen.scratch,
         scratch=chosen.scratch,

@@ -17,8 +17,8 @@ from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.inputs import AttentionInputs, PagedCache
 from mla_tune.kernels.prepared import BoundStage, Output, Prepared
 from mla_tune.kernels.slot_ids import build_compressed_row_ids, build_swa_token_ids
+from mla_tune.sites.candidates import Candidate
 from mla_tune.sites.launch_parameters import Launches
-from mla_tune.sites.stages import stages
 
 
 class SparseWorkspace:
@@ -56,11 +56,11 @@ class SparseWorkspace:
         """The workspace's window rows."""
         return self.workspace[self.split :]
 
-    def prepared(self, candidate: str, runs: Mapping[str, Callable[[], object]]) -> Prepared:
+    def prepared(self, candidate: Candidate, runs: Mapping[str, Callable[[], object]]) -> Prepared:
         """The candidate, with the run of each of its stages by name."""
         return Prepared(
-            candidate=candidate,
-            stages=tuple(BoundStage(stage, runs[stage.name]) for stage in stages(self.inputs.site, candidate)),
+            candidate=candidate.name,
+            stages=tuple(BoundStage(stage, runs[stage.name]) for stage in candidate.stages(self.inputs.site)),
             output=self.output,
             buffers=(*self.scratch, *self.kept),
             scratch=self.scratch,

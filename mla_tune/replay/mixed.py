@@ -14,8 +14,9 @@ from mla_tune.errors import UsageError
 from mla_tune.fit.batch_split import Plan, Planner, Request
 from mla_tune.fit.observations import shares
 from mla_tune.fit.scope import Scope
+from mla_tune.sites.candidates import split_stages, stages
 from mla_tune.sites.site import Site
-from mla_tune.sites.stages import Amortization, Stage, split_stages, stages
+from mla_tune.sites.stages import Amortization, Stage
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome
 
 SPLIT = "split"

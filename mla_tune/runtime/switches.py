@@ -20,7 +20,8 @@ from enum import StrEnum
 import msgspec
 
 from mla_tune.errors import UsageError
-from mla_tune.sites.site import CANDIDATES, SiteName
+from mla_tune.sites.candidates import CANDIDATES, known_candidate
+from mla_tune.sites.site import SiteName
 
 POLICY_VARIABLE = "MLA_TUNE_POLICY"
 MODE_VARIABLE = "MLA_TUNE_MODE"
@@ -81,7 +82,8 @@ class Switches(msgspec.Struct, frozen=True):
 
     def pin(self, site: SiteName) -> str | None:
         """The candidate that is pinned at ``site``, or None."""
-        return next((name for name in self.pins if name in CANDIDATES[site]), None)
+        names = {candidate.name for candidate in CANDIDATES[site]}
+        return next((name for name in self.pins if name in names), None)
 
     @property
     def mode(self) -> str:
@@ -97,17 +99,17 @@ _VARIABLES = (POLICY_VARIABLE, MODE_VARIABLE, MODELLED_VARIABLE, RANKS_VARIABLE,
 def _pins(mode: str) -> tuple[str, ...]:
     if mode in ("", "auto", "off"):
         return ()
-    known = ", ".join(name for names in CANDIDATES.values() for name in names)
+    known = ", ".join(candidate.name for found in CANDIDATES.values() for candidate in found)
     if not mode.startswith(_PIN):
         raise UsageError(
             f"{MODE_VARIABLE} must be a known mode: got {mode!r}; accepted: auto, off, or {_PIN} with one of {known}"
         )
     pins = tuple(name.strip() for name in mode.removeprefix(_PIN).split(","))
     for name in pins:
-        if not any(name in names for names in CANDIDATES.values()):
+        if known_candidate(name) is None:
             raise UsageError(f"{MODE_VARIABLE} must pin a known candidate: got {name!r}; accepted: {known}")
-    for site, names in CANDIDATES.items():
-        if len(set(pins) & set(names)) > 1:
+    for site, found in CANDIDATES.items():
+        if len(set(pins) & {candidate.name for candidate in found}) > 1:
             raise UsageError(f"{MODE_VARIABLE} must pin one candidate per site: got {mode!r} for {site}; keep one")
     return tuple(sorted(set(pins)))
 

@@ -2,7 +2,7 @@
 
 Most tables serve every engine: for V4 prefill vLLM launches the same kernels over the same shapes as SGLang and takes the
 same one by default. For V3.2 it does not: SGLang gives the KV-cache kernel one batch entry per query token, vLLM one entry
-with all of them, which is another launch with another cost. Standard library only.
+with all of them, which is another launch with another cost. Standard library and msgspec only.
 """
 
 from __future__ import annotations
@@ -11,7 +11,17 @@ from enum import StrEnum
 
 import msgspec
 
-from mla_tune.sites.site import WITH_KVCACHE_MIXED, LayerType, ModelConfig, SiteName, incumbent
+from mla_tune.sites.candidates import (
+    DEEP_GEMM,
+    JIT,
+    SPARSE_FWD,
+    SPARSE_FWD_FUSED,
+    SPARSE_FWD_SELECTED,
+    WITH_KVCACHE,
+    WITH_KVCACHE_MIXED,
+    Candidate,
+)
+from mla_tune.sites.site import LayerType, ModelConfig, SiteName
 
 
 class Engine(StrEnum):
@@ -34,30 +44,53 @@ FEW_HEADS = 32
 class EngineChoice(msgspec.Struct, frozen=True):
     """One engine at one site."""
 
-    incumbent: str
-    """What it takes today without us."""
-    candidates: tuple[str, ...]
-    """What it can take, sorted."""
+    default: Candidate
+    """What it takes today without us: the choice that a tie or an unmeasured range keeps."""
+    options: tuple[Candidate, ...]
+    """What it can take, sorted by name."""
+
+    @property
+    def incumbent(self) -> str:
+        """Name of :attr:`default`."""
+        return self.default.name
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Names of :attr:`options`."""
+        return tuple(candidate.name for candidate in self.options)
 
 
-_SHARED = ("sparse_fwd", "with_kvcache")
-VARIANTS = ("sparse_fwd_fused", "sparse_fwd_selected")
+VARIANTS = (SPARSE_FWD_FUSED, SPARSE_FWD_SELECTED)
 """What only :attr:`Engine.OWN` can take."""
-_VLLM_DSA = ("sparse_fwd", WITH_KVCACHE_MIXED)
-_VLLM = {
-    Engine.VLLM: EngineChoice("sparse_fwd", _VLLM_DSA),
-    Engine.VLLM_FEW_HEADS: EngineChoice(WITH_KVCACHE_MIXED, _VLLM_DSA),
+_SHARED = (SPARSE_FWD, WITH_KVCACHE)
+
+_OWN = {
+    layer: tuple(c for c in (SPARSE_FWD, *VARIANTS, WITH_KVCACHE) if layer in dict(c.stages_by_layer))
+    for layer in LayerType
+}
+"""By layer type: only those with a top-k have rows to leave out."""
+_ONE_ENTRY = (SPARSE_FWD, WITH_KVCACHE_MIXED)
+
+# SGLang 0.5.23 on CUDA: V4 always takes the workspace, V3.2 with an FP8 cache on Hopper always the cache in place, and the
+# indexer's metadata always comes from the JIT kernel.
+_METADATA = EngineChoice(JIT, (DEEP_GEMM, JIT))
+_V4 = EngineChoice(SPARSE_FWD, _SHARED)
+_V4_OWN = {layer: EngineChoice(SPARSE_FWD, _OWN[layer]) for layer in LayerType if layer.has_window}
+_V3_2 = {
+    Engine.SGLANG: EngineChoice(WITH_KVCACHE, _SHARED),
+    Engine.OWN: EngineChoice(WITH_KVCACHE, _OWN[LayerType.DSA]),
+    Engine.VLLM: EngineChoice(SPARSE_FWD, _ONE_ENTRY),
+    Engine.VLLM_FEW_HEADS: EngineChoice(WITH_KVCACHE_MIXED, _ONE_ENTRY),
 }
 
 
 def engine_choice(engine: Engine, name: SiteName, layer: LayerType) -> EngineChoice:
-    """What ``engine`` takes, and can take, at a site of ``layer``."""
+    """What ``engine`` takes, and can take, at a site of ``layer``. The only place that defines an engine's default."""
     if name is SiteName.INDEXER_METADATA:
-        return EngineChoice(incumbent(name, layer), ("deep_gemm", "jit"))
-    if engine in _VLLM and layer is LayerType.DSA:
-        return _VLLM[engine]
-    variants = VARIANTS if engine is Engine.OWN else ()
-    return EngineChoice(incumbent(name, layer), tuple(sorted((*_SHARED, *variants))))
+        return _METADATA
+    if layer is LayerType.DSA:
+        return _V3_2[engine]
+    return _V4_OWN[layer] if engine is Engine.OWN else _V4
 
 
 def table_engine(engine: Engine, name: SiteName, model: ModelConfig) -> Engine:

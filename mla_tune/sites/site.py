@@ -60,40 +60,8 @@ _PAGE_SIZE = {LayerType.SWA_ONLY: 256, LayerType.C4A: 64, LayerType.C128A: 2, La
 SWA_PAGE_SIZE = 256
 """Tokens per page of the V4 sliding-window cache (the engine's page size; the window itself is 128)."""
 
-WITH_KVCACHE_MIXED = "with_kvcache_mixed"
-"""``with_kvcache`` as vLLM launches it for V3.2: all query tokens of the forward as the sequence of one batch entry."""
-
-CANDIDATES: dict[SiteName, tuple[str, ...]] = {
-    SiteName.PREFILL_ATTENTION: (
-        "sparse_fwd",
-        "sparse_fwd_fused",
-        "sparse_fwd_selected",
-        "with_kvcache",
-        WITH_KVCACHE_MIXED,
-    ),
-    SiteName.INDEXER_METADATA: ("deep_gemm", "jit"),
-}
-
-
-PROVIDED = ("sparse_fwd", "with_kvcache")
-"""Attention candidates that SGLang has, and so what is measured with its kernels."""
-
-_SELECTS_FEW = frozenset({LayerType.C4A, LayerType.DSA})
-"""Layer types with a top-k: only there can rows be left out, the others select all or nothing."""
-
 OVERLAPS = (0, 50, 80, 95)
 """Percent of its selection that a query shares with the query before it, as inputs are built: 0 is independent."""
-
-
-def incumbent(site: SiteName, layer: LayerType) -> str:
-    """What SGLang 0.5.23 on CUDA does today without us: the choice that a tie or an unmeasured range keeps.
-
-    V4 always takes ``sparse_fwd``; V3.2 with an FP8 cache on Hopper always takes ``with_kvcache``; the indexer
-    metadata always comes from the JIT kernel.
-    """
-    if site is SiteName.INDEXER_METADATA:
-        return "jit"
-    return "with_kvcache" if layer is LayerType.DSA else "sparse_fwd"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,24 +108,6 @@ class Site:
     def overlapping(self, overlap: int) -> Site:
         """The same site with inputs whose neighbours share so much; unchanged where there is no top-k."""
         return self if self.topk is None else replace(self, overlap=overlap)
-
-    @property
-    def incumbent(self) -> str:
-        """The engine's own choice here; see :func:`incumbent`."""
-        return incumbent(self.name, self.layer)
-
-    @property
-    def candidates(self) -> tuple[str, ...]:
-        """Names of everything that can serve this site, sorted; which of them an engine has, its table says.
-
-        Only V3.2 has :data:`WITH_KVCACHE_MIXED`: V4's call takes its lengths per batch entry, so one entry a token. With
-        a provider they are what that engine runs itself.
-        """
-        if self.provider is not None and self.name is SiteName.PREFILL_ATTENTION:
-            return PROVIDED
-        elsewhere = set() if self.layer in _SELECTS_FEW else {"sparse_fwd_selected"}
-        elsewhere |= set() if self.layer is LayerType.DSA else {WITH_KVCACHE_MIXED}
-        return tuple(name for name in CANDIDATES[self.name] if name not in elsewhere)
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,10 +175,6 @@ class ModelConfig:
             accepted = ", ".join(map(str, self.heads))
             raise UsageError(f"h_q must be a padded head count of {self.name}: got {h_q}; accepted: {accepted}")
         return h_q
-
-    def incumbent(self, name: SiteName) -> str:
-        """The engine's own choice for this model; all its layer types agree."""
-        return incumbent(name, self.layers[0][0])
 
 
 DEEPSEEK_V4_FLASH = ModelConfig(

@@ -35,7 +35,7 @@ class Preset:
     @property
     def without(self) -> tuple[str, ...]:
         """Candidates that it leaves alone."""
-        return () if self.variants else VARIANTS
+        return () if self.variants else tuple(candidate.name for candidate in VARIANTS)
 
 
 QUICK = Preset("quick", False, 3, 2, 2, 0.08, False, MappingProxyType({"cuda": 45.0, "cpu": 60.0}))

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from mla_tune.hardware.sku import Environment
+from mla_tune.sites.candidates import candidates_at, names_at
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
-from mla_tune.sites.stages import kernels
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Measurement, Outcome
 from mla_tune.store.tuned import launches_from
@@ -142,7 +142,7 @@ class Sweep:
     def check(self, points: Iterable[Point]) -> Iterator[Measurement]:
         """Compare every candidate with the reference at ``points``, without timing; nothing is stored."""
         for point in points:
-            rows = self._measure(Task(point, (*point.site.candidates, *self._added.at(point)), timed=False))
+            rows = self._measure(Task(point, (*names_at(point.site), *self._added.at(point)), timed=False))
             yield from {row.candidate: row for row in rows}.values()
 
     def _measure_or_skip(self, task: Task, deaths: Deaths) -> list[Measurement]:
@@ -184,7 +184,7 @@ class Sweep:
 
 def launch_digests(point: Point, launches: Launches) -> dict[str, str]:
     """By candidate: which of the tuned launch parameters its kernels run with at ``point``."""
-    return {name: launches.digest(kernels(point.site, name)) for name in point.site.candidates}
+    return {found.name: launches.digest(found.own_kernels(point.site)) for found in candidates_at(point.site)}
 
 
 def missing_tasks(
@@ -202,7 +202,7 @@ def missing_tasks(
     done = database.done_candidates(environment.id)
     tasks = []
     for point in plan:
-        names = (*point.site.candidates, *added.at(point))
+        names = (*names_at(point.site), *added.at(point))
         key, digests = (point.site.key, point.shape), launch_digests(point, launches)
         left = tuple(n for n in names if n not in without and (*key, n, digests.get(n, "")) not in done)
         if left:

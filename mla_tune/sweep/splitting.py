@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from mla_tune.errors import MlaTuneError
-from mla_tune.kernels import candidates
+from mla_tune.kernels import binding
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.split_batch import NAME
@@ -28,7 +28,7 @@ class SplitMeasurer:
         """``kind`` is ``cpu`` or ``cuda``, ``seed`` that of the inputs."""
         self._measurer = PointMeasurer(kind, seed, gpu_time_only=True)
         self._cached: tuple[int, ...] = ()
-        candidates.add(NAME, self._prepare)
+        binding.add(NAME, self._prepare)
 
     def measure(
         self, site: Site, batch: RaggedShape, cached: Sequence[int], singles: Sequence[str]
@@ -45,5 +45,5 @@ class SplitMeasurer:
         except DeviceLostError as lost:
             raise MlaTuneError(f"the device was lost at {site.key}, {batch.evened()}: {lost}; start again") from lost
 
-    def _prepare(self, inputs: AttentionInputs, device: candidates.Device) -> Prepared:
-        return candidates.prepare_split(inputs, self._cached, device)
+    def _prepare(self, inputs: AttentionInputs, device: binding.Device) -> Prepared:
+        return binding.prepare_split(inputs, self._cached, device)

@@ -16,8 +16,8 @@ from mla_tune import __version__
 from mla_tune.cli import run as run_here
 from mla_tune.policy.schema import load_policy
 from mla_tune.runtime import Dispatcher
+from mla_tune.sites.candidates import CANDIDATES
 from mla_tune.sites.shape import Shape
-from mla_tune.sites.site import CANDIDATES
 from mla_tune.store.database import Database
 from mla_tune.store.export import read_export, write_export
 from mla_tune.store.limit_try import Try
@@ -208,7 +208,9 @@ def test_verify_compares_every_candidate_of_a_site(tmp_path: Path) -> None:
     assert (result.returncode, result.stderr) == (0, "")
     checks = json.loads(result.stdout)
     assert {check["outcome"] for check in checks} == {"ok"}
-    assert {check["candidate"] for check in checks} == {name for names in CANDIDATES.values() for name in names}
+    assert {check["candidate"] for check in checks} == {
+        candidate.name for found in CANDIDATES.values() for candidate in found
+    }
     assert contents(tmp_path) == {}
 
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 
 from mla_tune.hardware.sku import Environment
 from mla_tune.policy.schema import Source
+from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.shape import Shape, workload
 from mla_tune.sites.site import MODELS, LayerType, ModelConfig, Site, SiteName
-from mla_tune.sites.stages import Amortization, stages
+from mla_tune.sites.stages import Amortization
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role
 
 FLASH = MODELS["deepseek-v4-flash"]
@@ -76,7 +77,7 @@ class World:
 
     def measure(self, site: Site, shapes: Iterable[Shape], role: Role = Role.FIT) -> Iterator[Measurement]:
         for shape in shapes:
-            for candidate in (name for name in site.candidates if name not in self.not_measured):
+            for candidate in (name for name in names_at(site) if name not in self.not_measured):
                 yield from self._measure_candidate(site, shape, role, candidate)
 
     def _measure_candidate(self, site: Site, shape: Shape, role: Role, candidate: str) -> Iterator[Measurement]:

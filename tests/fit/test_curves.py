@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from mla_tune.fit.bases import Chip, basis
 from mla_tune.fit.curves import fit_correction, fit_curve, fit_nonnegative
 from mla_tune.fit.work import work
+from mla_tune.sites.candidates import stages
 from mla_tune.sites.shape import Shape
-from mla_tune.sites.stages import stages
 from tests.fit.synthetic import C4A, METADATA, fit_shapes, stage_us
 
 coefficients = st.lists(st.floats(0, 10), min_size=3, max_size=3).filter(lambda values: max(values) > 1e-3)
@@ -65,7 +65,7 @@ def test_a_jump_of_the_scheduler_is_not_smeared_over_its_neighbours() -> None:
     shapes = [Shape(1, count, 131072) for count in (*(1 << n for n in range(16)), 12000, 19371, 19372, 24576, 60000)]
     stage = stages(C4A, "with_kvcache")[0]
     measured = np.array([stage_us(C4A, "with_kvcache", "schedule", shape) for shape in shapes])
-    curve = fit_curve(basis(C4A, "with_kvcache", stage, Chip(132)), work(C4A, shapes), measured)
+    curve = fit_curve(basis(C4A, stage.law, Chip(132)), work(C4A, shapes), measured)
     between = [Shape(1, count, 131072) for count in (3000, 9000, 18000, 20000, 40000)]
     expected = [stage_us(C4A, "with_kvcache", "schedule", shape) for shape in between]
     assert curve.latency_us(work(C4A, between)) == pytest.approx(expected, rel=0.03)
@@ -75,7 +75,7 @@ def test_a_smooth_stage_has_no_break() -> None:
     shapes = [Shape(1, 1 << n, 131072) for n in range(16)]
     stage = stages(METADATA, "jit")[0]
     measured = np.array([stage_us(METADATA, "jit", "metadata", shape) for shape in shapes])
-    assert fit_curve(basis(METADATA, "jit", stage, Chip(132)), work(METADATA, shapes), measured).break_at is None
+    assert fit_curve(basis(METADATA, stage.law, Chip(132)), work(METADATA, shapes), measured).break_at is None
 
 
 @pytest.mark.parametrize("candidate", ["sparse_fwd", "with_kvcache"])
@@ -84,13 +84,13 @@ def test_every_stage_is_predicted_within_a_few_percent_between_its_points(candid
     for stage in stages(C4A, candidate):
         shapes = fit_shapes()
         measured = np.array([stage_us(C4A, candidate, stage.name, shape) for shape in shapes])
-        curve = fit_curve(basis(C4A, candidate, stage, Chip(132)), work(C4A, shapes), measured)
+        curve = fit_curve(basis(C4A, stage.law, Chip(132)), work(C4A, shapes), measured)
         expected = [stage_us(C4A, candidate, stage.name, shape) for shape in between]
         assert curve.latency_us(work(C4A, between)) == pytest.approx(expected, rel=0.08), stage.name
 
 
 def test_a_single_point_makes_a_flat_curve() -> None:
     stage = stages(METADATA, "jit")[0]
-    curve = fit_curve(basis(METADATA, "jit", stage, Chip(132)), work(METADATA, [Shape(1, 8, 512)]), np.array([7.0]))
+    curve = fit_curve(basis(METADATA, stage.law, Chip(132)), work(METADATA, [Shape(1, 8, 512)]), np.array([7.0]))
     predicted = curve.latency_us(work(METADATA, [Shape(1, 8, 512), Shape(1, 8, 8192)]))
     assert [math.isclose(us, 7.0) for us in predicted] == [True, True]

@@ -11,9 +11,10 @@ from mla_tune.fit.refine import crossover_shapes
 from mla_tune.fit.table_rows import fit_policy, left_out
 from mla_tune.policy.decision import decide
 from mla_tune.policy.schema import Policy, Table, dump_policy, parse_policy
+from mla_tune.sites.candidates import WITH_KVCACHE_MIXED
 from mla_tune.sites.engines import Engine, engine_choice
 from mla_tune.sites.shape import Shape, workload
-from mla_tune.sites.site import WITH_KVCACHE_MIXED, LayerType, Site, SiteName
+from mla_tune.sites.site import LayerType, Site, SiteName
 from mla_tune.store.measurement import Measurement
 from tests.fit.synthetic import ENVIRONMENT, SOURCE, V3_2, World, stage_us, sweep
 
@@ -22,7 +23,7 @@ DSA = V3_2.site(SiteName.PREFILL_ATTENTION, LayerType.DSA, 64)
 
 def law(site: Site, candidate: str, stage: str, shape: Shape) -> float:
     """The mixed launch plans at once and splits nothing: no slow start with many queries, whole waves with few."""
-    if candidate != WITH_KVCACHE_MIXED:
+    if candidate != WITH_KVCACHE_MIXED.name:
         return stage_us(site, candidate, stage, shape)
     if stage == "schedule":
         return 9.0
@@ -53,7 +54,7 @@ def test_every_engine_has_a_table_of_its_own_candidates_and_incumbent(tables: di
 
 def test_vllms_tables_find_where_its_own_two_launches_cross(tables: dict[str, Table]) -> None:
     for engine in (Engine.VLLM, Engine.VLLM_FEW_HEADS):
-        assert decide(tables[engine], 64, 4 << 20, 64).candidate == WITH_KVCACHE_MIXED
+        assert decide(tables[engine], 64, 4 << 20, 64).candidate == WITH_KVCACHE_MIXED.name
         assert decide(tables[engine], 16384, 131072, 1).candidate == "sparse_fwd"
         assert tables[engine].held_out.slowdown[0].worst < 1.25
 
@@ -76,7 +77,7 @@ def test_a_sweep_from_before_other_candidates_were_known_gives_the_same_tables_a
 def test_each_engines_own_crossovers_are_measured_next() -> None:
     launched = [m for m in MEASURED if not m.candidate.startswith("sparse_fwd_")]
     found = {shape for _, shape in crossover_shapes(CostModel(ENVIRONMENT, launched), [V3_2])}
-    for hidden in (WITH_KVCACHE_MIXED, "with_kvcache"):
+    for hidden in (WITH_KVCACHE_MIXED.name, "with_kvcache"):
         kept = [m for m in launched if m.candidate != hidden]
         alone = {shape for _, shape in crossover_shapes(CostModel(ENVIRONMENT, kept), [V3_2])}
         assert alone

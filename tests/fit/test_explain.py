@@ -8,8 +8,8 @@ from mla_tune.fit.costs import CostModel
 from mla_tune.fit.explanation import explain
 from mla_tune.fit.table_rows import fit_policy
 from mla_tune.policy.decision import decide
+from mla_tune.sites.candidates import stages
 from mla_tune.sites.shape import Shape
-from mla_tune.sites.stages import stages
 from mla_tune.store.measurement import Role
 from tests.fit.synthetic import C4A, ENVIRONMENT, FLASH, SOURCE, World, attention_sites, sweep
 

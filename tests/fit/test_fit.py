@@ -6,6 +6,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,10 +17,10 @@ from mla_tune.fit.table_rows import fit_policy, left_out
 from mla_tune.policy.decision import decide, spans
 from mla_tune.policy.rules import problems
 from mla_tune.policy.schema import Choice, Policy, Row, Table, dump_policy, parse_policy
-from mla_tune.sites.engines import Engine
+from mla_tune.sites.candidates import CANDIDATES, SPARSE_FWD, WITH_KVCACHE, names_at, stages
+from mla_tune.sites.engines import Engine, EngineChoice
 from mla_tune.sites.shape import Shape
-from mla_tune.sites.site import CANDIDATES, LayerType, Site, SiteName
-from mla_tune.sites.stages import stages
+from mla_tune.sites.site import LayerType, Site, SiteName
 from mla_tune.store.measurement import Measurement, Outcome, Regime, Role
 from tests.fit.synthetic import (
     C4A,
@@ -146,9 +147,9 @@ def test_a_winner_that_returns_gets_several_thresholds() -> None:
 
 def _add_zigzag(monkeypatch: pytest.MonkeyPatch) -> None:
     """A third candidate that SGLang can take."""
-    names = ("sparse_fwd", "with_kvcache", "zigzag")
-    monkeypatch.setitem(CANDIDATES, SiteName.PREFILL_ATTENTION, names)
-    monkeypatch.setattr("mla_tune.sites.engines._SHARED", names)
+    zigzag = msgspec.structs.replace(WITH_KVCACHE, name="zigzag")
+    monkeypatch.setitem(CANDIDATES, SiteName.PREFILL_ATTENTION, (SPARSE_FWD, WITH_KVCACHE, zigzag))
+    monkeypatch.setattr("mla_tune.sites.engines._V4", EngineChoice(SPARSE_FWD, (SPARSE_FWD, WITH_KVCACHE, zigzag)))
 
 
 def test_a_dominated_candidate_changes_no_threshold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,7 +222,7 @@ def test_metadata_tables_have_no_heads_and_judge_their_own_baselines() -> None:
 @given(st.integers(0, 2**32 - 1), st.floats(0.0, 0.6))
 def test_any_part_of_a_sweep_gives_a_valid_policy_or_one_fit_error(seed: int, missing: float) -> None:
     rng = random.Random(seed)
-    scale = {candidate: rng.uniform(0.3, 3) for candidate in C4A.candidates}
+    scale = {candidate: rng.uniform(0.3, 3) for candidate in names_at(C4A)}
 
     def law(site: Site, candidate: str, stage: str, shape: Shape) -> float:
         return stage_us(site, candidate, stage, shape) * scale[candidate]

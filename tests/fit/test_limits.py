@@ -10,6 +10,7 @@ from mla_tune.fit.observations import Observations
 from mla_tune.fit.table_rows import fit_policy
 from mla_tune.policy.decision import decide
 from mla_tune.policy.schema import Limit
+from mla_tune.sites.candidates import names_at
 from mla_tune.store.measurement import Outcome
 from tests.fit.synthetic import C4A, ENVIRONMENT, METADATA, SOURCE, World, sweep
 
@@ -17,7 +18,7 @@ LAUNCH = (Outcome.RUNTIME_ERROR, "CUDA error:\n  invalid configuration\targument
 
 
 def _limits(world: World) -> tuple[Limit, ...]:
-    return limits(Observations(sweep(world, [METADATA], held_out=4)), [METADATA], METADATA.candidates)
+    return limits(Observations(sweep(world, [METADATA], held_out=4)), [METADATA], names_at(METADATA))
 
 
 @pytest.mark.parametrize("outcome", [Outcome.RUNTIME_ERROR, Outcome.CRASH, Outcome.WRONG_RESULT, Outcome.COMPILE_ERROR])

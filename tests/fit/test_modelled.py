@@ -23,16 +23,18 @@ from mla_tune.fit.work import Array, work
 from mla_tune.hardware.datasheet import DATASHEETS, Datasheet, Figure, datasheet
 from mla_tune.policy.decision import decide
 from mla_tune.policy.schema import Policy, Table, dump_policy, parse_policy
+from mla_tune.sites.candidates import names_at, stages
+from mla_tune.sites.engines import Engine, model_incumbent
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, LayerType, Site, SiteName
-from mla_tune.sites.stages import stages
+from mla_tune.sites.stages import Law
 from mla_tune.store.measurement import Outcome
 from tests.fit.synthetic import C4A, ENVIRONMENT, FLASH, METADATA, SOURCE, World, attention_sites, sweep
 
 H200 = datasheet("nvidia-h200")
 OTHERS = [sheet for sheet in DATASHEETS if sheet.sku != H200.sku]
 SITES = [*attention_sites(), METADATA]
-RAN = {site: tuple(name for name in site.candidates if name not in World().not_measured) for site in SITES}
+RAN = {site: tuple(name for name in names_at(site) if name not in World().not_measured) for site in SITES}
 """Candidates of each site that the made-up H200 was swept with."""
 STAGES = [(site, name, stage.name) for site in SITES for name in RAN[site] for stage in stages(site, name)]
 
@@ -127,8 +129,8 @@ def test_a_wave_short_of_work_costs_on_the_target_what_it_costs_there_in_the_mea
 ) -> None:
     # The same number of full waves, at each GPU's own SM count: corrected alike, scaled by one factor per term.
     for sheet in DATASHEETS:
-        target = basis(C4A, "sparse_fwd", stages(C4A, "sparse_fwd")[-1], models[sheet.sku].scaling.chip())
-        source = basis(C4A, "sparse_fwd", stages(C4A, "sparse_fwd")[-1], Chip(132))
+        target = basis(C4A, Law.WORKSPACE_ATTENTION, models[sheet.sku].scaling.chip())
+        source = basis(C4A, Law.WORKSPACE_ATTENTION, Chip(132))
         here = work(C4A, [Shape(1, 2 * int(sheet.sm_count.value), 1 << 20)])
         there = work(C4A, [Shape(1, 2 * 132, 1 << 20)])
         assert target.terms(here)[1:3] == source.terms(there)[1:3]
@@ -141,7 +143,7 @@ def test_every_term_of_a_law_names_what_binds_it(site: Site, candidate_index: in
     candidate = RAN[site][candidate_index]
     load = work(site, [Shape(1, 8, 4096)])
     for stage in stages(site, candidate):
-        found = basis(site, candidate, stage, Chip(132))
+        found = basis(site, stage.law, Chip(132))
         assert len(found.resources) == len(found.terms(load))
         assert found.resources[0] is Resource.CLOCK
 
@@ -175,10 +177,10 @@ def test_another_architecture_is_in_more_doubt_than_the_same_one_at_the_same_rat
     utilisation=st.floats(0, 1),
     sheet=st.sampled_from(OTHERS),
     resource=st.sampled_from(list(Resource)),
-    candidate=st.sampled_from(["sparse_fwd", "with_kvcache", "jit"]),
+    law=st.sampled_from(Law),
 )
 def test_a_factor_lies_between_the_ratios_of_what_may_bind_the_term(
-    utilisation: float, sheet: Datasheet, resource: Resource, candidate: str
+    utilisation: float, sheet: Datasheet, resource: Resource, law: Law
 ) -> None:
     found = Scaling(H200, sheet)
     clock = H200.boost_clock_mhz.value / sheet.boost_clock_mhz.value
@@ -191,9 +193,9 @@ def test_a_factor_lies_between_the_ratios_of_what_may_bind_the_term(
         Resource.SM: (min(clock, tensor), max(clock, tensor)),
         Resource.DEVICE: (min(clock, tensor) * sms, max(clock, tensor) * sms),
     }[resource]
-    factor = found.factor(resource, candidate, utilisation)
+    factor = found.factor(resource, law, utilisation)
     assert low * (1 - 1e-12) <= factor <= high * (1 + 1e-12)
-    assert found.doubt(resource, candidate, utilisation) > 0
+    assert found.doubt(resource, law, utilisation) > 0
 
 
 def forward(name: SiteName = SiteName.PREFILL_ATTENTION) -> Scope:
@@ -216,7 +218,7 @@ def test_a_modelled_policy_says_what_it_is_and_is_read_back(b200_policy: Policy)
     for table in policy.tables:
         assert table.held_out.points == 0
         assert {entry.candidate for entry in table.uncertainty} == set(table.candidates)
-        assert table.incumbent == MODELS[table.model].incumbent(SiteName(table.site))
+        assert table.incumbent == model_incumbent(Engine.SGLANG, SiteName(table.site), MODELS[table.model])
 
 
 def test_the_noise_band_of_a_table_is_the_uncertainty_of_both_candidates_together(b200_policy: Policy) -> None:

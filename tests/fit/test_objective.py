@@ -23,6 +23,7 @@ from mla_tune.fit.table_rows import fit_policy, fit_table
 from mla_tune.fit.training import cells_of, query_counts, training_grid
 from mla_tune.policy.decision import decide
 from mla_tune.policy.schema import Table
+from mla_tune.sites.candidates import names_at
 from mla_tune.sites.served_shapes import Shape as Recorded
 from mla_tune.sites.served_shapes import Traffic
 from mla_tune.sites.shape import Shape
@@ -201,7 +202,7 @@ def test_where_kernels_take_milliseconds_the_gpu_time_stands_for_the_host_inclus
     timed = {(m.shape, m.candidate) for m in recorded().measurements if m.regime is Regime.EAGER and m.site == site}
     alike = differing = 0
     for shape in graph.shapes(site):
-        for name in site.candidates:
+        for name in names_at(site):
             one, other = graph.cost(site, name, shape), eager.cost(site, name, shape)
             if one is None or other is None:
                 continue

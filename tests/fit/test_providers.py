@@ -13,11 +13,11 @@ from mla_tune.fit.observations import Observations
 from mla_tune.fit.table_rows import fit_policy
 from mla_tune.fit.usable import stored_provider, usable
 from mla_tune.policy.schema import Policy, dump_policy, parse_policy
+from mla_tune.sites.candidates import DEEP_GEMM, JIT, SPARSE_FWD, names_at, stages
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Conditions, Site
-from mla_tune.sites.stages import kernels, provided_by, stages
 from mla_tune.store.database import Database
 from mla_tune.store.export import export_lines, read_export, to_export_precision, write_export
 from mla_tune.store.limit_try import Try
@@ -142,7 +142,7 @@ def test_a_limit_of_a_kernel_that_no_provider_replaces_holds_for_every_provider(
     site = Conditions(provider=TRANSFORMS).at(C4A)
     shapes = [(Shape(1, 40_000, 40_000), Outcome.OK), (Shape(1, 40_001, 40_001), Outcome.CRASH)]
     tries = [Try(C4A, name, shape, outcome) for name in ("with_kvcache", "sparse_fwd") for shape, outcome in shapes]
-    (limit,) = limits(Observations(TRANSFORMED, tries), [site], site.candidates)
+    (limit,) = limits(Observations(TRANSFORMED, tries), [site], names_at(site))
     assert (limit.candidate, limit.num_qo_tokens, limit.fails_at) == ("with_kvcache", 40_000, 40_001)
     (theirs,) = fit_policy(ENVIRONMENT, TRANSFORMED, tries, source=SOURCE).tables
     assert theirs.limits == (limit,)  # SGLang's own dequantize is another kernel than the one that was tried
@@ -157,7 +157,7 @@ def test_the_transform_is_paid_by_both_paths_in_every_layer() -> None:
 
 def test_launch_parameters_of_our_kernels_matter_only_where_ours_run() -> None:
     provided = Conditions(provider=RELEASE).at(C4A)
-    assert kernels(provided, "sparse_fwd") == ("slot_ids",)
-    assert set(kernels(C4A, "sparse_fwd")) == {"slot_ids", "dequantize_v4", "combine_topk"}
-    assert kernels(replace(METADATA, provider=RELEASE), "jit") == ()
-    assert provided_by(METADATA, "deep_gemm", "metadata") == "deep_gemm"
+    assert SPARSE_FWD.own_kernels(provided) == ("slot_ids",)
+    assert set(SPARSE_FWD.own_kernels(C4A)) == {"slot_ids", "dequantize_v4", "combine_topk"}
+    assert JIT.own_kernels(replace(METADATA, provider=RELEASE)) == ()
+    assert DEEP_GEMM.stages(METADATA)[0].run_by(METADATA) == "deep_gemm"

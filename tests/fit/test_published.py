@@ -72,7 +72,7 @@ def test_on_the_measured_gpu_itself_the_prediction_is_the_measured_curve(
         (launch,) = entry.published.launches
         ((_, curve),) = (
             (stage, curve)
-            for stage, curve in h200_costs.costs(launch.site, launch.candidate).paths[0].stages
+            for stage, curve in h200_costs.costs(launch.site, launch.candidate.name).paths[0].stages
             if stage.name == launch.stage
         )
         us = float(curve.latency_us(work(launch.site, [launch.shape]))[0])

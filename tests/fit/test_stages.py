@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from mla_tune.errors import UsageError
+from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.site import LayerType, Site
-from mla_tune.sites.stages import Amortization, Stage, stages
+from mla_tune.sites.stages import Amortization
 from tests.fit.synthetic import C4A, METADATA, attention_sites
 
 
@@ -25,14 +26,14 @@ def test_only_c4a_combines_its_indices_in_every_layer() -> None:
 
 
 def test_metadata_is_one_stage_of_every_candidate() -> None:
-    assert {stages(METADATA, candidate) for candidate in METADATA.candidates} == {
-        (Stage("metadata", Amortization.PER_LAYER_TYPE),)
-    }
+    for candidate in names_at(METADATA):
+        (stage,) = stages(METADATA, candidate)
+        assert (stage.name, stage.amortization) == ("metadata", Amortization.PER_LAYER_TYPE)
 
 
 def test_stage_names_are_unique_and_attention_comes_last() -> None:
     for site in [*attention_sites(), Site.parse("prefill_attention/dsa/h128/k2048")]:
-        for candidate in site.candidates:
+        for candidate in names_at(site):
             names = [stage.name for stage in stages(site, candidate)]
             assert len(set(names)) == len(names)
             assert names[-1] == "attention"

@@ -1,12 +1,16 @@
 # mypy: disable-error-code="import-untyped"
-"""Compile every device kernel for sm90 (H100, H200) and sm100 (B200); needs no GPU. ``test_compile`` runs this program.
+"""Compile every device kernel for GPUs that this machine need not have. ``test_compile`` runs this program.
 
-Arguments are taken to be aligned and divisible as they are in a forward, so that what is checked of the memory
-instructions is what will run.
+Every variant is compiled for sm90 (H100, H200) and sm100 (B200), and one variant of every kernel for sm103 (B300) and
+sm120 (RTX PRO 6000) too, down to the cubin. Arguments are taken to be aligned and divisible as they are in a forward, so
+that what is checked of the memory instructions is what will run. One kernel is then launched both ways with a driver that
+only records: the launch by address must hand over what Triton's own launch does.
 """
 
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -18,10 +22,17 @@ from mla_tune.kernels.device import schedule_kernels as indexer_metadata
 from mla_tune.kernels.device import select_kernels as select
 from mla_tune.kernels.device import slot_id_kernels as slot_ids
 from mla_tune.kernels.device.cache_rows import Layout
+from mla_tune.kernels.device.launcher import Launcher
 from mla_tune.kernels.formats import V4
 from tests.kernels.test_formats import FORMATS
 
 ARCHITECTURES = (90, 100)
+"""Every variant of a kernel is compiled for these."""
+MORE_ARCHITECTURES = (103, 120)
+"""The first variant of a kernel is compiled for these too."""
+_seen: set[str] = set()
+_HOOKS = slice(6, 9)
+"""Where a launch has what it tells profilers, and their two hooks."""
 TYPES = {
     "cache_ptr": "*u8",
     "window_cache_ptr": "*u8",
@@ -37,7 +48,7 @@ DIVISIBLE = ("width", "topk_stride")
 
 
 def compile_kernel(kernel: Any, num_warps: int, types: Any = None, **constants: Any) -> list[str]:
-    """The kernel's PTX for each architecture; arguments that are neither pointers nor constants are int32."""
+    """The kernel's PTX for each of ``ARCHITECTURES``; arguments that are neither pointers nor constants are int32."""
     known = TYPES | (types or {})
     signature, attributes = {}, {}
     for index, name in enumerate(kernel.arg_names):
@@ -45,12 +56,17 @@ def compile_kernel(kernel: Any, num_warps: int, types: Any = None, **constants: 
         signature[name] = "constexpr" if name in constants else known.get(name, "*i32" if pointer else "i32")
         if name not in constants and (pointer or name in DIVISIBLE):
             attributes[(index,)] = [["tt.divisibility", 16]]
+    name = kernel.__name__
+    more = () if name in _seen else MORE_ARCHITECTURES
+    _seen.add(name)
     found = []
-    for architecture in ARCHITECTURES:
+    for architecture in (*ARCHITECTURES, *more):
         source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attributes)
         target = GPUTarget("cuda", architecture, 32)
-        found.append(str(triton.compile(source, target=target, options={"num_warps": num_warps}).asm["ptx"]))
-    return found
+        compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+        require(compiled.asm["cubin"][:4] == b"\x7fELF", f"{name} must have a cubin for sm{architecture}")
+        found.append(str(compiled.asm["ptx"]))
+    return found[: len(ARCHITECTURES)]
 
 
 def require(condition: bool, rule: str) -> None:
@@ -117,8 +133,64 @@ def compile_prepare() -> None:
 ROWS_ONLY = ("cache_ptr", "page_table_ptr", "lens_ptr", "cu_rows_ptr", "out_ptr")
 
 
+class RecordingDriver:
+    """A Triton driver of an H100 that compiles for it and records launches instead of making them."""
+
+    def __init__(self) -> None:
+        self.launches: list[list[Any]] = []
+        self.utils = SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 232448},
+            load_binary=lambda name, binary, shared, device: (1, 42, 0, 0, 1024),
+            unload_module=lambda module: None,
+        )
+
+    def get_current_device(self) -> int:
+        """The only one."""
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        """Any number that nothing else has."""
+        return 77
+
+    def get_current_target(self) -> GPUTarget:
+        """An H100."""
+        return GPUTarget("cuda", 90, 32)
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Any:
+        """Records grid, stream, function, metadata and arguments; tensors as the addresses that CUDA gets."""
+
+        def launch(*given: Any) -> None:
+            self.launches.append([g.data_ptr() if isinstance(g, torch.Tensor) else g for g in given])
+
+        return launch
+
+
+def launch_both_ways() -> None:
+    """The first launch goes through Triton, the second and a bound one by address: CUDA must not see a difference.
+
+    What profilers hook in is left aside: a launch by address has no hooks.
+    """
+    driver = RecordingDriver()
+    triton.runtime.driver.set_active(driver)
+    launcher = Launcher(indexer_metadata._metadata_small)
+    require(not launcher.only_through_triton, f"Triton {triton.__version__} must be launched by address: it is known")
+    lens, out = torch.zeros(64, dtype=torch.int32), torch.zeros(9, 2, dtype=torch.int32)
+    launch = ((9,), (lens, out, 64, 8), {"SPLIT": 256, "ROWS": 128}, 1)
+    launcher(*launch)
+    launcher(*launch)
+    launcher.bind(*launch)()
+    require(len(driver.launches) == 3, f"3 launches must be 3: got {len(driver.launches)}")
+    for at in range(3):
+        del driver.launches[at][_HOOKS]
+    first, *others = driver.launches
+    require(first[:5] == [9, 1, 1, 77, 42], f"Triton must launch the grid on the stream: got {first[:5]}")
+    for other in others:
+        require(other == first, f"a launch by address must be Triton's own: got {other} instead of {first}")
+
+
 def main() -> None:
     """Compile all."""
+    launch_both_ways()
     compile_dequantize()
     compile_combine()
     compile_prepare()

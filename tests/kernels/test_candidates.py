@@ -7,18 +7,19 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from mla_tune.kernels import candidates
+from mla_tune.kernels import binding
 from mla_tune.kernels.formats import page_parts
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
+from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.shape import AnyShape, RaggedShape, Shape
 from mla_tune.sites.site import Site, SiteName
-from mla_tune.sites.stages import Amortization, stages
+from mla_tune.sites.stages import Amortization
 from mla_tune.sweep.worker.correctness import AttentionJudge, IndexerJudge, Judge
 from tests.shapes import every_site, ragged_shapes, shapes
 
 CPU = torch.device("cpu")
-DEVICE = candidates.Device("cpu", 0, sm_count=7)  # seven unequal shares of the indexer's schedule
+DEVICE = binding.Device("cpu", 0, sm_count=7)  # seven unequal shares of the indexer's schedule
 NAN_BYTE = 0xFF
 FILLS_A_BUFFER = {
     *("dequantize_compressed", "dequantize_window", "combine", "prepare"),
@@ -59,8 +60,8 @@ def poison_what_no_query_attends_to(inputs: AttentionInputs) -> int:
 @pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
 def test_every_candidate_gives_the_references_answer(site: Site, shape: AnyShape) -> None:
     judge = judge_of(site, shape)
-    for name in site.candidates:
-        assert candidates.unsupported(site, name, DEVICE) is None
+    for name in names_at(site):
+        assert binding.unsupported(site, name, DEVICE) is None
         prepared = judge.prepare(name)
         judge.poison()
         prepared.run()
@@ -75,7 +76,7 @@ def test_cache_rows_that_no_query_attends_to_do_not_matter(site: Site, shape: Sh
     inputs = InputBuilder(CPU).attention(site, shape)
     judge = AttentionJudge(inputs, DEVICE, rows=shape.num_qo_tokens)
     before = {}
-    for name in site.candidates:
+    for name in names_at(site):
         prepared = judge.prepare(name)
         prepared.run()
         before[name] = prepared.result().clone()
@@ -93,7 +94,7 @@ def test_a_cache_row_that_is_attended_to_does_matter(site: Site) -> None:
     for cache in (inputs.window, inputs.compressed):
         if cache is not None:
             cache.data.fill_(NAN_BYTE)
-    for name in site.candidates:
+    for name in names_at(site):
         prepared = judge.prepare(name)
         prepared.run()
         assert judge.verdict(prepared.result()) is not None, name
@@ -102,7 +103,7 @@ def test_a_cache_row_that_is_attended_to_does_matter(site: Site) -> None:
 @pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
 def test_bound_stages_are_those_of_the_shared_list_in_its_order(site: Site) -> None:
     judge = judge_of(site, Shape(2, 5, 300))
-    for name in site.candidates:
+    for name in names_at(site):
         prepared = judge.prepare(name)
         assert prepared.candidate == name
         assert tuple(bound.stage for bound in prepared.stages) == stages(site, name)
@@ -113,7 +114,7 @@ def test_bound_stages_are_those_of_the_shared_list_in_its_order(site: Site) -> N
 @pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
 def test_a_layer_can_be_run_again_without_what_its_forward_ran_once(site: Site) -> None:
     judge = judge_of(site, Shape(2, 5, 700))
-    for name in site.candidates:
+    for name in names_at(site):
         prepared = judge.prepare(name)
         prepared.run()
         first = prepared.result().clone()
@@ -126,7 +127,7 @@ def test_a_layer_can_be_run_again_without_what_its_forward_ran_once(site: Site) 
 @pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
 def test_kept_buffers_are_counted(site: Site) -> None:
     judge = judge_of(site, Shape(2, 5, 700))
-    for name in site.candidates:
+    for name in names_at(site):
         prepared = judge.prepare(name)
         assert prepared.buffer_bytes() == sum(buffer.nbytes for buffer in prepared.buffers)
         assert (prepared.buffer_bytes() == 0) == name.startswith("with_kvcache")
@@ -135,7 +136,7 @@ def test_kept_buffers_are_counted(site: Site) -> None:
 @pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
 def test_what_a_stage_leaves_of_the_poison_is_a_wrong_result(site: Site) -> None:
     judge = judge_of(site, Shape(2, 5, 700))
-    for name in site.candidates:
+    for name in names_at(site):
         prepared = judge.prepare(name)
         prepared.poison()
         prepared.run()
@@ -168,13 +169,13 @@ def test_the_judge_names_a_wrong_and_an_unwritten_row(site: Site) -> None:
 
 @settings(max_examples=20)
 @given(st.integers(0, 1 << 30))
-def test_the_indexers_judge_wants_every_entry_equal(seed: int) -> None:
+def test_the_indexers_judge_refuses_a_schedule_with_one_entry_moved(seed: int) -> None:
     judge = judge_of(every_site(SiteName.INDEXER_METADATA)[0], Shape(2, 40, 90000))
     prepared = judge.prepare("jit")
     prepared.run()
     output = prepared.result().clone()
     assert judge.verdict(output) is None
     entry = seed % output.shape[0]
-    output[entry, seed % 2] += 1
-    assert (judge.verdict(output) or "").startswith(f"1 of {output.shape[0]} entries differ, the first is {entry}:")
+    output[entry, seed % 2] += 2  # by one, two SMs may only have changed their shares
+    assert judge.verdict(output) is not None
     assert "differs from the reference's" in (judge.verdict(output[:-1]) or "")

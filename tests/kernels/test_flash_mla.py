@@ -12,7 +12,7 @@ from hypothesis import example, given, settings
 
 from mla_tune.bench.numerics import BF16_ATTENTION, mismatch
 from mla_tune.kernels import (
-    candidates,
+    binding,
     indexer,
     sparse_fwd,
     sparse_fwd_fused,
@@ -24,6 +24,7 @@ from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
 from mla_tune.kernels.reference import paged_attention_reference
+from mla_tune.sites.candidates import candidate_at, names_at
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import LayerType, Site, SiteName
 from tests.kernels.flash_mla_stand_in import Recorder, stand_in
@@ -42,7 +43,7 @@ SPARSE = {
 def prepare(inputs: AttentionInputs, name: str, kernels: FlashMla) -> Prepared:
     if name in SPARSE:
         return SPARSE[name](inputs, kernels)
-    return with_kvcache.prepare(inputs, kernels, name)
+    return with_kvcache.prepare(inputs, kernels, candidate_at(inputs.site, name))
 
 
 def reference(inputs: AttentionInputs) -> torch.Tensor:
@@ -59,7 +60,7 @@ def test_both_kernels_give_the_references_answer_through_the_adapter(site: Site,
     inputs = InputBuilder(torch.device("cpu")).attention(site, shape)
     recorder = Recorder()
     kernels = FlashMla(9, stand_in(switch, recorder))
-    for name in site.candidates:
+    for name in names_at(site):
         prepared = prepare(inputs, name, kernels)
         prepared.run()
         assert prepared.result().shape == (shape.num_qo_tokens, site.h_q, 512)
@@ -108,28 +109,24 @@ def test_the_mixed_call_is_one_batch_entry_with_all_query_tokens(num_qo_tokens: 
 
 @pytest.mark.parametrize("site", attention_sites, ids=lambda site: site.key)
 def test_only_v3_2_has_the_mixed_call(site: Site) -> None:
-    assert ("with_kvcache_mixed" in site.candidates) == (site.layer is LayerType.DSA)
+    assert ("with_kvcache_mixed" in names_at(site)) == (site.layer is LayerType.DSA)
 
 
-@pytest.mark.parametrize(
-    ("major", "head_dim", "legacy"), [(9, 512, True), (9, 576, True), (10, 512, False), (10, 576, True)]
-)
-def test_the_legacy_half_serves_sm90_and_v3_2_and_every_fp8_cache(major: int, head_dim: int, legacy: bool) -> None:
-    layer = LayerType.DSA if head_dim == 576 else LayerType.C4A
+@pytest.mark.parametrize("major", [9, 10])
+@pytest.mark.parametrize("layer", [LayerType.DSA, LayerType.C4A])
+def test_every_call_takes_the_legacy_binary_as_sglang_does_on_both_architectures(major: int, layer: LayerType) -> None:
     site = next(site for site in attention_sites if site.layer is layer)
     inputs = InputBuilder(torch.device("cpu")).attention(site, Shape(1, 3, 300))
     recorder = Recorder()
-    for name in site.candidates:
+    for name in names_at(site):
         prepare(inputs, name, FlashMla(major, stand_in(True, recorder))).run()
-    sparse = [call["use_legacy"] for call in recorder.calls if "kv" in call]
-    paged = [call["use_legacy"] for call in recorder.calls if "k_cache" in call]
-    assert set(sparse) == {legacy}
-    assert set(paged) == {True}
+    kernels = {("kv" if "kv" in call else "k_cache", call["use_legacy"]) for call in recorder.calls}
+    assert kernels == {("kv", True), ("k_cache", True)}
 
 
 @pytest.mark.parametrize("candidate", ["with_kvcache", "with_kvcache_mixed"])
 def test_the_schedule_stage_plans_anew_each_time_and_attention_reuses_one_plan(candidate: str) -> None:
-    site = next(site for site in attention_sites if candidate in site.candidates)
+    site = next(site for site in attention_sites if candidate in names_at(site))
     inputs = InputBuilder(torch.device("cpu")).attention(site, Shape(1, 3, 300))
     recorder = Recorder()
     schedule, attention = prepare(inputs, candidate, FlashMla(9, stand_in(False, recorder))).stages
@@ -149,47 +146,41 @@ def test_the_schedule_stage_plans_anew_each_time_and_attention_reuses_one_plan(c
 
 @pytest.mark.parametrize("major", [8, 12])
 def test_an_architecture_without_kernels_is_named(major: int) -> None:
-    reason = FlashMla(major, stand_in(False, Recorder())).unsupported(64, 512, paged=False)
+    reason = FlashMla(major, stand_in(False, Recorder())).unsupported(64)
     assert reason == f"FlashMLA has kernels for sm90 and sm100; this GPU is sm{major}0"
 
 
 @pytest.mark.parametrize("h_q", [0, 16, 32, 65, 256])
 def test_head_counts_that_the_kernels_lack_are_named_with_what_to_do(h_q: int) -> None:
-    reason = FlashMla(9, stand_in(False, Recorder())).unsupported(h_q, 512, paged=True)
+    reason = FlashMla(9, stand_in(False, Recorder())).unsupported(h_q)
     assert reason == f"FlashMLA takes 64 or 128 query heads, not {h_q}: pad them"
 
 
-@pytest.mark.parametrize("legacy", [None, True, False])
 @pytest.mark.parametrize("major", [9, 10])
-@pytest.mark.parametrize("head_dim", [512, 576])
-@pytest.mark.parametrize("paged", [False, True])
-def test_only_a_build_without_its_legacy_half_lacks_what_that_half_serves(
-    legacy: bool | None, major: int, head_dim: int, paged: bool
-) -> None:
-    reason = FlashMla(major, stand_in(legacy is not None, Recorder(), legacy)).unsupported(64, head_dim, paged)
-    if legacy is False and (major == 9 or head_dim == 576 or paged):
-        assert reason == "this sgl-flash-mla was built without its legacy kernels (sm90, V3.2 and V4 cache formats)"
-    else:
-        assert reason is None
+@pytest.mark.parametrize(("legacy", "lacking"), [(None, False), (True, False), (False, True)])
+def test_a_build_without_its_legacy_binary_serves_no_site(legacy: bool | None, lacking: bool, major: int) -> None:
+    reason = FlashMla(major, stand_in(legacy is not None, Recorder(), legacy)).unsupported(64)
+    lacks = "this sgl-flash-mla was built without its legacy kernels (sm90, V3.2 and V4 cache formats)"
+    assert reason == (lacks if lacking else None)
 
 
 @pytest.fixture
 def no_libraries(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in ("flash_mla", "deep_gemm"):
         monkeypatch.setitem(sys.modules, module, None)
-    candidates.flash_mla_missing.cache_clear()
+    binding.flash_mla_missing.cache_clear()
     indexer.deep_gemm_missing.cache_clear()
     yield
-    candidates.flash_mla_missing.cache_clear()
+    binding.flash_mla_missing.cache_clear()
     indexer.deep_gemm_missing.cache_clear()
 
 
 @pytest.mark.usefixtures("no_libraries")
 @pytest.mark.parametrize("site", every_site(), ids=lambda site: site.key)
 def test_without_the_libraries_a_gpu_says_which_package_is_missing_and_how_to_get_it(site: Site) -> None:
-    gpu = candidates.Device("cuda", 9, 132)
-    for name in site.candidates:
-        reason = candidates.unsupported(site, name, gpu)
+    gpu = binding.Device("cuda", 9, 132)
+    for name in names_at(site):
+        reason = binding.unsupported(site, name, gpu)
         if name == "jit":
             assert reason is None
             continue

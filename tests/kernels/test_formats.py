@@ -76,6 +76,16 @@ def test_quantizing_loses_no_more_than_e4m3_and_bf16_do(
     assert ((nope - quantized).abs() <= bound).all()
 
 
+@given(num_tokens=st.integers(1, 20), seed=st.integers(0, 99))
+@settings(max_examples=25)
+def test_every_v3_2_scale_is_a_power_of_two_so_that_a_build_that_truncates_it_reads_the_same_values(
+    num_tokens: int, seed: int
+) -> None:
+    cache = quantize_k_cache(random_values(num_tokens, DSA, seed), DSA, 64)
+    scales = page_parts(cache, DSA, 64).scales[0, :num_tokens].contiguous().view(torch.float32)
+    assert (torch.frexp(scales).mantissa == 0.5).all()
+
+
 @given(st.floats(2.0**-100, 2.0**100), st.integers(0, 63))
 @settings(max_examples=100)
 def test_a_v4_scale_is_the_smallest_power_of_two_that_holds_its_group(amax: float, column: int) -> None:

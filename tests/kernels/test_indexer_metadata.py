@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.kernels.candidates import Device
+from mla_tune.kernels.binding import Device
+from mla_tune.kernels.indexer import request_indices
 from mla_tune.kernels.indexer_metadata import paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial, shares
 from mla_tune.kernels.reference import metadata_reference
 from mla_tune.sites.launch_parameters import MetadataConfig
@@ -49,10 +50,22 @@ def test_a_gpus_worth_of_sms_is_served(target: Target, num_rows: int) -> None:
     assert torch.equal(out, metadata_reference(context_lens, num_sms))
 
 
-def test_the_first_sms_take_the_remainder_and_those_without_work_start_at_the_end(target: Target) -> None:
-    context_lens = torch.tensor([256, 1, 0], dtype=torch.int32, device=target.device)
+@pytest.mark.parametrize("padding", [0, 300])
+def test_the_last_sms_take_the_remainder_and_those_without_work_start_at_a_row_that_exists(
+    target: Target, padding: int
+) -> None:
+    # DeepGEMM 0.1.5 and later load the length of the row that an SM starts at, also where it has no work.
+    context_lens = torch.tensor([256, 1, *[0] * padding], dtype=torch.int32, device=target.device)
     out = paged_mqa_logits_metadata(context_lens, 64, 4, backend=target.backend)
-    assert out.tolist() == [[0, 0], [1, 0], [3, 0], [3, 0], [3, 0]]
+    assert out.tolist() == [[0, 0], [0, 0], [0, 0], [1, 0], [2 + padding, 0]]
+
+
+@given(lengths=LENGTHS.filter(bool), num_sms=st.sampled_from([1, 3, 16]))
+@settings(max_examples=40)
+def test_no_sm_starts_behind_the_last_row(target: Target, lengths: list[int], num_sms: int) -> None:
+    context_lens = torch.tensor(lengths, dtype=torch.int32, device=target.device)
+    out = paged_mqa_logits_metadata(context_lens, 64, num_sms, backend=target.backend)
+    assert (out[:-1, 0] < len(lengths)).all()
 
 
 @pytest.mark.parametrize("num_rows", [128, 256, 257])
@@ -87,13 +100,14 @@ def test_wrong_arguments_are_refused_in_one_line() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_rows", [1, 31, 64, 2048, 12288])
-def test_the_schedule_is_deep_gemms_entry_by_entry(num_rows: int) -> None:
+def test_the_sms_get_the_shares_that_deep_gemm_gives_them(num_rows: int) -> None:
     deep_gemm = pytest.importorskip("deep_gemm")
     generator = torch.Generator().manual_seed(num_rows)
     context_lens = torch.randint(1, 1 << 18, (num_rows, 1), generator=generator, dtype=torch.int32).cuda()
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     expected = deep_gemm.get_paged_mqa_logits_metadata(context_lens, 64, num_sms)
-    assert torch.equal(paged_mqa_logits_metadata(context_lens, 64, num_sms), expected)
+    ours = paged_mqa_logits_metadata(context_lens, 64, num_sms)
+    assert torch.equal(shares(context_lens, ours), shares(context_lens, expected))
 
 
 @pytest.mark.gpu
@@ -134,15 +148,35 @@ def test_schedules_agree_whoever_takes_what_is_left_over_and_not_if_one_takes_mo
 @pytest.mark.parametrize("entry", [(-1, 0), (3, 0), (0, -1), (0, 3), (2, 1)])
 def test_a_schedule_of_rows_or_splits_that_there_are_not_agrees_with_none(entry: tuple[int, int]) -> None:
     context_lens = torch.tensor([512, 1], dtype=torch.int32)
-    assert shares(context_lens, torch.tensor([(0, 0), entry, (2, 0)])).tolist() == [-1, -1, -1]
+    assert shares(context_lens, torch.tensor([(0, 0), entry, (2, 0)])).tolist() == [-1, -1]
 
 
 @pytest.mark.parametrize("provider", [None, Provider("sglang", "0.5.23")])
-def test_only_a_providers_schedule_may_give_what_is_left_over_to_other_sms(provider: Provider | None) -> None:
+def test_a_schedule_is_judged_by_how_much_each_sm_gets_and_not_by_which_gets_it(provider: Provider | None) -> None:
     site = Site(SiteName.INDEXER_METADATA, LayerType.C4A, provider=provider)
     lengths = [700, 300, 1]
     judge = IndexerJudge(site, torch.tensor(lengths, dtype=torch.int32), Device("cpu", 0, 4))
-    assert judge.verdict(scheduled(lengths, [0, 2, 4, 5, 6])) is None
-    last = judge.verdict(scheduled(lengths, [0, 1, 2, 4, 6]))
-    assert last == (None if provider else "3 of 5 entries differ, the first is 1: [0, 1] instead of [0, 2]")
-    assert judge.verdict(scheduled(lengths, [0, 3, 4, 5, 6])) is not None
+    for starts in ([0, 2, 4, 5, 6], [0, 1, 2, 4, 6], [0, 1, 3, 5, 6]):
+        assert judge.verdict(scheduled(lengths, starts)) is None
+    uneven = judge.verdict(scheduled(lengths, [0, 3, 4, 5, 6]))
+    assert uneven == "2 of 4 SMs get another share than the reference gives: 1 to 3 splits instead of 1 to 2"
+    for starts in ([1, 2, 4, 5, 6], [0, 2, 4, 6, 5], [0, 2, 4, 5, 5]):
+        assert judge.verdict(scheduled(lengths, starts)) is not None
+
+
+@pytest.mark.parametrize(
+    ("release", "major", "passed"),
+    [
+        *(("0.1.2", 9, False), ("0.1.2", 10, False), ("0.2.3.post2", 10, False), ("0.2.5", 9, False), ("", 10, False)),
+        *(("0.2.5", 10, True), ("0.2.10.post1", 10, True), ("0.2.5", 12, False)),
+    ],
+)
+def test_deep_gemm_is_told_the_request_of_each_row_only_where_it_must_be(
+    release: str, major: int, passed: bool
+) -> None:
+    context_lens = torch.tensor([[5], [5], [7]], dtype=torch.int32)
+    indices = request_indices(release, major, context_lens)
+    assert (indices is not None) == passed
+    if indices is not None:
+        assert indices.dtype is torch.int32
+        assert indices.tolist() == [0, 1, 2]  # no two rows of one request: they would share an SM's task

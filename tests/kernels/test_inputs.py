@@ -11,14 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mla_tune.kernels import candidates
+from mla_tune.kernels import binding
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder, PagedCache, required_bytes
+from mla_tune.sites.candidates import names_at
 from mla_tune.sites.shape import AnyShape, Shape
 from mla_tune.sites.site import SWA_WINDOW, LayerType, Site, SiteName
 from tests.shapes import every_site, one_by_one, ragged_shapes, shapes
 
 CPU = torch.device("cpu")
-DEVICE = candidates.Device.current("cpu")
+DEVICE = binding.Device.current("cpu")
 attention_sites = st.sampled_from(every_site(SiteName.PREFILL_ATTENTION))
 small_shapes = shapes(max_reqs=4, max_extend=12, max_context=1500) | ragged_shapes(4, 12, 1500)
 
@@ -160,8 +161,8 @@ def test_the_stated_memory_is_at_least_what_inputs_candidates_and_outputs_hold(s
     inputs = build(site, shape)
     held = inputs.workspace.nbytes + sum(tensor.nbytes for tensor in tensors(inputs))
     held += sum(part.slot_ids.nbytes + part.lengths.nbytes for part in inputs.selections())
-    for name in site.candidates:
-        prepared = candidates.prepare_attention(inputs, name, DEVICE)
+    for name in names_at(site):
+        prepared = binding.prepare_attention(inputs, name, DEVICE)
         prepared.run()
         own = sum(b.nbytes for b in prepared.buffers if b.data_ptr() != inputs.workspace.data_ptr())
         held += own + prepared.result().nbytes

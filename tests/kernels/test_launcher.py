@@ -7,7 +7,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from mla_tune.kernels.device.launcher import Launcher  # noqa: E402 -- needs triton
+from mla_tune.kernels.device.launcher import Launcher, launches_directly  # noqa: E402 -- needs triton
 
 
 def _kernel(data_ptr, other_ptr, rows, width, stride, BLOCK) -> None:  # type: ignore[no-untyped-def]  # noqa: N803
@@ -71,3 +71,15 @@ def test_a_tensor_takes_the_place_of_another_only_where_triton_sees_no_differenc
     bound = LAUNCHER.bind((1,), (ALIGNED, None, 7, 16, 1), {"BLOCK": 4}, 4)
     assert bound._alike(((at, tensor),)) is alike
     assert (bound._with(((at, tensor),)).kinds == bound.kinds) is alike
+
+
+@pytest.mark.parametrize(
+    ("release", "known"),
+    [("3.5.1", False), ("3.6.0", True), ("3.9.0+git1", True), ("3.10.0", False), ("4.0.0", False)],
+)
+def test_a_release_of_triton_whose_private_interface_nobody_read_launches_its_own_way(
+    release: str, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert launches_directly(release) is known
+    monkeypatch.setattr(triton, "__version__", release)
+    assert Launcher(triton.JITFunction(_kernel)).only_through_triton is not known

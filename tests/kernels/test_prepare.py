@@ -1,5 +1,6 @@
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
+from mla_tune.kernels.formats import DSA, V4, KVFormat, quantize_k_cache
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder, PagedCache
 from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
 from mla_tune.kernels.reference import (
@@ -143,3 +145,18 @@ def test_wrong_arguments_are_refused_in_one_line() -> None:
         with pytest.raises(UsageError) as error:
             call()
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("fmt", [V4, DSA], ids=lambda fmt: str(fmt.name))
+def test_a_page_behind_2_gib_of_cache_is_read_where_it_lies(target: Target, fmt: KVFormat) -> None:
+    pages, page_bytes = (1 << 31) // fmt.page_bytes(64) + 2, fmt.page_bytes(64)
+    # Only one page is touched. An offset of 32 bits would wrap to 2 GiB before the cache, which is memory of ours too.
+    memory = torch.empty((1 << 31) + pages * page_bytes, dtype=torch.uint8, device=target.device)
+    cache = memory[1 << 31 :].view(pages, page_bytes)
+    values = torch.randn(64, fmt.head_dim, generator=torch.Generator().manual_seed(0))
+    cache[-1] = quantize_k_cache(values, fmt, 64)[0].to(target.device)
+    ints = partial(torch.tensor, dtype=torch.int32, device=target.device)
+    out = torch.full((3, fmt.head_dim), torch.nan, dtype=torch.bfloat16, device=target.device)
+    job = RowsJob(cache, ints([[pages - 1]]), ints([3]), ints([0, 3]), fmt, 64, out)
+    Preparation(job, None, backend=target.backend).run()
+    assert_equal(out, dequantize_reference(cache[-1:], torch.arange(3, device=target.device), fmt, 64))

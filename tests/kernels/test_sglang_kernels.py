@@ -8,7 +8,7 @@ import torch
 from mla_tune.kernels import cases
 from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.backend import Backend
-from mla_tune.kernels.candidates import Device
+from mla_tune.kernels.binding import Device
 from mla_tune.kernels.cases import KernelCase
 from mla_tune.kernels.inputs import InputBuilder
 from mla_tune.sites.shape import Shape

@@ -10,12 +10,13 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.kernels import split_batch as split
 from mla_tune.kernels.adapters.flash_mla import FlashMla
-from mla_tune.kernels.candidates import Device
+from mla_tune.kernels.binding import Device
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
+from mla_tune.sites.candidates import split_stages
 from mla_tune.sites.shape import RaggedShape
 from mla_tune.sites.site import Site, SiteName
-from mla_tune.sites.stages import Amortization, split_stages
+from mla_tune.sites.stages import Amortization
 from mla_tune.sweep.worker.correctness import AttentionJudge
 from tests.kernels.flash_mla_stand_in import Recorder, stand_in
 from tests.shapes import every_site, ragged_shapes

@@ -13,9 +13,10 @@ from mla_tune.fit.batch_split import Part, Plan, Planner, Request
 from mla_tune.fit.observations import Observations, shares
 from mla_tune.fit.scope import scope
 from mla_tune.replay.mixed import SPLIT, Batch, Gains, Kind, LayerOutlook, Mix, Outlook, draw_batches, outlooks, timed
+from mla_tune.sites.candidates import split_stages
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, Site, SiteName
-from mla_tune.sites.stages import Amortization, split_stages
+from mla_tune.sites.stages import Amortization
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role
 from tests.replay.conftest import export, pricer
 

@@ -14,7 +14,7 @@ from mla_tune.hardware.nvml import GpuIdentity
 from mla_tune.policy.schema import Gpu, Library, Limit, Policy, PolicyEnvironment, digest, dump_policy, write_policy
 from mla_tune.policy.shipped import packaged_policies, packaged_policy
 from mla_tune.runtime.dispatcher import Dispatcher, Reason
-from mla_tune.sites.engines import Engine
+from mla_tune.sites.engines import Engine, model_incumbent
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
 from tests.policy.strategies import KEYS, full_policy, modelled_policy, policy, table
 
@@ -129,7 +129,7 @@ def test_a_fallback_answers_the_incumbent_of_the_site_and_model_for_all_integers
     dispatcher = Dispatcher(None, source="nothing was loaded")
     found = dispatcher.resolve(site, model=model, layer=FORWARD)
     assert {found.choose(q, kv, 1) for q in (-1, 0, 1 << 62) for kv in (-1, 0, 1 << 62)} == {
-        MODELS[model].incumbent(site)
+        model_incumbent(Engine.SGLANG, site, MODELS[model])
     }
     assert found.explain(1, 1, 1).reason is Reason.FALLBACK
 

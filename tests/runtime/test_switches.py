@@ -14,7 +14,8 @@ from mla_tune.hardware.nvml import GpuIdentity
 from mla_tune.policy.schema import Limit, write_policy
 from mla_tune.runtime.dispatcher import Dispatcher, Reason, Rule
 from mla_tune.runtime.switches import RankMismatch, Switches
-from mla_tune.sites.site import CANDIDATES, SiteName
+from mla_tune.sites.candidates import CANDIDATES
+from mla_tune.sites.site import SiteName
 from tests.policy.strategies import full_policy, modelled_policy, policy, table
 
 H200 = GpuIdentity("NVIDIA H200", "nvidia-h200", 132, "580.1")
@@ -107,12 +108,12 @@ def test_a_value_that_means_nothing_is_refused_or_keeps_the_incumbent(
 
 @given(st.sets(st.sampled_from(sorted(SiteName))))
 def test_a_mode_reads_back_what_it_says(sites: set[SiteName]) -> None:
-    pins = sorted(CANDIDATES[site][0] for site in sites)
+    pins = sorted(CANDIDATES[site][0].name for site in sites)
     mode = "pin:" + ",".join(pins) if pins else "auto"
     switches = Switches.from_environment({"MLA_TUNE_MODE": mode})
     assert switches.mode == mode
     assert [switches.pin(site) for site in SiteName] == [
-        CANDIDATES[site][0] if site in sites else None for site in SiteName
+        CANDIDATES[site][0].name if site in sites else None for site in SiteName
     ]
 
 

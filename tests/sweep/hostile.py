@@ -16,8 +16,8 @@ from dataclasses import replace
 
 import torch
 
-from mla_tune.kernels import candidates
-from mla_tune.kernels.candidates import Device
+from mla_tune.kernels import binding
+from mla_tune.kernels.binding import Device
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import BoundStage, Prepared
 
@@ -144,7 +144,7 @@ def _capturing(device: Device) -> bool:
 
 
 def _prepare(misbehave: Misbehave, inputs: AttentionInputs, device: Device) -> Prepared:
-    honest = candidates.prepare_attention(inputs, "sparse_fwd", device)
+    honest = binding.prepare_attention(inputs, "sparse_fwd", device)
     _CALLS[0] = 0
 
     def broken(bound: BoundStage) -> BoundStage:
@@ -155,4 +155,4 @@ def _prepare(misbehave: Misbehave, inputs: AttentionInputs, device: Device) -> P
 
 
 for _name, _misbehave in {**KINDS, "aborts_above_9": aborts_above_9}.items():
-    candidates.add(_name, lambda inputs, device, misbehave=_misbehave: _prepare(misbehave, inputs, device))  # type: ignore[misc]
+    binding.add(_name, lambda inputs, device, misbehave=_misbehave: _prepare(misbehave, inputs, device))  # type: ignore[misc]

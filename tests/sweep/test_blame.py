@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_tune.sites.candidates import names_at
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
 from mla_tune.store.database import Database
@@ -117,7 +118,7 @@ class ScriptedWorker:
 
 def swept(behaviours: tuple[Behaviour, ...], tokens: list[int]) -> tuple[list[Measurement], int]:
     """What the database holds after a sweep over points of so many query tokens, and how many workers it took."""
-    ScriptedWorker.behaviours = dict(zip(SITE.candidates, behaviours, strict=True))
+    ScriptedWorker.behaviours = dict(zip(names_at(SITE), behaviours, strict=True))
     ScriptedWorker.started = 0
     points = [Point(SITE, Shape(1, count, 1 << 20)) for count in tokens]
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
@@ -134,12 +135,12 @@ def swept(behaviours: tuple[Behaviour, ...], tokens: list[int]) -> tuple[list[Me
 
 
 @settings(max_examples=60)
-@given(st.tuples(*[st.sampled_from(Behaviour)] * len(SITE.candidates)))
+@given(st.tuples(*[st.sampled_from(Behaviour)] * len(names_at(SITE))))
 def test_each_candidate_gets_its_own_verdict(behaviours: tuple[Behaviour, ...]) -> None:
     rows, started = swept(behaviours, [64])
     found = [(row.candidate, row.outcome) for row in rows]
-    assert found == [(c, OUTCOME[b]) for c, b in zip(SITE.candidates, behaviours, strict=True)]
-    assert started <= 2 + len(SITE.candidates)  # the first, one after both failed together, one after each alone
+    assert found == [(c, OUTCOME[b]) for c, b in zip(names_at(SITE), behaviours, strict=True)]
+    assert started <= 2 + len(names_at(SITE))  # the first, one after both failed together, one after each alone
     for row in rows:
         assert (
             row.detail
@@ -160,9 +161,9 @@ def test_each_candidate_gets_its_own_verdict(behaviours: tuple[Behaviour, ...]) 
 def test_a_candidate_that_always_fails_costs_few_workers_and_its_points_say_that_it_was_not_tried(
     behaviour: Behaviour, tokens: list[int]
 ) -> None:
-    rows, _ = swept((behaviour, *[Behaviour.FINE] * (len(SITE.candidates) - 1)), tokens)
+    rows, _ = swept((behaviour, *[Behaviour.FINE] * (len(names_at(SITE)) - 1)), tokens)
     outcomes = {(row.candidate, row.shape.num_qo_tokens): row.outcome for row in rows}
-    assert len(outcomes) == len(rows) == len(SITE.candidates) * len(tokens)
+    assert len(outcomes) == len(rows) == len(names_at(SITE)) * len(tokens)
     tried: list[int] = []
     for count in tokens:
         assert outcomes["with_kvcache", count] is Outcome.OK

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.site import MODELS, LayerType, ModelConfig, SiteName
-from mla_tune.sites.stages import stages
 from mla_tune.store.measurement import Role
 from mla_tune.sweep.estimate import estimated_seconds
 from mla_tune.sweep.grid import (
@@ -64,7 +64,7 @@ def test_points_are_unique_valid_and_of_the_chosen_models_and_sites(
     for point in points:
         assert point.shape.context <= contexts_allowed(point)
         assert attention_flops(point.site, point.shape) <= grid.max_attention_flops
-        assert all(stages(point.site, candidate) for candidate in point.site.candidates)
+        assert all(stages(point.site, candidate) for candidate in names_at(point.site))
 
 
 @grids

@@ -14,9 +14,9 @@ from mla_tune.fit.observations import Observations
 from mla_tune.fit.table_rows import fit_policy
 from mla_tune.hardware.sku import Environment
 from mla_tune.policy.schema import Policy, Source
+from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
-from mla_tune.sites.stages import stages
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Measurement, Outcome, Role, Stop
 from mla_tune.sweep.grid import Point
@@ -109,7 +109,7 @@ def test_the_sweep_reaches_its_end_and_has_nothing_left_for_the_next(swept: Swep
     assert (swept.again.points, swept.again.already_done) == (0, len(POINTS))
 
 
-@pytest.mark.parametrize("candidate", SITE.candidates)
+@pytest.mark.parametrize("candidate", names_at(SITE))
 def test_the_projects_own_candidates_are_measured_in_full_at_every_point(swept: Swept, candidate: str) -> None:
     for point in POINTS:
         if point.site != SITE:
@@ -222,4 +222,4 @@ def test_an_honest_candidate_that_much_faster_would_have_been_chosen(swept: Swep
     assert any(
         choice.candidate == "with_kvcache" for table in policy.tables for row in table.rows for choice in row.choices
     )
-    assert Observations(swept.rows).candidates(SITE) == SITE.candidates
+    assert Observations(swept.rows).candidates(SITE) == names_at(SITE)

@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from mla_tune.bench.sampling import MIN_SAMPLES
-from mla_tune.kernels import candidates
+from mla_tune.kernels import binding
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
+from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.shape import RaggedShape, Shape
 from mla_tune.sites.site import SiteName
-from mla_tune.sites.stages import Amortization, stages
+from mla_tune.sites.stages import Amortization
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role, fault
 from mla_tune.sweep.grid import Point
 from mla_tune.sweep.worker.messages import TIMING, Task
@@ -42,13 +43,13 @@ def rows_of(measurer: PointMeasurer, task: Task) -> tuple[list[Measurement], lis
 
 def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Prepared], Prepared]) -> None:
     """Let ``sparse_fwd`` be prepared as it is, and then changed."""
-    prepare = candidates.prepare_attention
+    prepare = binding.prepare_attention
 
-    def prepare_spoiled(inputs: AttentionInputs, name: str, device: candidates.Device) -> Prepared:
+    def prepare_spoiled(inputs: AttentionInputs, name: str, device: binding.Device) -> Prepared:
         prepared = prepare(inputs, name, device)
         return change(prepared) if name == "sparse_fwd" else prepared
 
-    monkeypatch.setattr(candidates, "prepare_attention", prepare_spoiled)
+    monkeypatch.setattr(binding, "prepare_attention", prepare_spoiled)
 
 
 def with_last_stage(prepared: Prepared, after: Callable[[torch.Tensor], object]) -> Prepared:
@@ -65,9 +66,9 @@ def with_last_stage(prepared: Prepared, after: Callable[[torch.Tensor], object])
 @pytest.mark.parametrize("site", [site for site in every_site() if site.h_q != 128], ids=lambda site: site.key)
 def test_every_stage_and_both_totals_of_every_candidate_are_timed(site: object, measurer: PointMeasurer) -> None:
     point = replace(POINT, site=site)  # type: ignore[arg-type]
-    rows, entered = rows_of(measurer, Task(point, point.site.candidates))
-    assert entered == [*point.site.candidates, TIMING]
-    for name in point.site.candidates:
+    rows, entered = rows_of(measurer, Task(point, names_at(point.site)))
+    assert entered == [*names_at(point.site), TIMING]
+    for name in names_at(point.site):
         mine = [row for row in rows if row.candidate == name]
         expected = {stage.name for stage in stages(point.site, name)}
         kinds = {stage.amortization is Amortization.PER_LAYER for stage in stages(point.site, name)}
@@ -82,9 +83,9 @@ def test_every_stage_and_both_totals_of_every_candidate_are_timed(site: object, 
 
 def test_a_total_of_one_stage_is_that_stages_timing() -> None:
     inputs = InputBuilder(torch.device("cpu")).attention(POINT.site, SHAPE)
-    prepared = candidates.prepare_attention(inputs, "with_kvcache", candidates.Device.current("cpu"))
+    prepared = binding.prepare_attention(inputs, "with_kvcache", binding.Device.current("cpu"))
     assert set(parts(prepared)) == {"schedule", "attention"}
-    prepared = candidates.prepare_attention(inputs, "sparse_fwd", candidates.Device.current("cpu"))
+    prepared = binding.prepare_attention(inputs, "sparse_fwd", binding.Device.current("cpu"))
     assert {PER_LAYER_TOTAL, PER_FORWARD_TOTAL} <= set(parts(prepared))
 
 
@@ -119,7 +120,7 @@ def test_a_failing_candidate_has_one_row_with_its_reason_and_the_other_is_timed(
     detail: str,
 ) -> None:
     spoil(monkeypatch, change)
-    rows, _ = rows_of(measurer, Task(POINT, POINT.site.candidates))
+    rows, _ = rows_of(measurer, Task(POINT, names_at(POINT.site)))
     (failed,) = (row for row in rows if row.candidate == "sparse_fwd")
     assert (failed.outcome, failed.part) == (outcome, PER_LAYER_TOTAL)
     assert detail in failed.detail
@@ -141,7 +142,7 @@ def test_a_candidate_that_fails_only_when_timed_takes_no_other_down(
         return with_last_stage(prepared, after)
 
     spoil(monkeypatch, fails_from_the_second_run)
-    rows, _ = rows_of(measurer, Task(POINT, POINT.site.candidates))
+    rows, _ = rows_of(measurer, Task(POINT, names_at(POINT.site)))
     assert [(r.outcome, r.detail) for r in rows if r.candidate == "sparse_fwd"] == [
         (Outcome.RUNTIME_ERROR, "RuntimeError: tired")
     ]
@@ -152,25 +153,25 @@ def test_an_unsupported_candidate_is_not_run(measurer: PointMeasurer, monkeypatc
     def unsupported(site: object, name: str, device: object) -> str | None:
         return "no kernel for this" if name == "sparse_fwd" else None
 
-    monkeypatch.setattr(candidates, "unsupported", unsupported)
-    rows, _ = rows_of(measurer, Task(POINT, POINT.site.candidates))
+    monkeypatch.setattr(binding, "unsupported", unsupported)
+    rows, _ = rows_of(measurer, Task(POINT, names_at(POINT.site)))
     (row,) = (row for row in rows if row.candidate == "sparse_fwd")
     assert (row.outcome, row.detail) == (Outcome.UNSUPPORTED, "no kernel for this")
 
 
 def test_a_point_that_cannot_fit_is_refused_before_anything_is_allocated(measurer: PointMeasurer) -> None:
     huge = replace(POINT, shape=Shape(1 << 16, 1 << 20, 1 << 46))
-    rows, entered = rows_of(measurer, Task(huge, huge.site.candidates))
+    rows, entered = rows_of(measurer, Task(huge, names_at(huge.site)))
     assert entered == []
-    assert [(row.candidate, row.outcome) for row in rows] == [(c, Outcome.NO_MEMORY) for c in huge.site.candidates]
+    assert [(row.candidate, row.outcome) for row in rows] == [(c, Outcome.NO_MEMORY) for c in names_at(huge.site)]
     assert all("GiB, the device has" in row.detail for row in rows)
 
 
 def test_a_check_compares_and_times_nothing(measurer: PointMeasurer, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, raises(RuntimeError("broken")))
-    rows, entered = rows_of(measurer, Task(POINT, POINT.site.candidates, timed=False))
+    rows, entered = rows_of(measurer, Task(POINT, names_at(POINT.site), timed=False))
     assert {row.candidate: row.outcome for row in rows} == {
-        name: Outcome.RUNTIME_ERROR if name == "sparse_fwd" else Outcome.OK for name in POINT.site.candidates
+        name: Outcome.RUNTIME_ERROR if name == "sparse_fwd" else Outcome.OK for name in names_at(POINT.site)
     }
     assert all(row.latency_us is None for row in rows)
     assert TIMING not in entered
@@ -180,15 +181,15 @@ def test_unequal_requests_are_what_runs_and_their_three_integers_what_is_recorde
     measurer: PointMeasurer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ragged, built = RaggedShape(((1, 260), (2, 40))), []
-    prepare = candidates.prepare_attention
+    prepare = binding.prepare_attention
 
-    def spy(inputs: AttentionInputs, name: str, device: candidates.Device) -> Prepared:
+    def spy(inputs: AttentionInputs, name: str, device: binding.Device) -> Prepared:
         built.append(inputs.seq_lens.tolist())
         return prepare(inputs, name, device)
 
-    monkeypatch.setattr(candidates, "prepare_attention", spy)
-    rows, _ = rows_of(measurer, Task(replace(POINT, ragged=ragged), POINT.site.candidates))
-    assert built == [[260, 40]] * len(POINT.site.candidates)
+    monkeypatch.setattr(binding, "prepare_attention", spy)
+    rows, _ = rows_of(measurer, Task(replace(POINT, ragged=ragged), names_at(POINT.site)))
+    assert built == [[260, 40]] * len(names_at(POINT.site))
     assert {(row.shape, row.outcome) for row in rows} == {(Shape(2, 3, 300), Outcome.OK)}
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from mla_tune.errors import EnvironmentMismatchError
+from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
-from mla_tune.sites.stages import stages
 from mla_tune.store.database import Database
 from mla_tune.store.measurement import Outcome, Role
 from mla_tune.sweep.grid import Point
@@ -66,7 +66,7 @@ def test_what_a_sweep_goes_without_is_measured_by_the_next_that_does_not(sweep: 
     def candidates() -> set[str]:
         return {row.candidate for row in database.measurements(sweep.environment.id)}
 
-    everything = {name for point in POINTS for name in point.site.candidates}
+    everything = {name for point in POINTS for name in names_at(point.site)}
     sweep.run(database, POINTS, without=QUICK.without)
     assert candidates() == everything - {"sparse_fwd_fused", "sparse_fwd_selected"} != everything
     assert FULL.without == ()
@@ -79,7 +79,7 @@ def test_every_part_of_every_candidate_is_stored_with_its_role(sweep: Sweep, dat
     rows = database.measurements(sweep.environment.id)
     assert {row.shape: row.role for row in rows} == {point.shape: point.role for point in POINTS[:2]}
     for point in POINTS[:2]:
-        for name in point.site.candidates:
+        for name in names_at(point.site):
             timed = {row.part for row in rows if (row.shape, row.candidate) == (point.shape, name)}
             assert timed >= {stage.name for stage in stages(point.site, name)}
             assert timed & {"per_layer", "per_forward"}
@@ -102,7 +102,7 @@ def test_progress_names_each_point_and_then_the_end(sweep: Sweep, database: Data
 
 def test_a_check_stores_nothing_and_gives_one_verdict_a_candidate(sweep: Sweep) -> None:
     verdicts = list(sweep.check(POINTS[:2]))
-    expected = Counter((point.site, name) for point in POINTS[:2] for name in point.site.candidates)
+    expected = Counter((point.site, name) for point in POINTS[:2] for name in names_at(point.site))
     assert Counter((row.site, row.candidate) for row in verdicts) == expected
     assert {row.outcome for row in verdicts} == {Outcome.OK}
 

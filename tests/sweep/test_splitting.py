@@ -8,13 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mla_tune.kernels import candidates
+from mla_tune.kernels import binding
 from mla_tune.kernels import split_batch as split
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
 from mla_tune.kernels.prepared import Prepared
+from mla_tune.sites.candidates import split_stages
 from mla_tune.sites.shape import RaggedShape
 from mla_tune.sites.site import Site
-from mla_tune.sites.stages import split_stages
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Regime, fault
 from mla_tune.sweep.splitting import SplitMeasurer
 from tests.shapes import every_site
@@ -67,7 +67,7 @@ def test_a_split_of_nothing_is_an_outcome_of_its_own() -> None:
 
 def test_the_workspace_covers_its_own_requests_and_the_queries_of_all() -> None:
     inputs = InputBuilder(torch.device("cpu")).attention(C4A, BATCH)
-    prepared = candidates.prepare_split(inputs, [0, 2], candidates.Device.current("cpu"))
+    prepared = binding.prepare_split(inputs, [0, 2], binding.Device.current("cpu"))
     prepared.run()
     lengths = next(b for b in prepared.scratch if b.dim() == 1 and len(b) == BATCH.num_qo_tokens and b.min() > 0)
     own = [1, 2, 3, 4 + 1, 5 + 1, 6 + 1]  # the window, and one compressed row from the fourth token on

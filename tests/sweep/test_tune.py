@@ -8,7 +8,7 @@ import torch
 from mla_tune.bench.sampling import Effort
 from mla_tune.bench.timing import WallTimer
 from mla_tune.kernels import cases
-from mla_tune.kernels.candidates import Device
+from mla_tune.kernels.binding import Device
 from mla_tune.kernels.inputs import InputBuilder
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, KERNELS, MetadataConfig, SizeClass, parameters
 from mla_tune.store.database import Database

@@ -21,6 +21,7 @@ from mla_tune.hardware.sku import CPU
 from mla_tune.policy.schema import HeldOut, Policy, Row, Table
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN
+from mla_tune.sites.stages import KernelSource
 
 if TYPE_CHECKING:
     from mla_tune.fit.evaluation import Weighted
@@ -268,7 +269,7 @@ def explanation(result: Explanation, table: Table, as_json: bool) -> None:
     console.print(columns)
 
 
-_FIXED = (OWN, "flash_mla", "deep_gemm")
+_FIXED = (OWN, *KernelSource)
 """Whose kernels run without any ``--provider``."""
 
 

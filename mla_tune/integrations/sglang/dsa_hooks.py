@@ -17,9 +17,10 @@ from mla_tune.integrations.seams import Seam
 from mla_tune.integrations.sglang.sglang_process import PROCESS, parallel, records
 from mla_tune.runtime.counters import Reasons
 from mla_tune.runtime.decider import Decider
+from mla_tune.sites.candidates import SPARSE_FWD, WITH_KVCACHE
 from mla_tune.sites.site import LayerType, SiteName
 
-IMPL = {"sparse_fwd": "flashmla_sparse", "with_kvcache": "flashmla_kv"}
+IMPL = {SPARSE_FWD.name: "flashmla_sparse", WITH_KVCACHE.name: "flashmla_kv"}
 """SGLang's names of the candidates. With an FP8 cache ``flashmla_sparse`` dequantizes the rows first, as ours does."""
 AUTO = "flashmla_auto"
 _STATE = "_mla_tune"

@@ -17,11 +17,12 @@ from collections.abc import Callable
 from typing import Any
 
 from mla_tune.errors import EnvironmentMismatchError
-from mla_tune.integrations.engine_process import SPARSE, Once, matching_model, paged_limit, shape_of, user_set
+from mla_tune.integrations.engine_process import Once, matching_model, paged_limit, shape_of, user_set
 from mla_tune.integrations.seams import Seam
 from mla_tune.integrations.sglang.sglang_process import PROCESS, parallel, records
 from mla_tune.runtime.counters import Reasons
 from mla_tune.runtime.decider import Decider
+from mla_tune.sites.candidates import DEEP_GEMM, PAGED
 from mla_tune.sites.site import FORWARD, LayerType, SiteName
 
 GATES_ONLY = 1 << 62
@@ -122,7 +123,7 @@ class V4Choices:
         num_qo_tokens, kv_tokens, num_reqs = shape_of(extend, prefix)
         some = False
         for decider, ratios in self._ratios:
-            sparse = decider(num_qo_tokens, kv_tokens, num_reqs) == SPARSE
+            sparse = decider(num_qo_tokens, kv_tokens, num_reqs) not in PAGED
             some = some or sparse
             for ratio in ratios:
                 self._sparse[ratio] = sparse
@@ -225,7 +226,7 @@ def _around_schedule(original: Any) -> Any:
             num_qo_tokens, kv_tokens, num_reqs = choices.shape
             # What a limit bounds are the rows of this call: all of a padded batch, or one chunk of it.
             rows = max(num_qo_tokens, seq_lens.shape[0])
-            if choices.indexer(rows, kv_tokens, num_reqs) == "deep_gemm":
+            if choices.indexer(rows, kv_tokens, num_reqs) == DEEP_GEMM.name:
                 from deep_gemm import get_paged_mqa_logits_metadata as theirs
 
                 return theirs(seq_lens, page_size, num_sm)

@@ -21,8 +21,9 @@ from mla_tune.integrations.seams import Seam
 from mla_tune.integrations.vllm.vllm_process import PROCESS, capturing, records, user_setting
 from mla_tune.runtime.counters import Reasons
 from mla_tune.runtime.decider import Decider
+from mla_tune.sites.candidates import PAGED
 from mla_tune.sites.engines import FEW_HEADS, Engine
-from mla_tune.sites.site import WITH_KVCACHE_MIXED, LayerType, SiteName
+from mla_tune.sites.site import LayerType, SiteName
 
 _CLASS = "FlashMLASparseMetadataBuilder"
 INIT = Seam(f"{_CLASS}.__init__", ("self", "kv_cache_spec", "layer_names", "vllm_config"))
@@ -75,7 +76,7 @@ class MixedChoice:
         first, last = metadata.num_decodes, metadata.num_decodes + metadata.num_prefills
         kv_tokens = int(common.seq_lens_cpu_upper_bound[first:last].sum())  # a tensor on the host, exact for prefills
         num_qo_tokens = common.num_actual_tokens - metadata.num_decode_tokens
-        return decider(num_qo_tokens, kv_tokens, metadata.num_prefills) == WITH_KVCACHE_MIXED
+        return decider(num_qo_tokens, kv_tokens, metadata.num_prefills) in PAGED
 
 
 def hook_builder(module: Any) -> None:

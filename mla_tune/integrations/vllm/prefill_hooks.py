@@ -22,6 +22,7 @@ from mla_tune.integrations.seams import Seam
 from mla_tune.integrations.vllm.vllm_process import PROCESS, capturing, records, user_setting
 from mla_tune.runtime.counters import Reasons
 from mla_tune.runtime.decider import Decider
+from mla_tune.sites.candidates import PAGED
 from mla_tune.sites.site import SWA_WINDOW, LayerType, ModelConfig, SiteName
 
 _CLASS = "DeepseekV4FlashMLAAttention"
@@ -75,7 +76,7 @@ class V4Choice:
             if reason is None:
                 kv_tokens = int(swa_metadata.prefill_seq_lens_cpu.sum())  # a tensor on the host
                 shape = (swa_metadata.num_prefill_tokens, kv_tokens, swa_metadata.num_prefills)
-                return decider(*shape) == "with_kvcache"
+                return decider(*shape) in PAGED
             decider.counters.fell_back(reason)
         # Whatever it is, it is ours, and the forward goes on.
         except Exception:

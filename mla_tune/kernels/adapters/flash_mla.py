@@ -1,8 +1,11 @@
 """FlashMLA behind one interface, whichever distribution is installed.
 
-Three lineages offer the same two functions. ``sgl-flash-mla`` has a ``use_legacy`` switch: the legacy half holds the SM90
-kernels and the V3.2 and V4 cache formats, the current half SM100 kernels for newer formats. Upstream's own package has no
-switch. Which one is there is read off the signature, not off a version number.
+Two lineages offer the same two functions. ``sgl-flash-mla`` ships two binaries and a ``use_legacy`` switch between them.
+The legacy one has the SM90 kernels, and on SM90 and SM100 those for the V3.2 and V4 cache formats. The current one has
+SM100 kernels for V4.1's formats. SGLang 0.5.23 passes ``use_legacy=True`` for both functions on every architecture
+(``kernels/ops/attention/flash_mla_interface.py``), so that is what runs here: the current binary's sparse prefill also
+accepts V4's shapes on SM100, but no engine launches it for them. Upstream's own package has no switch. Which lineage is
+installed is read from the signature, not from a version number.
 """
 
 from __future__ import annotations
@@ -57,27 +60,23 @@ def missing() -> str | None:
 
 
 class FlashMla:
-    """The two kernels, with the switches of the installed distribution set for one architecture."""
+    """The two kernels of the installed distribution, called as SGLang 0.5.23 calls them."""
 
     def __init__(self, major: int, module: ModuleType | None = None) -> None:
         """``major`` is the GPU's major compute capability."""
         self._module: Any = module or importlib.import_module("flash_mla")
         self._major = major
         parameters = inspect.signature(self._module.flash_mla_sparse_fwd).parameters
-        self._has_switch = "use_legacy" in parameters
+        self._switch: dict[str, bool] = {"use_legacy": True} if "use_legacy" in parameters else {}
 
-    def unsupported(self, h_q: int, head_dim: int, paged: bool) -> str | None:
-        """Why this build cannot serve these heads on this architecture; None if it can.
-
-        ``paged`` asks for the KV-cache kernel, else for sparse prefill over a workspace.
-        """
+    def unsupported(self, h_q: int) -> str | None:
+        """Why this build cannot serve ``h_q`` query heads on this architecture; None if it can."""
         if self._major not in ARCHITECTURES:
             return f"FlashMLA has kernels for sm90 and sm100; this GPU is sm{self._major}0"
         if h_q not in HEAD_COUNTS:
             return f"FlashMLA takes 64 or 128 query heads, not {h_q}: pad them"
         has_legacy = getattr(self._module, "has_legacy", None)
-        needs_legacy = paged or self._needs_legacy(head_dim)
-        if has_legacy is not None and needs_legacy and not has_legacy():
+        if has_legacy is not None and not has_legacy():
             return "this sgl-flash-mla was built without its legacy kernels (sm90, V3.2 and V4 cache formats)"
         return None
 
@@ -99,7 +98,7 @@ class FlashMla:
             d_v=V_DIM,
             attn_sink=attn_sink,
             topk_length=lengths,
-            **self._switch(self._needs_legacy(q.shape[2])),
+            **self._switch,
         )[0]
         return out
 
@@ -127,12 +126,6 @@ class FlashMla:
             None if call.extra_slots is None else call.extra_slots.unsqueeze(1),
             call.lengths if call.q.shape[2] == V_DIM else None,  # V3.2 refuses a length: there -1 ends a selection
             call.extra_lengths,
-            **self._switch(True),  # only the legacy half knows the 584 and 656 byte formats
+            **self._switch,
         )[0]
         return out.squeeze(tokens)
-
-    def _needs_legacy(self, head_dim: int) -> bool:
-        return self._major == 9 or head_dim != V_DIM  # the current half is SM100 with 512 dimensions only
-
-    def _switch(self, legacy: bool) -> dict[str, bool]:
-        return {"use_legacy": legacy} if self._has_switch else {}

@@ -21,8 +21,9 @@ from mla_tune.kernels.cases import compressed_slots
 from mla_tune.kernels.indexer_metadata import BLOCK_KV
 from mla_tune.kernels.inputs import AttentionInputs, PagedCache
 from mla_tune.kernels.workspace import present
+from mla_tune.sites.candidates import JIT, Candidate
 from mla_tune.sites.provider import SGLANG, Provider
-from mla_tune.sites.site import SWA_WINDOW, LayerType, SiteName
+from mla_tune.sites.site import SWA_WINDOW, LayerType
 
 _OPS = "sglang.kernels.ops.attention"
 _KERNELS = "sglang-kernel"
@@ -73,9 +74,17 @@ def installed(kind: str) -> Found | Missing:
     return Found(Provider(SGLANG, version(SGLANG), version(_KERNELS)), "")
 
 
+def unsupported(provider: Provider, candidate: Candidate, kind: str) -> str | None:
+    """Why the kernels of ``provider`` cannot serve ``candidate`` here; None if they can."""
+    reason = missing(provider, kind)
+    if reason is None and kind == "cpu" and candidate is JIT:
+        return "get_paged_mqa_logits_metadata of sglang is compiled for a GPU"
+    return reason
+
+
 @lru_cache(maxsize=8)
-def unsupported(provider: Provider, name: SiteName, candidate: str, kind: str) -> str | None:
-    """Why the kernels of ``provider`` cannot serve ``candidate`` here; None if they can. Asked once: it imports."""
+def missing(provider: Provider, kind: str) -> str | None:
+    """Why the kernels of ``provider`` are not here, in one sentence; None if they are. Asked once: it imports."""
     lacking = _lacking(kind)
     if lacking is not None:
         return f"{provider} is not here: {lacking}"
@@ -83,8 +92,6 @@ def unsupported(provider: Provider, name: SiteName, candidate: str, kind: str) -
         return f"{provider} is not here: this is sglang {version(SGLANG)}"
     if provider.kernels and provider.kernels != (found := _kernels_version()):
         return f"{_KERNELS} {provider.kernels} is not here: {f'this is {found}' if found else 'it is not installed'}"
-    if kind == "cpu" and name is SiteName.INDEXER_METADATA and candidate == "jit":
-        return "get_paged_mqa_logits_metadata of sglang is compiled for a GPU"
     return None
 
 

@@ -1,12 +1,16 @@
 # mypy: disable-error-code="import-untyped"
-"""Launching Triton kernels with little work on the host.
+"""Launches Triton kernels with little work on the host.
 
 Triton's own launch binds every argument to its name, builds a key of strings from all of them and asks the driver about
-every pointer: 119 us on the host of an H100 for the fused preparation, which has 48 arguments. By the launches here it
-takes 17 us on the host of an H200 where its arguments are bound once, and 37 us with all that is done before it where they
-are not (``scripts/bench_kernels``). The key is a tuple of what Triton specializes on
-(dtypes, alignment to 16 bytes, integers that are 1, multiples of 16 or wider than 32 bits, the constants), and what was
-compiled for it is launched by address. Whatever is not known yet goes through Triton.
+every pointer: 119 us on the host of an H100 for the fused preparation, which has 48 arguments. The launch here takes 17 us
+on the host of an H200 where the arguments are bound once, and 37 us with everything before it where they are not
+(``scripts/bench_kernels``). Its key is a tuple of what Triton specializes on: dtypes, alignment to 16 bytes, integers that
+are 1, multiples of 16 or wider than 32 bits, and the constants. A kernel that was compiled for the key is launched by
+address. The first launch of a key goes through Triton.
+
+Launching by address uses Triton's private interface (``CompiledKernel.run``, ``function`` and ``packed_metadata``). It was
+read in the releases of :data:`KNOWN_TRITON`, and a test compiles a kernel and compares both ways; in any other release
+every launch goes through Triton.
 """
 
 from __future__ import annotations
@@ -21,6 +25,14 @@ Argument: TypeAlias = "torch.Tensor | int | None"
 _ALIGNMENT = 16
 """Bytes, and units of an integer, whose multiples Triton compiles for."""
 _WIDE = 1 << 31
+KNOWN_TRITON = ((3, 6), (3, 10))
+"""Releases of Triton whose private launch interface is used: from the first up to, but not including, the second."""
+
+
+def launches_directly(release: str) -> bool:
+    """Whether kernels may be launched by address in this release of Triton."""
+    major, minor = release.split(".")[:2]
+    return KNOWN_TRITON[0] <= (int(major), int(minor)) < KNOWN_TRITON[1]
 
 
 class Launcher:
@@ -36,7 +48,8 @@ class Launcher:
         self._kernel = kernel
         self._compiled: dict[tuple[object, ...], Any] = {}
         self._names: tuple[str, ...] = ()
-        if isinstance(kernel, triton.JITFunction):  # the interpreter's functions are not: it has nothing to compile
+        # The interpreter's functions are no JITFunction: it has nothing to compile.
+        if isinstance(kernel, triton.JITFunction) and launches_directly(triton.__version__):
             self._names = tuple(kernel.arg_names)
             values = [(at, p) for at, p in enumerate(kernel.params) if not p.is_constexpr]
             self._pointers = [at for at, parameter in values if parameter.name.endswith("_ptr")]
@@ -68,7 +81,7 @@ class Launcher:
         return self._compiled.get((bound.kinds, bound.num_warps, device, bound.values))
 
     def through_triton(self, bound: Bound) -> None:
-        """Triton's own launch; what it compiled is kept (in its interpreter there is nothing)."""
+        """Triton's own launch. What it compiled is kept where kernels are launched by address."""
         if not self._names:
             self._kernel[bound.grid](*bound.arguments, **bound.constants, num_warps=bound.num_warps)
             return
@@ -78,8 +91,8 @@ class Launcher:
         self._compiled[bound.kinds, bound.num_warps, device, bound.values] = compiled
 
     @property
-    def interprets(self) -> bool:
-        """Whether Triton's interpreter runs the kernel: nothing is compiled then, and there may be no device."""
+    def only_through_triton(self) -> bool:
+        """Whether every launch is Triton's own: in its interpreter, and in a release that is not known."""
         return not self._names
 
     def _bind(self, arguments: tuple[Argument, ...]) -> tuple[list[Any], tuple[object, ...]]:
@@ -140,10 +153,10 @@ class Bound:
     def __call__(self, changed: tuple[tuple[int, torch.Tensor], ...] = ()) -> None:
         """Launch, with the tensors ``changed`` in the place of those bound at their positions."""
         launcher = self._launcher
-        if changed and (launcher.interprets or not self._alike(changed)):
+        if changed and (launcher.only_through_triton or not self._alike(changed)):
             self._with(changed)()
             return
-        if launcher.interprets:
+        if launcher.only_through_triton:
             launcher.through_triton(self)
             return
         device = triton.runtime.driver.active.get_current_device()
@@ -176,7 +189,7 @@ class Bound:
 def _run(
     compiled: Any, device: int, grid: tuple[int, ...], addresses: Sequence[Any], values: tuple[object, ...]
 ) -> None:
-    """Launch on the current stream, as Triton does without its hooks, which are for what is too slow here (Proton)."""
+    """Launch on the current stream, as Triton does. Its hooks, which profilers set, are left out to save time."""
     stream, no_hooks = triton.runtime.driver.active.get_current_stream(device), (None, None, None)
     compiled.run(*grid, stream, compiled.function, compiled.packed_metadata, *no_hooks, *addresses, *values)
 

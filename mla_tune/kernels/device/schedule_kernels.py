@@ -38,9 +38,11 @@ def _metadata_small(
     total = tl.sum(splits, axis=0)
     ends = tl.cumsum(splits, axis=0)
     sm = tl.program_id(0).to(tl.uint32)
-    share = total // num_sms.to(tl.uint32)
-    first = sm * share + tl.minimum(sm, total - share * num_sms.to(tl.uint32))
-    before = (ends <= first) & (row < num_rows)
+    sms = num_sms.to(tl.uint32)
+    share = total // sms
+    short = sms - (total - share * sms)  # SMs that get no more than the share: the first ones
+    first = sm * share + tl.where(sm > short, sm - short, 0)
+    before = (ends <= first) & (row < num_rows) & (total > 0)
     tl.store(out_ptr + 2 * sm, tl.sum(before.to(tl.int32), axis=0))
     tl.store(out_ptr + 2 * sm + 1, (first - tl.max(tl.where(before, ends, 0), axis=0)).to(tl.int32))
 
@@ -75,7 +77,8 @@ def _metadata(
 
     sm = tl.program_id(0) * ENTRIES + tl.arange(0, ENTRIES)
     share = total // num_sms
-    first = sm * share + tl.minimum(sm, total - share * num_sms)
+    short = num_sms - (total - share * num_sms)  # SMs that get no more than the share: the first ones
+    first = sm * share + tl.maximum(sm - short, 0)
 
     # Pass 2, for each entry from the tile that holds split number `first`: rows that end at or before it. This program has
     # just loaded them, so they come from its L1.
@@ -94,7 +97,7 @@ def _metadata(
         splits_passed += tl.sum(tl.where(passed, splits, 0), axis=1)
         reached += tl.sum(splits, axis=1)
     known = sm <= num_sms
-    tl.store(out_ptr + 2 * sm, row_base + rows_passed, mask=known)
+    tl.store(out_ptr + 2 * sm, tl.where(total > 0, row_base + rows_passed, 0), mask=known)
     tl.store(out_ptr + 2 * sm + 1, (first - splits_passed).to(tl.int32), mask=known)
 
 

@@ -14,7 +14,7 @@ import torch
 from mla_tune.bench.sampling import Effort
 from mla_tune.bench.timing import Timer, Work
 from mla_tune.kernels.backend import Backend
-from mla_tune.kernels.candidates import Device
+from mla_tune.kernels.binding import Device
 from mla_tune.kernels.cases import KernelCase, kernel_case
 from mla_tune.kernels.inputs import InputBuilder
 from mla_tune.sites.launch_parameters import Config

@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 
 from mla_tune.bench.numerics import BF16_ATTENTION, mismatch, unwritten
-from mla_tune.kernels import candidates
+from mla_tune.kernels import binding
 from mla_tune.kernels.formats import PagedSelection
 from mla_tune.kernels.indexer_metadata import shares
 from mla_tune.kernels.inputs import AttentionInputs
@@ -38,7 +38,7 @@ class Judge(Protocol):
 class AttentionJudge:
     """Judges attention outputs (num_qo_tokens, h_q, 512) bf16."""
 
-    def __init__(self, inputs: AttentionInputs, device: candidates.Device, rows: int = SAMPLED_ROWS) -> None:
+    def __init__(self, inputs: AttentionInputs, device: binding.Device, rows: int = SAMPLED_ROWS) -> None:
         self._inputs, self._device = inputs, device
         count = inputs.q.shape[0]
         picks = torch.linspace(0, count - 1, min(rows, count), device=inputs.q.device)
@@ -47,7 +47,7 @@ class AttentionJudge:
 
     def prepare(self, name: str) -> Prepared:
         """The candidate bound to the inputs."""
-        return candidates.prepare_attention(self._inputs, name, self._device)
+        return binding.prepare_attention(self._inputs, name, self._device)
 
     def poison(self) -> None:
         """Hand the allocator a NaN block of the output's size, which the kernel's own allocation then reuses."""
@@ -72,17 +72,17 @@ class AttentionJudge:
 
 
 class IndexerJudge:
-    """Judges schedule metadata (num_sms + 1, 2) int32: it must equal the reference entry by entry.
+    """Judges schedule metadata (num_sms + 1, 2) int32: the SMs must get the shares of the reference.
 
-    A provider's schedule may give the splits that are left over to other SMs.
+    Which of them get the splits that are left over differs between the releases of DeepGEMM, and does not matter.
     """
 
-    def __init__(self, site: Site, context_lens: torch.Tensor, device: candidates.Device) -> None:
+    def __init__(self, site: Site, context_lens: torch.Tensor, device: binding.Device) -> None:
         self._site, self._context_lens, self._device = site, context_lens, device
 
     def prepare(self, name: str) -> Prepared:
         """The candidate bound to the context lengths."""
-        return candidates.prepare_indexer(self._context_lens, self._site, name, self._device)
+        return binding.prepare_indexer(self._context_lens, self._site, name, self._device)
 
     def poison(self) -> None:
         """Hand the allocator a block of -1 of the output's size."""
@@ -96,13 +96,13 @@ class IndexerJudge:
         expected = metadata_reference(context_lens, self._device.sm_count)
         if output.shape != expected.shape:
             return f"shape {tuple(output.shape)} differs from the reference's {tuple(expected.shape)}"
-        if self._site.provider is not None and torch.equal(
-            shares(context_lens, output), shares(context_lens, expected)
-        ):
+        got, want = shares(context_lens, output), shares(context_lens, expected)
+        if torch.equal(got, want):
             return None
-        wrong = (output != expected).any(dim=1).nonzero().flatten()
-        if wrong.numel() == 0:
-            return None
-        entry = int(wrong[0])
-        got, want = output[entry].tolist(), expected[entry].tolist()
-        return f"{wrong.numel()} of {expected.shape[0]} entries differ, the first is {entry}: {got} instead of {want}"
+        if int(got.min()) < 0:
+            return "the schedule names rows or splits that do not exist, leaves out the first, or is out of order"
+        wrong = int((got != want).sum())
+        return (
+            f"{wrong} of {len(want)} SMs get another share than the reference gives: "
+            f"{int(got.min())} to {int(got.max())} splits instead of {int(want.min())} to {int(want.max())}"
+        )

@@ -20,7 +20,7 @@ class Added:
     """Attention candidates besides the project's own, for a sweep to measure too."""
 
     module: str
-    """Importable name; importing it calls :func:`mla_tune.kernels.candidates.add` for each of them."""
+    """Importable name; importing it calls :func:`mla_tune.kernels.binding.add` for each of them."""
     candidates: tuple[str, ...]
 
     def at(self, point: Point) -> tuple[str, ...]:

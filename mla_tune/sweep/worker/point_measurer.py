@@ -20,7 +20,7 @@ from mla_tune.bench.interference import NoWatch, Watch, watch_gpu
 from mla_tune.bench.numerics import poisoned_memory
 from mla_tune.bench.sampling import MIN_SAMPLES, Effort, Sampled, summarize
 from mla_tune.bench.timing import GraphTimer, Timer, WallTimer, Work
-from mla_tune.kernels import candidates
+from mla_tune.kernels import binding
 from mla_tune.kernels.inputs import InputBuilder, required_bytes
 from mla_tune.kernels.prepared import BoundStage, Prepared
 from mla_tune.sites.site import SiteName
@@ -60,7 +60,7 @@ class PointMeasurer:
 
         ``gpu_time_only`` leaves host-inclusive samples out on a GPU.
         """
-        self.device = candidates.Device.current(kind)
+        self.device = binding.Device.current(kind)
         self._builder = InputBuilder(self.device.torch_device, secrets.randbits(62) if seed is None else seed)
         self._timers: list[tuple[Regime, Timer, Effort]] = []
         if kind == "cpu":
@@ -131,7 +131,7 @@ class PointMeasurer:
         return AttentionJudge(self._builder.attention(point.site, point.built), self.device)
 
     def _prepare(self, point: Point, name: str, judge: Judge) -> _Ready | Failure:
-        reason = candidates.unsupported(point.site, name, self.device)
+        reason = binding.unsupported(point.site, name, self.device)
         if reason is not None:
             return Failure(Outcome.UNSUPPORTED, reason)
         try:
@@ -280,7 +280,7 @@ def _in_order(sequence: tuple[BoundStage, ...]) -> Callable[[], None]:
     return run
 
 
-def _memory_bytes(device: candidates.Device) -> int:
+def _memory_bytes(device: binding.Device) -> int:
     if device.kind == "cpu":
         return _available_bytes(Path("/proc/meminfo"))
     return int(torch.cuda.get_device_properties(0).total_memory * 0.95)

@@ -18,6 +18,7 @@ from mla_tune.kernels.backend import Backend
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.inputs import InputBuilder, PagedCache
 from mla_tune.kernels.workspace import SparseWorkspace
+from mla_tune.sites.candidates import names_at
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.shape import Shape
@@ -42,7 +43,7 @@ def site_of(layer: LayerType, provider: Provider = HERE) -> Site:
 
 def checked(site: Site, shape: Shape = SHAPE) -> dict[str, Measurement]:
     """What the comparison with the reference says of every candidate."""
-    task = Task(Point(site, shape), site.candidates, timed=False)
+    task = Task(Point(site, shape), names_at(site), timed=False)
     rows = PointMeasurer("cpu", seed=3).measure(task, lambda _: None)
     return {row.candidate: row for row in rows}
 
@@ -96,9 +97,9 @@ def test_another_release_than_the_measured_one_is_unsupported_with_the_reason(
     provider: Provider, installed: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sglang_kernels, "_kernels_version", lambda: installed)
-    sglang_kernels.unsupported.cache_clear()
+    sglang_kernels.missing.cache_clear()
     row = checked(site_of(LayerType.C4A, provider))["sparse_fwd"]
-    sglang_kernels.unsupported.cache_clear()
+    sglang_kernels.missing.cache_clear()
     assert (row.outcome, row.detail) == (Outcome.UNSUPPORTED, reason)
 
 

@@ -18,8 +18,8 @@ import msgspec
 import pytest
 
 from mla_tune.policy.schema import Choice, Library, Policy, Row, Table, write_policy
+from mla_tune.sites.candidates import WITH_KVCACHE_MIXED
 from mla_tune.sites.engines import Engine
-from mla_tune.sites.site import WITH_KVCACHE_MIXED
 from tests.policy.strategies import full_policy, table
 
 if importlib.util.find_spec("vllm") is None:
@@ -48,7 +48,7 @@ def vllm_policy(**changes: Any) -> Policy:
     def changed(of: Table) -> Table:
         if of.site != "prefill_attention":
             return of
-        small = "with_kvcache" if of.engine in (Engine.SGLANG, Engine.OWN) else WITH_KVCACHE_MIXED
+        small = "with_kvcache" if of.engine in (Engine.SGLANG, Engine.OWN) else WITH_KVCACHE_MIXED.name
         return msgspec.structs.replace(of, rows=rows(small))
 
     whole = full_policy()
@@ -150,8 +150,8 @@ def engine_table(engine: Engine, h_q: int, **changes: Any) -> Table:
         h_q=h_q,
         engine=engine,
         incumbent="sparse_fwd",
-        candidates=("sparse_fwd", WITH_KVCACHE_MIXED),
-        rows=rows(WITH_KVCACHE_MIXED),
+        candidates=("sparse_fwd", WITH_KVCACHE_MIXED.name),
+        rows=rows(WITH_KVCACHE_MIXED.name),
         **changes,
     )
 

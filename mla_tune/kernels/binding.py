@@ -1,4 +1,4 @@
-"""The candidates of every site: why one cannot serve a shape here, and its stages bound to real inputs.
+"""Candidates on this device: why one cannot serve a shape here, and its stages bound to real inputs.
 
 :func:`add` brings further attention candidates into this process, under names of their own: a kernel under development,
 or one that is broken on purpose. They are measured like any other; a policy names only the project's own.
@@ -14,11 +14,18 @@ import torch
 
 from mla_tune.kernels import indexer, sparse_fwd, sparse_fwd_fused, sparse_fwd_selected, split_batch, with_kvcache
 from mla_tune.kernels.adapters import flash_mla, sglang_kernels
-from mla_tune.kernels.formats import kv_format
 from mla_tune.kernels.inputs import AttentionInputs
 from mla_tune.kernels.prepared import Prepared
+from mla_tune.sites.candidates import (
+    SPARSE_FWD,
+    SPARSE_FWD_FUSED,
+    SPARSE_FWD_SELECTED,
+    candidate_at,
+    known_candidate,
+)
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
-from mla_tune.sites.site import CANDIDATES, Site, SiteName
+from mla_tune.sites.site import Site
+from mla_tune.sites.stages import KernelSource
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,7 @@ _ADDED: dict[str, Prepare] = {}
 
 def add(name: str, prepare: Prepare) -> None:
     """Make ``prepare`` the attention candidate ``name`` of this process. Raises ``ValueError`` for a name of ours."""
-    if any(name in names for names in CANDIDATES.values()):
+    if known_candidate(name) is not None:
         raise ValueError(f"an added candidate must have a name of its own: got {name!r}")
     _ADDED[name] = prepare
 
@@ -67,35 +74,38 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
     The sentence names the missing package, the architecture or the shape rule. On the CPU every candidate has a torch
     implementation of the same stages.
     """
+    if candidate in _ADDED:
+        return None if site.provider is None else sglang_kernels.missing(site.provider, device.kind)
+    found = candidate_at(site, candidate)
     if site.provider is not None:
-        reason = sglang_kernels.unsupported(site.provider, site.name, candidate, device.kind)
+        reason = sglang_kernels.unsupported(site.provider, found, device.kind)
         if reason is not None:
             return reason
-    if device.kind == "cpu" or candidate in _ADDED:
+    if device.kind == "cpu" or found.library is None:
         return None
-    if site.name is SiteName.INDEXER_METADATA:
-        return indexer.deep_gemm_missing() if candidate == "deep_gemm" else None
+    if found.library is KernelSource.DEEP_GEMM:
+        return indexer.deep_gemm_missing()
     missing = flash_mla_missing()
     if missing is not None:
         return missing
-    head_dim = kv_format(site.layer).head_dim
-    return _flash_mla(device.major).unsupported(site.h_q or 0, head_dim, paged=candidate != "sparse_fwd")
+    return _flash_mla(device.major).unsupported(site.h_q or 0)
 
 
 def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:
     """Bind an attention candidate to ``inputs``. Ask :func:`unsupported` first."""
     if candidate in _ADDED:
         return _ADDED[candidate](inputs, device)
+    found = candidate_at(inputs.site, candidate)
     kernels = None if device.kind == "cpu" else _flash_mla(device.major)
-    if candidate in _SPARSE:
-        return _SPARSE[candidate](inputs, kernels, device.launches)
-    return with_kvcache.prepare(inputs, kernels, candidate)
+    if found.paged:
+        return with_kvcache.prepare(inputs, kernels, found)
+    return _OVER_WORKSPACE[found](inputs, kernels, device.launches)
 
 
-_SPARSE = {
-    "sparse_fwd": sparse_fwd.prepare,
-    "sparse_fwd_fused": sparse_fwd_fused.prepare,
-    "sparse_fwd_selected": sparse_fwd_selected.prepare,
+_OVER_WORKSPACE = {
+    SPARSE_FWD: sparse_fwd.prepare,
+    SPARSE_FWD_FUSED: sparse_fwd_fused.prepare,
+    SPARSE_FWD_SELECTED: sparse_fwd_selected.prepare,
 }
 
 
@@ -107,7 +117,7 @@ def prepare_split(inputs: AttentionInputs, cached: Sequence[int], device: Device
 
 def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, device: Device) -> Prepared:
     """Bind an indexer metadata candidate to ``context_lens`` (num_qo_tokens, 1) int32."""
-    return indexer.prepare(context_lens, site, candidate, device.sm_count, device.launches)
+    return indexer.prepare(context_lens, site, candidate_at(site, candidate), device.sm_count, device.launches)
 
 
 @lru_cache(maxsize=1)
