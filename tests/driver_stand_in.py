@@ -7,7 +7,7 @@ import subprocess
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -39,12 +39,28 @@ H20 = Gpu("NVIDIA H20", "GPU-bbbb1111-0000-4000-8000-000000000000", 9984, mib=97
 
 
 @lru_cache(maxsize=2)
+def _folder(cores: bool) -> TemporaryDirectory[str]:
+    """Lasts as long as this process."""
+    return TemporaryDirectory(prefix="driver-stand-in-")
+
+
+@lru_cache(maxsize=2)
 def library_folder(cores: bool = True) -> Path:
     """A folder with ``libnvidia-ml.so.1``; without ``cores`` it lacks nvmlDeviceGetNumGpuCores."""
-    folder = Path(mkdtemp(prefix="driver-stand-in-"))
+    folder = Path(_folder(cores).name)
     flags = [] if cores else ["-DWITHOUT_CORES"]
     source = Path(__file__).with_suffix(".c")
-    command = ["gcc", *flags, "-shared", "-fPIC", "-Wall", "-Werror", "-o", folder / "libnvidia-ml.so.1", source]
+    command = [
+        "gcc",
+        *flags,
+        "-shared",
+        "-fPIC",
+        "-Wall",
+        "-Werror",
+        "-o",
+        str(folder / "libnvidia-ml.so.1"),
+        str(source),
+    ]
     subprocess.run(command, check=True)
     return folder
 
@@ -52,7 +68,9 @@ def library_folder(cores: bool = True) -> Path:
 def variables(*gpus: Gpu, fails: str = "", cores: bool = True) -> dict[str, str]:
     """What a process must have in its environment to see these GPUs; ``fails`` is ``function=code,...``."""
     return {
-        "LD_LIBRARY_PATH": os.pathsep.join(filter(None, [str(library_folder(cores)), os.environ.get("LD_LIBRARY_PATH")])),
+        "LD_LIBRARY_PATH": os.pathsep.join(
+            filter(None, [str(library_folder(cores)), os.environ.get("LD_LIBRARY_PATH")])
+        ),
         "STAND_IN_GPUS": ";".join(map(str, gpus)),
         "STAND_IN_FAILS": fails,
     }
