@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
 
-SOON_S = 30.0
-"""Patience of a test on a busy machine; what it waits for takes milliseconds."""
+SOON_S = 240.0
+"""Patience of a test on a busy machine: what it waits for takes milliseconds to seconds, only a failure takes all of it."""
 ENVIRONMENT = {
     **os.environ,
     "PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH")])),
@@ -27,8 +28,13 @@ def run(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.Co
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        timeout=120,
+        timeout=SOON_S,
     )
+
+
+def interruptible() -> None:
+    """Let Ctrl-C reach a new process (``preexec_fn``) even where the test run itself ignores it, as under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def start(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
@@ -41,6 +47,7 @@ def start(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=interruptible,
     )
 
 

@@ -10,13 +10,13 @@ import hashlib
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
+from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN
 from mla_tune.hardware.driver import refusal
 from mla_tune.hardware.nvml import detect_gpu
 from mla_tune.hardware.sku import CPU, Environment, KernelLibrary, sku_name
@@ -27,25 +27,9 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 1 << 20
 _PROCESSORS = Path("/proc/cpuinfo")
-UNKNOWN = "unknown"
-"""Version of a library or a driver that cannot be told. It equals no other: a table that depends on it serves nowhere."""
 _UNKNOWN_RELEASE = (
     "{name} in {folder} must have one readable version: got none, or several; what is measured now serves nowhere, since a "
     "policy must name the builds that it depends on; install {name} again with pip"
-)
-
-
-@dataclass(frozen=True, slots=True)
-class _LibraryName:
-    """A module, and the distributions that may have brought it, the module's own project last."""
-
-    module: str
-    distributions: tuple[str, ...]
-
-
-_LIBRARIES = (
-    _LibraryName("flash_mla", ("sgl-flash-mla", "flash-mla")),
-    _LibraryName("deep_gemm", ("sgl-deep-gemm", "deep-gemm")),
 )
 
 
@@ -62,17 +46,17 @@ def detect_environment(gpu: bool) -> Environment:
 def kernel_libraries() -> tuple[KernelLibrary, ...]:
     """The kernel libraries that could be imported here, sorted by name; none of them is imported.
 
-    A library without metadata (a source tree on the path) goes by its project's name and the version ``unknown``.
+    A library without metadata (a source tree on the path) goes by its project's name and the version :data:`UNKNOWN`.
     """
     libraries = []
-    for library in _LIBRARIES:
-        folder = _module_folder(library.module)
+    for module, names in DISTRIBUTIONS.items():
+        folder = _module_folder(module)
         if folder is None:
             continue
         sha256 = digest_library(folder)
-        named = ((name, list(distributions(name=name))) for name in library.distributions)
+        named = ((name, list(distributions(name=name))) for name in names)
         installed = {name: _version(found, folder) for name, found in named if found}
-        for name, release in (installed or {library.distributions[-1]: UNKNOWN}).items():
+        for name, release in (installed or {names[-1]: UNKNOWN}).items():
             if release == UNKNOWN:
                 say_once(_UNKNOWN_RELEASE.format(name=name, folder=folder))
             libraries.append(KernelLibrary(name, release, sha256))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sqlite_utils
 from sqlite_utils.migrations import Migrations
 
+from mla_tune.store.measurement import CAPABILITY, Outcome
+from mla_tune.store.outside_cause import outside_cause
+
 MIGRATIONS = Migrations("mla_tune")
 
 
@@ -123,7 +126,24 @@ def m003_launches(db: sqlite_utils.Database) -> None:
 
 
 @MIGRATIONS()
-def m004_products(db: sqlite_utils.Database) -> None:
+def m004_outside_causes(db: sqlite_utils.Database) -> None:
+    """Failures that did not come from the candidate become ``disturbed``, as what is stored now; their tries go.
+
+    The next sweep measures these points again.
+    """
+    failed = ", ".join(f"'{outcome}'" for outcome in sorted(CAPABILITY))
+    rows = db.execute(f"select rowid, detail from measurements where outcome in ({failed})").fetchall()
+    for rowid, detail in rows:
+        if outside_cause(detail):
+            db.execute("update measurements set outcome = ? where rowid = ?", [Outcome.DISTURBED.value, rowid])
+    rows = db.execute(f"select rowid, detail from tries where outcome in ({failed})").fetchall()
+    for rowid, detail in rows:
+        if outside_cause(detail):
+            db.execute("delete from tries where rowid = ?", [rowid])
+
+
+@MIGRATIONS()
+def m005_products(db: sqlite_utils.Database) -> None:
     """Which product a GPU is. An environment of before keeps its id, and its rows: it does not know these."""
     db.table("environments").add_column("product", str, not_null_default="")
     db.table("environments").add_column("memory_gib", int, not_null_default=0)

@@ -63,7 +63,12 @@ class DsaChoice:
         if not shape[0]:
             return None
         rows = forward_batch.extend_num_tokens or 0  # padded in some batches; only a limit may look at padding
-        return IMPL[decider(rows if rows > self._paged_limit else shape[0], *shape[1:])]
+        asked = (rows if rows > self._paged_limit else shape[0], *shape[1:])
+        before = decider.counters.out_of_range
+        chosen = IMPL[decider(*asked)]
+        # With flashmla_auto SGLang has a rule of its own on SM100, which prepared an answer: better than a constant.
+        own_rule = self.base == AUTO and decider.counters.out_of_range > before
+        return None if own_rule else chosen
 
 
 def hook_backend(module: Any) -> None:
