@@ -56,22 +56,29 @@ def module_of(distribution: str) -> str | None:
 
 
 def module_folder(module: str) -> Path | None:
-    """Where a top-level package lies, without importing it; None if there is no such package."""
+    """Where a top-level package lies, without importing it; None if there is no such package.
+
+    A folder without ``__init__.py``, as an uninstall leaves it where something was cached, is none.
+    """
     spec = find_spec(module)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
+    folders = list(spec.submodule_search_locations or ()) if spec and spec.origin else []
     return Path(folders[0]) if folders else None
 
 
 def installed_version(distribution: str) -> str | None:
     """The installed release; None where there is none, and :data:`UNKNOWN` where its metadata state none or several.
 
-    An upgrade that broke off leaves metadata behind, empty or of another release.
+    Metadata beside the package that the distribution brings are its own; of an editable install they lie elsewhere. An
+    upgrade that broke off leaves metadata behind, empty or of another release.
     """
     found = list(distributions(name=distribution))
     if not found:
         return None
-    folder = found[0].locate_file("")
-    stated = {_stated(one) for one in found if one.locate_file("") == folder}
+    module = module_of(distribution)
+    package = None if module is None else module_folder(module)
+    folder = _folder(found[0]) if package is None else package.parent
+    beside = [one for one in found if _folder(one) == folder]
+    stated = {_stated(one) for one in beside or found[:1]} - {""}
     return stated.pop() if len(stated) == 1 else UNKNOWN
 
 
@@ -88,8 +95,12 @@ def requires(distribution: str, other: str) -> bool | None:
     return other in {re.sub(r"[-_.]+", "-", name[0]).lower() for name in names if name}
 
 
+def _folder(installed: Distribution) -> Path:
+    return Path(str(installed.locate_file("")))
+
+
 def _stated(installed: Distribution) -> str:
-    """Python's own answer is None or an exception, by its version, where the metadata cannot be read."""
+    """Empty where the metadata cannot be read: Python's own answer is then None or an exception, by its version."""
     with suppress(KeyError, TypeError, OSError, PackageNotFoundError):
-        return str(installed.metadata["Version"] or UNKNOWN)
-    return UNKNOWN
+        return str(installed.metadata["Version"] or "")
+    return ""

@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
@@ -34,7 +34,6 @@ from mla_tune.sites.site import FORWARD, LayerType, ModelConfig, SiteName
 from mla_tune.sites.site import model as find_model
 
 if TYPE_CHECKING:
-    from mla_tune.hardware.nvml import GpuIdentity
     from mla_tune.sites.launch_parameters import Launches
 
 __all__ = ["Dispatcher", "Explanation", "Fallback", "Reason", "Resolved", "Rule"]
@@ -190,10 +189,8 @@ class Dispatcher:
             return cls._after(error, fallback, None)
         if switches.off is not None:
             return cls(None, source=switches.off, fallback="incumbent", switches=switches)
-        from mla_tune.hardware.nvml import detect_gpu
-
         try:
-            return cls._for_gpu(detect_gpu(), fallback, switches, provider)
+            return cls._for_gpu(fallback, switches, provider)
         except (PolicyError, EnvironmentMismatchError) as error:
             return cls._after(error, fallback, switches)
 
@@ -291,8 +288,17 @@ class Dispatcher:
         return cls(None, source=str(error), fallback=fallback, switches=switches)
 
     @classmethod
-    def _for_gpu(cls, gpu: GpuIdentity | None, fallback: Fallback, switches: Switches, provider: str) -> Dispatcher:
+    def _for_gpu(cls, fallback: Fallback, switches: Switches, provider: str) -> Dispatcher:
         """What :func:`find_serving` finds, said in one line."""
+        from mla_tune.hardware.nvml import detect_gpu
+
+        unknown: tuple[str, ...] = ()
+        try:
+            gpu = detect_gpu()
+        except EnvironmentMismatchError as error:  # nobody can tell which GPU this is
+            if switches.policy is None:
+                raise
+            gpu, unknown = None, (str(error),)
         if gpu is None and switches.policy is None:
             raise EnvironmentMismatchError(
                 "for_this_gpu needs a visible NVIDIA GPU and its driver: got none; "
@@ -302,6 +308,7 @@ class Dispatcher:
         if not serving.tables:
             named = f", or set {POLICY_VARIABLE} to a file to use it as it is"
             raise EnvironmentMismatchError(f"{serving.summary}; run `mla-tune sweep` and `mla-tune fit` here{named}")
+        serving = replace(serving, overridden=(*unknown, *serving.overridden))
         found = cls(
             serving.policy,
             source=str(serving.file),
