@@ -11,9 +11,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from mla_tune.integrations.post_import import after_import, forget
 
 from mla_tune.integrations import post_import
-from mla_tune.integrations.post_import import after_import, forget
 from mla_tune.integrations.seams import Hooks, Seam
 
 

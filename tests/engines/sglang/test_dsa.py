@@ -44,9 +44,7 @@ def dsa_backend(module: ModuleType, model_runner: Any = None, **changes: Any) ->
     if model_runner is None:
         config = SimpleNamespace(num_hidden_layers=61)
         model_runner = runner(model_config=SimpleNamespace(hf_text_config=config, num_attention_heads=128))
-    kind = module.DeepseekSparseAttnBackend
-    extend = module.ForwardMode.EXTEND
-    return constructed(kind, "mla_tune.integrations.sglang.dsa_hooks", model_runner, attributes | changes, extend)
+    return constructed(module.DeepseekSparseAttnBackend, model_runner, attributes | changes)
 
 
 def impl(backend: Any, forward: Any) -> str:

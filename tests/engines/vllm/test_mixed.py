@@ -267,6 +267,7 @@ def test_kernels_that_were_not_measured_serve_only_a_policy_that_the_user_names(
     assert any("was measured with sgl-flash-mla 1.0.0" in line for line in caplog.messages)
 
     from mla_tune.integrations.vllm.vllm_process import PROCESS
+
     from mla_tune.runtime import Dispatcher
 
     serving.setattr(PROCESS, "service", None)

@@ -361,8 +361,9 @@ def test_kernels_that_were_not_measured_are_not_trusted_with_more_entries_than_o
 ) -> None:
     for policy, most in ((None, 32768), (other_kernels(), 11622)):
         if policy is not None:
-            from mla_tune.integrations.vllm import prefill_hooks
             from mla_tune.integrations.vllm.vllm_process import PROCESS
+
+            from mla_tune.integrations.vllm import prefill_hooks
 
             use_policy(serving, tmp_path, policy)
             serving.setattr(PROCESS, "service", None)
