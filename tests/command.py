@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -31,6 +32,11 @@ def run(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.Co
     )
 
 
+def interruptible() -> None:
+    """Let Ctrl-C reach a new process (``preexec_fn``) even where the test run itself ignores it, as under nohup."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def start(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.Popen[str]:
     """One command, under way in ``folder`` as the leader of a process group of its own."""
     return subprocess.Popen(
@@ -41,6 +47,7 @@ def start(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=interruptible,
     )
 
 

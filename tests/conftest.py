@@ -6,7 +6,7 @@ import importlib.util
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from hypothesis import settings
@@ -44,13 +44,45 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the switch for the long forms of some tests."""
+    parser.addoption(
+        "--all", action="store_true", help="also run what tests/README.md lists as too long for every change"
+    )
+
+
+@pytest.fixture(scope="session")
+def everything(request: pytest.FixtureRequest) -> bool:
+    """Whether this run takes the long form of a test that has one."""
+    return bool(request.config.getoption("--all"))
+
+
 REPORTS = pytest.StashKey[dict[str, list[str]]]()
 """Title and lines of what tests want to be read at the end of the run."""
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """No reports yet."""
+    """Start without reports, and collect those of pytest-xdist's processes where it runs the tests."""
     config.stash[REPORTS] = {}
+    config.pluginmanager.register(_Gathered(config.stash[REPORTS]))
+
+
+class _Gathered:
+    """Takes over the reports of test processes as they end."""
+
+    def __init__(self, reports: dict[str, list[str]]) -> None:
+        self.reports = reports
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any) -> None:
+        """Add what one process reported; one that crashed reports nothing."""
+        self.reports.update(getattr(node, "workeroutput", {}).get("reports", {}))
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Hand this process's reports to the one that prints them."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["reports"] = session.config.stash[REPORTS]
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:

@@ -21,7 +21,7 @@ SERVING_MODULES = {
         "mla_tune.sites",
         *(f"mla_tune.sites.{name}" for name in ("site", "provider", "engines", "candidates", "stages")),
     ),
-    *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml"))),
+    *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml", "builds"))),
     "mla_tune.policy",
     *(f"mla_tune.policy.{name}" for name in ("schema", "evidence", "kernel_config", "rules", "text", "threshold")),
     *(f"mla_tune.policy.{name}" for name in ("shipped", "decision")),

@@ -1,6 +1,5 @@
 """What a wheel carries, and that the scripts refuse what they cannot serve in one line."""
 
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,9 +9,7 @@ from pathlib import Path
 import pytest
 
 import mla_tune
-
-ROOT = Path(__file__).resolve().parent.parent
-IGNORED = shutil.ignore_patterns("__pycache__", "*.egg-info", "*.pyc")
+from tests.checkout import ROOT, copy_checkout
 
 
 def pip(*arguments: str | Path) -> None:
@@ -36,12 +33,7 @@ def script(name: str, *arguments: str | Path, **environment: str) -> subprocess.
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of all that packaging reads, with one policy more, in a folder whose name has a space."""
     copy = tmp_path_factory.mktemp("a checkout")
-    for name in ("mla_tune", "policies", "scripts"):
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, copy / name, ignore=IGNORED)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        if (ROOT / name).is_file():
-            shutil.copy(ROOT / name, copy)
+    copy_checkout(copy)
     (copy / "policies").mkdir(exist_ok=True)
     (copy / "policies" / "nvidia-test.yaml").write_text("shipped: true\n")
     return copy

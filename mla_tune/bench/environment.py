@@ -10,13 +10,13 @@ import hashlib
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
+from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN
 from mla_tune.hardware.sku import CPU, Environment, KernelLibrary, sku_name
 
 if TYPE_CHECKING:
@@ -24,20 +24,6 @@ if TYPE_CHECKING:
 
 _CHUNK_BYTES = 1 << 20
 _PROCESSORS = Path("/proc/cpuinfo")
-
-
-@dataclass(frozen=True, slots=True)
-class _LibraryName:
-    """A module, and the distributions that may have brought it, the module's own project last."""
-
-    module: str
-    distributions: tuple[str, ...]
-
-
-_LIBRARIES = (
-    _LibraryName("flash_mla", ("sgl-flash-mla", "flash-mla")),
-    _LibraryName("deep_gemm", ("sgl-deep-gemm", "deep-gemm")),
-)
 
 
 def detect_environment(gpu: bool) -> Environment:
@@ -52,16 +38,16 @@ def detect_environment(gpu: bool) -> Environment:
 def kernel_libraries() -> tuple[KernelLibrary, ...]:
     """The kernel libraries that could be imported here, sorted by name; none of them is imported.
 
-    A library without metadata (a source tree on the path) goes by its project's name and the version ``unknown``.
+    A library without metadata (a source tree on the path) goes by its project's name and the version :data:`UNKNOWN`.
     """
     found = []
-    for library in _LIBRARIES:
-        folder = _module_folder(library.module)
+    for module, distributions in DISTRIBUTIONS.items():
+        folder = _module_folder(module)
         if folder is None:
             continue
-        installed = [(name, version(name)) for name in library.distributions if _is_installed(name)]
+        installed = [(name, version(name)) for name in distributions if _is_installed(name)]
         sha256 = digest_library(folder)
-        found += [KernelLibrary(n, v, sha256) for n, v in installed or [(library.distributions[-1], "unknown")]]
+        found += [KernelLibrary(n, v, sha256) for n, v in installed or [(distributions[-1], UNKNOWN)]]
     return tuple(sorted(found, key=lambda library: library.name))
 
 

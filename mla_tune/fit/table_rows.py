@@ -22,6 +22,7 @@ from mla_tune.fit.limits import is_unsafe, limits
 from mla_tune.fit.objective import PLAIN, Objective, require_regime, require_traffic
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import Scope, scopes
+from mla_tune.fit.table_builds import builds_of
 from mla_tune.fit.training import measured_range
 from mla_tune.hardware.sku import Environment
 from mla_tune.policy.kernel_config import kernel_configs
@@ -138,6 +139,7 @@ def unjudged_table(
     if costs.modelled:
         candidates = replace(candidates, noise_band=_uncertainty(costs, scope, candidates))
     rows, cap = table_rows(costs, scope, candidates, objective)
+    builds, candidate_builds = builds_of(costs.environment, scope, candidates.incumbent, candidates.names)
     return Table(
         site=str(scope.name),
         model=scope.model.name,
@@ -146,6 +148,8 @@ def unjudged_table(
         engine=scope.engine,
         incumbent=candidates.incumbent,
         candidates=tuple(sorted(candidates.names)),
+        builds=builds,
+        candidate_builds=candidate_builds,
         noise_band=candidates.noise_band,
         measured=measured_range(swept),
         limits=candidates.limits,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mla_tune.hardware.builds import Build
 from mla_tune.policy.kernel_config import kernel_config_fault
 from mla_tune.policy.text import MAX_INT64, shown
 from mla_tune.policy.threshold import Threshold
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 EVIDENCE = ("measured", "modelled")
 REGIMES = ("graph", "eager")
 CENSORED = ("above", "below")
+_BUILD = "accepted: a form like sgl-flash-mla==1.0.0"
 POLICY_RULE = "policy"
 """The rule name of the policy's own row in a held-out table."""
 
@@ -118,6 +120,7 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
         yield from _one_of(f"{path}.candidates[{index}]", candidate, known)
     yield from _unique(f"{path}.candidates", table.candidates)
     yield from _one_of(f"{path}.incumbent", table.incumbent, table.candidates)
+    yield from _builds(path, table)
     bound = 1.0 if measured else math.inf  # a model may be off by more than a timing can scatter
     if not 0 <= table.noise_band < bound:
         yield Problem(f"{path}.noise_band", f"must be a relative difference in [0, {bound:g}): got {table.noise_band}")
@@ -139,6 +142,33 @@ def _table(path: str, table: Table, *, measured: bool) -> Iterator[Problem]:
     wrong_rows = list(_rows(f"{path}.rows", table.rows, served))
     yield from wrong_rows or _crossing(f"{path}.rows", table)
     yield from _held_out(f"{path}.held_out", table.held_out, measured=measured)
+
+
+def _builds(path: str, table: Table) -> Iterator[Problem]:
+    yield from _build_names(f"{path}.builds", table.builds)
+    others = [name for name in table.candidates if name != table.incumbent]
+    yield from _unique(f"{path}.candidate_builds", [entry.candidate for entry in table.candidate_builds])
+    for index, entry in enumerate(table.candidate_builds):
+        below = f"{path}.candidate_builds[{index}]"
+        if entry.candidate not in others:
+            rule = "must be another candidate of the table than its incumbent"
+            yield Problem(f"{below}.candidate", f"{rule}: got {shown(entry.candidate)}; accepted: {', '.join(others)}")
+        if not entry.builds:
+            yield Problem(f"{below}.builds", "must name at least one build: got none")
+        yield from _build_names(f"{below}.builds", entry.builds)
+        for build in sorted(set(entry.builds) & set(table.builds)):
+            yield Problem(f"{below}.builds", f"must name what the table itself does not: got {build} in both")
+
+
+def _build_names(path: str, builds: tuple[str, ...]) -> Iterator[Problem]:
+    for index, text in enumerate(builds):
+        try:
+            Build.parse(text)
+        except ValueError:
+            yield Problem(f"{path}[{index}]", f"must be a distribution's exact release: got {shown(text)}; {_BUILD}")
+    yield from _unique(path, builds)
+    if list(builds) != sorted(builds):
+        yield Problem(path, f"must be sorted: got {', '.join(builds)}")
 
 
 def _keys(path: str, table: Table) -> Iterator[Problem]:

@@ -23,7 +23,7 @@ from mla_tune.policy.rules import problems
 from mla_tune.policy.text import REBUILD, read_written, shown, write_yaml
 from mla_tune.sites.engines import Engine
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 MAX_POLICY_BYTES = 1 << 20
 """Largest file that is read. All sites and models of one GPU take about 100 KB."""
 
@@ -120,6 +120,14 @@ class Range(_Record, frozen=True):
     num_reqs: tuple[int, int]
 
 
+class CandidateBuilds(_Record, frozen=True):
+    """Builds that one candidate depends on beyond those of its table."""
+
+    candidate: str
+    """Never the incumbent: without it there is nothing to switch from."""
+    builds: tuple[str, ...]
+
+
 class Table(_Record, frozen=True, kw_only=True, omit_defaults=True):
     """The dispatch table of one site, model, head count and layer type."""
 
@@ -134,6 +142,11 @@ class Table(_Record, frozen=True, kw_only=True, omit_defaults=True):
     incumbent: str
     candidates: tuple[str, ...]
     """Every candidate that was measured, sorted; choices and limits name only these."""
+    builds: tuple[str, ...]
+    """What the incumbent ran on, as ``sgl-flash-mla==1.0.0``, sorted: with any other build the table says nothing. Empty
+    where every kernel is this project's own."""
+    candidate_builds: tuple[CandidateBuilds, ...] = ()
+    """What single candidates depend on besides; one whose builds are not there leaves the choice to the others."""
     noise_band: float
     """Relative difference below which two candidates count as equal: the incumbent stays. In a modelled table the
     uncertainty of both together."""
@@ -207,7 +220,9 @@ class Policy(_Record, frozen=True, kw_only=True, omit_defaults=True):
 
 
 _ONE_LINE = frozenset({"gpu", "scaled_from", "measured", "choices", "workspace_cap", "objective"})
-_ONE_LINE_ITEMS = frozenset({"libraries", "limits", "ineligible", "slowdown", "uncertainty", "stages", "kernel_config"})
+_ONE_LINE_ITEMS = frozenset(
+    {"libraries", "limits", "ineligible", "slowdown", "uncertainty", "stages", "kernel_config", "candidate_builds"}
+)
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:

@@ -13,7 +13,9 @@ OWN = "own"
 SGLANG = "sglang"
 PROVIDERS = (OWN, SGLANG)
 """What a sweep can be asked for."""
-_KERNELS = "+sglang-kernel@"
+SGLANG_KERNEL = "sglang-kernel"
+"""The distribution of SGLang's compiled kernels."""
+_KERNELS = f"+{SGLANG_KERNEL}@"
 
 
 class Provider(msgspec.Struct, frozen=True):

@@ -222,8 +222,8 @@ def test_a_newer_database_asks_for_an_upgrade(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("schema: 2\n", "schema: 3\n", "upgrade mla-tune"),
-        ("schema: 2\n", "schema: one\n", "schema must be one that is read here: got 'one'"),
+        ("schema: 3\n", "schema: 4\n", "upgrade mla-tune"),
+        ("schema: 3\n", "schema: one\n", "schema must be one that is read here: got 'one'"),
         ("evidence: measured\n", "evidence: measured\nauthor: me\n", "author"),
         ("regime: eager\n", "", "regime"),
         ("noise_band: ", "noise_band: x", "noise_band"),

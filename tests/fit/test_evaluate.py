@@ -20,6 +20,7 @@ TABLE = Table(
     layer="c4a",
     incumbent="sparse_fwd",
     candidates=("sparse_fwd", "with_kvcache"),
+    builds=(),
     noise_band=0.01,
     measured=Range(num_qo_tokens=(1, 65536), kv_tokens=(1, 1 << 26), num_reqs=(1, 64)),
     limits=(),

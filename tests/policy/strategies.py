@@ -17,6 +17,7 @@ from mla_tune.policy.evidence import (
 )
 from mla_tune.policy.rules import accepted_candidates, accepted_engines, accepted_heads, problems
 from mla_tune.policy.schema import (
+    CandidateBuilds,
     Choice,
     Gpu,
     HeldOut,
@@ -62,6 +63,7 @@ def table(**changes: Any) -> Table:
         layer="c4a",
         incumbent="sparse_fwd",
         candidates=("sparse_fwd", "with_kvcache"),
+        builds=("sgl-flash-mla==1.0.0",),
         noise_band=0.03,
         measured=Range(num_qo_tokens=(16, 32768), kv_tokens=(2048, 1 << 26), num_reqs=(1, 64)),
         limits=(),
@@ -111,7 +113,7 @@ def table(**changes: Any) -> Table:
 def policy(*tables: Table, **changes: Any) -> Policy:
     """A policy of one H200 with ``tables`` (by default one), changed as asked."""
     base = Policy(
-        schema=2,
+        schema=3,
         gpu=Gpu(sku="nvidia-h200", sm_count=132),
         evidence="measured",
         regime="graph",
@@ -174,7 +176,9 @@ def full_policy() -> Policy:
         elif engine is not Engine.SGLANG:
             changes |= {"engine": engine, "candidates": ("sparse_fwd", "with_kvcache_mixed"), "rows": mixed_rows}
         if site is SiteName.INDEXER_METADATA:
+            own = (CandidateBuilds(candidate="deep_gemm", builds=("sgl-deep-gemm==0.1.2",)),)
             changes |= {"incumbent": "jit", "candidates": ("deep_gemm", "jit"), "rows": indexer_rows}
+            changes |= {"builds": (), "candidate_builds": own}
         tables.append(table(**changes))
     return policy(*tables)
 
@@ -239,6 +243,16 @@ def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]
         for name in barred
         for bound in [draw(st.integers(0, 100).map(lambda halves: halves / 2))]
     )
+
+
+BUILDS = ("sgl-flash-mla==1.0.0", "sglang==0.5.23", "vllm==0.33.0+cu130", "flash-mla==unknown", "a-b-c==1!2.0rc1.post2")
+
+
+@st.composite
+def candidate_builds(draw: st.DrawFn, others: list[str]) -> tuple[CandidateBuilds, ...]:
+    named = draw(st.lists(st.sampled_from(others), unique=True)) if others else []
+    builds = st.sets(st.sampled_from(["sgl-deep-gemm==0.1.2", "sglang-kernel==0.4.10"]), min_size=1)
+    return tuple(CandidateBuilds(candidate=name, builds=tuple(sorted(draw(builds)))) for name in named)
 
 
 def without_crossing(*, modelled: bool, **fields: Any) -> Table:
@@ -310,6 +324,8 @@ def tables(
         engine=engine,
         incumbent=incumbent,
         candidates=candidates,
+        builds=tuple(sorted(draw(st.sets(st.sampled_from(BUILDS), max_size=2)))),
+        candidate_builds=draw(candidate_builds([name for name in candidates if name != incumbent])),
         noise_band=draw(relative_errors if modelled else st.floats(0, 1, exclude_max=True)),
         uncertainty=tuple(Uncertainty(candidate=name, relative=draw(relative_errors)) for name in uncertain),
         workspace_cap=draw(st.none() | caps),
@@ -344,7 +360,7 @@ def policies(draw: st.DrawFn) -> Policy:
         libraries=st.just(tuple({library.name: library for library in libraries}.values())),
     )
     return Policy(
-        schema=2,
+        schema=3,
         gpu=Gpu(sku=draw(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)), sm_count=draw(counts)),
         evidence="modelled" if modelled else "measured",
         modelled=draw(stated()) if modelled else None,

@@ -12,17 +12,6 @@ import pytest
 
 from tests.engines.sglang.conftest import STUBS
 
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel of this checkout in it."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    subprocess.run([*command, "--no-deps", "--no-build-isolation", "--target", folder, ROOT], check=True)
-    return folder
-
 
 def python(script: str, installed: Path, folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run ``script`` from a file, as a spawned child needs it, where the wheel and the engine are installed."""

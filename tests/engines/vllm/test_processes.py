@@ -11,18 +11,6 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
-
-
-@pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the wheel of this checkout in it."""
-    folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
-    subprocess.run([*command, "--no-deps", "--no-build-isolation", "--target", folder, ROOT], check=True)
-    return folder
-
-
 SPAWN = """
 import multiprocessing
 import sys
