@@ -1,4 +1,4 @@
-"""What the hooks of one engine process share, whichever the engine: the service, the agreement of its ranks, its one line."""
+"""What the hooks of one engine process share, whichever the engine: the service, the agreement of ranks, its one line."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class EngineProcess:
     """The policy of this GPU for this engine; never raises for what is wrong with a policy."""
     service: Service | None = None
     fabricating: bool = False
-    """Whether the engine runs a forward of its own making, such as a warm-up: of no request, so neither counted nor recorded."""
+    """Whether the engine runs a forward of its own making, such as a warm-up, which is neither counted nor recorded."""
     announced: set[str] = field(default_factory=set)
 
     def serve(self, engine: str) -> Service:
@@ -95,7 +95,7 @@ class EngineProcess:
         return msgspec.structs.replace(found, most_tokens=most_tokens) if found.deciders else None
 
     def announce(self, deciders: Sequence[Decider], kept: Iterable[str]) -> None:
-        """One line for each model that is served: what decides, whether it was measured here, what is hooked, what is left."""
+        """One line for each model: what decides, whether it was measured here, what is hooked, what is left and why."""
         if self.service is None:
             return
         taken = (key.rpartition(":")[2] for key in self.hooks.taken)

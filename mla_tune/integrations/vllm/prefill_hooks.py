@@ -231,7 +231,7 @@ def _selection(module: Any, layer: Any, plan: _Plan, attn_metadata: Any, swa_met
 
 
 _choices: dict[tuple[tuple[ModelConfig, int] | str, str | None], dict[int, V4Choice]] = {}
-"""By model with its heads, or why it has no choice, and setting; then by compress ratio: layers that are alike share one."""
+"""By model with its heads, or why it has no choice, and setting; then by compress ratio: layers alike share one."""
 
 
 def prepare(layer: Any, vllm_config: Any) -> None:

@@ -8,7 +8,6 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-
 import wrapt
 
 from mla_tune.integrations.sglang import indexer_hooks
@@ -45,7 +44,9 @@ def scheduled(v4: ModuleType, serving: pytest.MonkeyPatch, tmp_path: Path) -> li
 
     serving.setitem(sys.modules, "deep_gemm", SimpleNamespace(get_paged_mqa_logits_metadata=planner("deep_gemm")))
     dsv4 = sys.modules["sglang.kernels.ops.attention.dsv4"]
-    serving.setattr(dsv4, "get_paged_mqa_logits_metadata", wrapt.FunctionWrapper(planner("jit"), indexer_hooks.around_schedule))
+    serving.setattr(
+        dsv4, "get_paged_mqa_logits_metadata", wrapt.FunctionWrapper(planner("jit"), indexer_hooks.around_schedule)
+    )
     return planned
 
 

@@ -107,9 +107,8 @@ def v4(_hooked: None) -> ModuleType:
 @pytest.fixture
 def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> pytest.MonkeyPatch:
     """A fresh process as far as the plugin goes: no MLA_TUNE_* but a policy, one rank, nothing loaded yet."""
-    from mla_tune.integrations.vllm.vllm_state import PROCESS
-
     from mla_tune.integrations.vllm import prefill_hooks
+    from mla_tune.integrations.vllm.vllm_state import PROCESS
 
     for name in ("MODE", "ALLOW_MODELLED", "RANKS", "RECORD"):
         monkeypatch.delenv(f"MLA_TUNE_{name}", raising=False)
@@ -169,3 +168,11 @@ def counted() -> tuple[dict[str, int], dict[str, int]]:
                 if count:
                     target[name] = target.get(name, 0) + count
     return chosen, fallbacks
+
+
+def made_by(construct: Any, made: Any) -> Any:
+    """Our wrapper of the constructor of ``made``, around ``construct`` in place of vLLM's own, which needs a GPU."""
+    import inspect
+
+    wrapper = inspect.getattr_static(type(made), "__init__")._self_wrapper
+    return lambda *args, **kwargs: wrapper(construct, made, args, kwargs)
