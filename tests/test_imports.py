@@ -38,7 +38,7 @@ LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
     "hardware": {"errors"},
-    "sites": {"errors", "files"},
+    "sites": {"errors", "files", "hardware"},
     "policy": VALUES,
     "runtime": {"policy"} | VALUES,
     "kernels": {"sites", "errors"},

@@ -23,6 +23,7 @@ from mla_tune.fit.repeat import compare as compare_sweeps
 from mla_tune.fit.table_rows import FIRST_CALL_BOUND_S, fit_policy, left_out
 from mla_tune.fit.usable import stored_provider, usable
 from mla_tune.fit.work import Array
+from mla_tune.hardware.datasheet import architecture
 from mla_tune.hardware.sku import Environment
 from mla_tune.policy.schema import HeldOut, Policy, Source, load_policy, write_policy
 from mla_tune.sites.provider import OWN
@@ -68,11 +69,13 @@ def make_plan(
     names: Sequence[SiteName],
     preset: Preset = FULL,
     recorded: Path | None = None,
+    architecture: str | None = None,
 ) -> Plan:
     """The first points for a device: the whole grid, or the seeds of an adaptive sweep, with what judges them.
 
-    ``recorded`` is a file of traffic. Raises :class:`StoreError` where it cannot be read, and :class:`UsageError` where it
-    has nothing of the models and sites that are to be swept.
+    ``recorded`` is a file of traffic; ``architecture`` as of :func:`mla_tune.sweep.grid.gpu_grid`. Raises
+    :class:`StoreError` where the file cannot be read, and :class:`UsageError` where it has nothing of the models and sites
+    that are to be swept.
     """
     objective = Objective(traffic=read_traffic(recorded)) if recorded else PLAIN
     if recorded and not any(objective.recorded(name, model.name) for name in names for model in models):
@@ -80,7 +83,7 @@ def make_plan(
         raise UsageError(
             f"--traffic must have a forward of what is swept: got none in {recorded}; accepted: {accepted}"
         )
-    grid = cpu_grid() if kind == "cpu" else gpu_grid(sm_count)
+    grid = cpu_grid() if kind == "cpu" else gpu_grid(sm_count, architecture)
     held_out = min(preset.held_out, grid.held_out), min(preset.held_out_indexer, grid.held_out_indexer)
     grid = replace(grid, held_out=held_out[0], held_out_indexer=held_out[1])
     first = grid_points if preset.dense else seed_points
@@ -169,7 +172,9 @@ class Measured:
     def observations(self) -> Observations:
         """What its database holds of its environment and conditions."""
         with Database.open(self.path, create=False) as database:
-            return Observations(_usable(database, self.environment, self.conditions))
+            return Observations(
+                _usable(database, self.environment, self.conditions), architecture=architecture(self.environment.sku)
+            )
 
 
 def compare(first: Measured, second: Measured) -> Repetition:
@@ -290,7 +295,7 @@ def fit(
         objective=objective,
         tuned=found.tuned,
     )
-    observations = Observations(rows, regime=Regime(policy.regime))
+    observations = Observations(rows, regime=Regime(policy.regime), architecture=architecture(policy.gpu.sku))
     make_folder(out)
     before = _keys(out)
     write_policy(out, policy)

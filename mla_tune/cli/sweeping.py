@@ -74,8 +74,9 @@ def sweep(
     if not 1 <= repeat <= _MOST_REPEATS:
         raise UsageError(f"--repeat must be a number of sweeps: got {repeat}; accepted: 1 to {_MOST_REPEATS}")
     from mla_tune.cli import pipeline
+    from mla_tune.hardware.datasheet import architecture
 
-    plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset, traffic)
+    plan = pipeline.make_plan(device.kind, device.sm_count, models, names, preset, traffic, architecture(device.sku))
     plan = pipeline.under(plan, Conditions(checked_overlap(overlap)))
     checked_provider(provider)
     if dry_run:

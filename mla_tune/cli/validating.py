@@ -67,6 +67,7 @@ def validate(
 def _measured(kind: str, path: Path, points: list[Point], timeout_s: float, regime: str, quiet: bool) -> Observations:
     """What was measured at ``points`` in the policy's ``regime``, now or by an earlier call."""
     from mla_tune.fit.observations import Observations
+    from mla_tune.hardware.datasheet import architecture
     from mla_tune.store.database import Database
     from mla_tune.store.lock import sweep_lock
     from mla_tune.store.measurement import Regime
@@ -82,4 +83,6 @@ def _measured(kind: str, path: Path, points: list[Point], timeout_s: float, regi
     ):
         worker.run(database, points, on_progress=on_progress)
         rows = database.measurements(worker.environment.id)
-    return Observations((row for row in rows if (row.site, row.shape) in places), regime=Regime(regime))
+        family = architecture(worker.environment.sku)
+    measured = (row for row in rows if (row.site, row.shape) in places)
+    return Observations(measured, regime=Regime(regime), architecture=family)

@@ -7,13 +7,15 @@ What the terms miss is left to the local correction in :mod:`mla_tune.fit.curves
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 import numpy as np
 
 from mla_tune.fit.work import Array, Work
-from mla_tune.sites.site import LayerType, Site
+from mla_tune.hardware.datasheet import SM100
+from mla_tune.sites.kernel_switches import unsplit_entries, window_columns
+from mla_tune.sites.site import LayerType, Site, SiteName
 from mla_tune.sites.stages import Law
 
 _HEADS_PER_BLOCK = 64
@@ -22,6 +24,8 @@ _ENTRIES_PER_TILE = 64
 """Attended entries that it takes in one step."""
 _PIECE_TILES = 5.0
 """Tiles that the split-KV scheduler charges for each piece of a query; on an H200 a piece does cost about 5 tiles' time."""
+_SM100_PAIR_PIECE_TILES = 3.0
+"""The same in the SM100 kernel for 128 heads of 512 dimensions."""
 _CACHED_ROW_BYTES = 600
 """A cached row is 584 or 656 bytes."""
 L2_BYTES = 50e6
@@ -53,6 +57,8 @@ class Basis:
     """What bounds each of the terms."""
     may_break: bool = False
     """Whether the kernel may change its algorithm at some query token count, and jump there."""
+    runs: Callable[[Work], Array] | None = None
+    """1 for shapes where the stage runs and 0 where it does not, each (num_shapes,); None where it always does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,12 +69,20 @@ class Chip:
     l2_bytes: float = L2_BYTES
     measured_sm_count: int | None = None
     """SMs of the device whose corrections are carried over; None for this one."""
+    architecture: str | None = None
+    """As :func:`mla_tune.hardware.datasheet.architecture` names it; None for Hopper's rules."""
 
 
 def basis(site: Site, law: Law, chip: Chip) -> Basis:
     """The basis of one law at ``site`` on a device."""
+    kernels = _Attention(site, chip)
     attention = _ATTENTION.get(law)
-    return _Attention(site, chip).basis(*attention) if attention else _BASES[law]
+    if attention:
+        return kernels.basis(*attention)
+    found = _BASES[law]
+    if law is Law.SCHEDULE and site.name is SiteName.PREFILL_ATTENTION:
+        return replace(found, runs=kernels.has_schedule)
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +122,11 @@ class _Attention:
     def paged(self, work: Work) -> list[Array]:
         # Shared out evenly the tiles take their mean time; the busiest part of the schedule takes longer. Every query
         # also pays for the merge of its splits, a launch of its own that reads what they wrote.
-        queries, tiles = self.queries(work), self._paged_tiles(work)
-        busiest, split = _schedule(queries, tiles)
+        # Where the kernel does not split, each block takes a whole query, in waves, and nothing is merged.
+        queries, tiles, piece = self.queries(work), self._paged_tiles(work), self._piece_tiles
+        busiest, split = _schedule(queries, tiles, piece)
+        scheduled = self.has_schedule(work)
+        busiest, split = np.where(scheduled, busiest, np.ceil(queries) * (tiles + piece)), split * scheduled
         merge = [split, queries * split]
         return [
             *(_ones(work), queries, queries * tiles, busiest, *merge),
@@ -127,6 +144,16 @@ class _Attention:
             *(_ones(work), queries, waves, waves * np.ceil(tiles / parts)),
             *(split, queries * split, self._cache_misses(work)),
         ]
+
+    def has_schedule(self, work: Work) -> Array:
+        """1 where the KV-cache kernel has a schedule, partial results and a merge, else 0."""
+        entries = work.selection_width + window_columns(self.site.layer)
+        return np.asarray((entries > unsplit_entries(self.chip.architecture)).astype(np.float64))
+
+    @property
+    def _piece_tiles(self) -> float:
+        pairs = self.chip.architecture == SM100 and self.site.h_q == 128 and self.site.layer is not LayerType.DSA
+        return _SM100_PAIR_PIECE_TILES if pairs else _PIECE_TILES
 
     def _paged_tiles(self, work: Work) -> Array:
         return np.asarray(np.ceil(work.selected / _ENTRIES_PER_TILE) + np.ceil(work.window / _ENTRIES_PER_TILE))
@@ -152,17 +179,17 @@ _ATTENTION: dict[Law, tuple[Callable[[_Attention, Work], list[Array]], tuple[Res
 }
 
 
-def _schedule(queries: Array, tiles: Array) -> tuple[Array, Array]:
+def _schedule(queries: Array, tiles: Array, piece_tiles: float) -> tuple[Array, Array]:
     """FlashMLA's split-KV schedule: tiles of its busiest part, and whether every query is split (1 or 0).
 
     ``queries`` are query blocks per part and ``tiles`` the tiles of one query. The scheduler (FlashMLA,
-    ``get_decoding_sched_meta``) shares the tiles out evenly, charges each piece of a query 5 tiles, and leaves a part's
-    rest empty where nothing but that charge would fit. Where a part holds no whole query all results must be merged.
+    ``get_decoding_sched_meta``) shares the tiles out evenly, charges each piece of a query ``piece_tiles``, and leaves a
+    part's rest empty where nothing but that charge would fit. Where a part holds no whole query all results must be merged.
     """
-    whole = tiles + _PIECE_TILES
-    payload = np.ceil(queries * whole) + _PIECE_TILES
+    whole = tiles + piece_tiles
+    payload = np.ceil(queries * whole) + piece_tiles
     rest = payload % whole
-    return payload - np.where(rest > _PIECE_TILES, 0.0, rest), (payload < whole).astype(np.float64)
+    return payload - np.where(rest > piece_tiles, 0.0, rest), (payload < whole).astype(np.float64)
 
 
 def _miss_rate(pool_bytes: Array, chip: Chip) -> Array:

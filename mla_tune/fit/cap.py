@@ -154,13 +154,14 @@ def level_bands(cells: Cells, band: Band) -> list[Band]:
 
 
 def capped_cells(
-    scope: Scope, largest: Mapping[str, float], max_bytes: int, sm_count: int, frame: Frame
+    scope: Scope, largest: Mapping[str, float], max_bytes: int, device: tuple[int, str | None], frame: Frame
 ) -> CappedCells:
     """The cells of a table of attention; ``largest`` are the query tokens up to which each candidate may run.
 
-    The incumbent comes first in ``largest``. In a cell where nothing is over the cap nothing is barred.
+    ``device`` has the SM count and the architecture, as :func:`mla_tune.fit.workspace_bytes.workspace` takes them. The
+    incumbent comes first in ``largest``. In a cell where nothing is over the cap nothing is barred.
     """
-    fits = np.stack([_most_bytes(scope, name, sm_count, frame) <= max_bytes for name in largest], axis=2)
+    fits = np.stack([_most_bytes(scope, name, device, frame) <= max_bytes for name in largest], axis=2)
     may_run = np.stack([frame.query_ends <= most for most in largest.values()])
     over = np.asarray(~fits.all(axis=2))
     safe = fits & may_run
@@ -169,14 +170,14 @@ def capped_cells(
     return CappedCells(frame, tuple(largest), max_bytes, barred, over, over & none_safe)
 
 
-def _most_bytes(scope: Scope, candidate: str, sm_count: int, frame: Frame) -> Array:
+def _most_bytes(scope: Scope, candidate: str, device: tuple[int, str | None], frame: Frame) -> Array:
     """Bound on the bytes of ``candidate`` in each cell, (num_groups, num_bins, num_columns)."""
     size = len(frame.requests), len(frame.kv_ends), len(frame.tokens)
     corners = list(product(frame.requests, (int(end) for end in frame.kv_ends)))
     parts = []
     for site, _ in scope.parts:
         loads = _corner_work(site, corners, frame.query_ends, scope.model.max_context)
-        parts.append(workspace(site, candidate, loads, sm_count))
+        parts.append(workspace(site, candidate, loads, *device))
     return forward_bytes(parts).reshape(size)
 
 
@@ -204,6 +205,7 @@ def _corner_work(
         "num_qo_tokens": queries,
         "compressed_rows": rows,
         "window_rows": windows,
+        "selection_width": widths,
         "index_width": index_widths,
     }
     none = dict.fromkeys((field.name for field in fields(Work)), np.zeros(queries.size))

@@ -13,6 +13,7 @@ from mla_tune.fit.bases import Chip, basis, whole_path_coordinates
 from mla_tune.fit.curves import Correction, Curve, fit_correction, fit_curve
 from mla_tune.fit.observations import Observations, Shares, group
 from mla_tune.fit.work import Array, Work, work
+from mla_tune.hardware.datasheet import architecture
 from mla_tune.hardware.sku import Environment
 from mla_tune.sites.candidates import stages
 from mla_tune.sites.site import LayerType, Site
@@ -133,8 +134,13 @@ class CostModel:
         regime: Regime | None = None,
     ) -> None:
         self.environment = environment
-        self.observations = Observations(measurements, tries, regime)
+        self.observations = Observations(measurements, tries, regime, architecture(environment.sku))
         self._fitted: dict[tuple[Site, str], CandidateCosts] = {}
+
+    @property
+    def architecture(self) -> str | None:
+        """Of the GPU that the curves are of; see :func:`mla_tune.hardware.datasheet.architecture`."""
+        return architecture(self.environment.sku)
 
     def candidates(self, site: Site) -> tuple[str, ...]:
         """Candidates that ran at this site, sorted."""
@@ -181,5 +187,5 @@ class CostModel:
 
     def _fit_stage(self, site: Site, candidate: str, stage: Stage) -> Curve:
         shapes, latencies_us = self.observations.latencies(site, candidate, stage.name)
-        stage_basis = basis(site, stage.law, Chip(max(self.environment.sm_count, 1)))
+        stage_basis = basis(site, stage.law, Chip(max(self.environment.sm_count, 1), architecture=self.architecture))
         return fit_curve(stage_basis, work(site, shapes), np.array(latencies_us))

@@ -16,11 +16,13 @@ import numpy as np
 
 from mla_tune.fit.cap import CappedCells, Frame, capped_cells, level_bands
 from mla_tune.fit.costs import CostModel
+from mla_tune.fit.limits import Suspect
 from mla_tune.fit.objective import PLAIN, Objective, cell_weights, inside
 from mla_tune.fit.objective import Cells as CellsOfShapes
 from mla_tune.fit.scope import Scope
 from mla_tune.fit.segments import COST_UNIT, Band, Cells, few_groups
 from mla_tune.fit.training import (
+    COLUMN_REACH,
     IntArray,
     bin_middle,
     bin_start,
@@ -60,12 +62,18 @@ class Candidates:
     noise_band: float
     limits: tuple[Limit, ...]
     ineligible: tuple[Ineligible, ...]
+    suspects: tuple[Suspect, ...] = ()
 
     def largest(self, name: str) -> float:
-        """Query tokens up to which a candidate may be chosen; below any count for one that is not eligible."""
+        """Query tokens up to which a candidate may be chosen; below any count for one that is not eligible.
+
+        A suspect has no limit in the policy that would be exact, so its last column must end before the failure.
+        """
         if any(entry.candidate == name for entry in self.ineligible):
             return -np.inf
-        return min((limit.num_qo_tokens for limit in self.limits if limit.candidate == name), default=np.inf)
+        proven = [float(limit.num_qo_tokens) for limit in self.limits if limit.candidate == name]
+        seen = [entry.runs_at / COLUMN_REACH for entry in self.suspects if entry.candidate == name]
+        return min([*proven, *seen], default=np.inf)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -171,7 +179,8 @@ def _cap(
         return None
     largest = {name: candidates.largest(name) for name in candidates.names}
     frame = Frame.of(bins, groups, tokens, measured)
-    return capped_cells(scope, largest, objective.max_workspace_bytes, costs.environment.sm_count, frame)
+    device = costs.environment.sm_count, costs.architecture
+    return capped_cells(scope, largest, objective.max_workspace_bytes, device, frame)
 
 
 def _weights(charged: _Charged, scope: Scope, objective: Objective, measured: Range) -> Array:

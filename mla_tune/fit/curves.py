@@ -107,7 +107,8 @@ class Curve:
     def latency_us(self, work: Work) -> Array:
         """Predicted latency, microseconds, (num_shapes,)."""
         law_us = _law_us(terms_of(self.basis, work, self.break_at), self.coefficients, self.floor_us)
-        return np.asarray(law_us * np.exp(self.correction.log_factor(_coordinates(self.basis, work, self.break_at))))
+        us = law_us * np.exp(self.correction.log_factor(_coordinates(self.basis, work, self.break_at)))
+        return np.asarray(us if self.basis.runs is None else us * self.basis.runs(work))
 
     def error_at(self, work: Work) -> Array:
         """(num_shapes,) absolute error of the logarithm of predictions there."""
@@ -115,7 +116,12 @@ class Curve:
 
 
 def fit_curve(basis: Basis, work: Work, latencies_us: Array) -> Curve:
-    """Fit one stage. ``latencies_us`` (num_shapes,) are measured, positive and at least one."""
+    """Fit one stage. ``latencies_us`` (num_shapes,) are measured, positive and at least one.
+
+    What was timed where the stage does not run is noise, and is left out as long as there is anything else.
+    """
+    if basis.runs is not None and (ran := basis.runs(work) > 0).any() and not ran.all():
+        return fit_curve(basis, work.where(ran), latencies_us[ran])
     floor_us = float(latencies_us.min()) / 2
     break_at, coefficients = _fit_law(basis, work, latencies_us, floor_us)
     law_us = _law_us(terms_of(basis, work, break_at), coefficients, floor_us)

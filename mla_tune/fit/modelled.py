@@ -15,6 +15,7 @@ import msgspec
 
 from mla_tune.errors import FitError, UsageError
 from mla_tune.fit.costs import CandidateCosts, CostModel, PathCosts
+from mla_tune.fit.limits import suspects
 from mla_tune.fit.scaling import ScaledStage, Scaling, scale_stage, widened
 from mla_tune.fit.scope import Scope, scopes
 from mla_tune.fit.table_rows import policy_environment, unjudged_table
@@ -43,8 +44,9 @@ class ModelledCosts(CostModel):
 
     modelled = True
 
-    def __init__(self, measured: CostModel, target: Datasheet) -> None:
-        self.scaling = Scaling(datasheet(measured.environment.sku), target)
+    def __init__(self, measured: CostModel, target: Datasheet, *, always_splits: bool = False) -> None:
+        """``always_splits``: as a build whose KV-cache kernel splits every query; see :class:`Scaling`."""
+        self.scaling = Scaling(datasheet(measured.environment.sku), target, always_splits)
         self.measured = measured
         self.environment = replace(
             measured.environment,
@@ -122,10 +124,12 @@ def _table(costs: ModelledCosts, scope: Scope) -> Table | None:
         Uncertainty(candidate=name, relative=round(scope.error(costs, name), _DIGITS)) for name in table.candidates
     )
     table = msgspec.structs.replace(table, uncertainty=stated)
-    if costs.scaling.same_architecture or not table.limits:
+    failed = suspects(costs.observations, [site for site, _ in scope.parts], table.candidates)
+    if costs.scaling.same_architecture or not (table.limits or failed):
         return table
     low, high = table.measured.num_qo_tokens
-    safe = min(high, *(limit.num_qo_tokens for limit in table.limits))
+    runs_at = [*(limit.num_qo_tokens for limit in table.limits), *(entry.runs_at for entry in failed)]
+    safe = min(high, *runs_at)
     claimed = msgspec.structs.replace(table.measured, num_qo_tokens=(min(low, safe), safe))
     return msgspec.structs.replace(table, limits=(), measured=claimed)
 

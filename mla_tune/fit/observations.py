@@ -86,9 +86,15 @@ class Observations:
     """
 
     def __init__(
-        self, measurements: Iterable[Measurement], tries: Iterable[Try] = (), regime: Regime | None = None
+        self,
+        measurements: Iterable[Measurement],
+        tries: Iterable[Try] = (),
+        regime: Regime | None = None,
+        architecture: str | None = None,
     ) -> None:
         """``measurements`` share their conditions, as :func:`mla_tune.fit.usable.usable` sees to."""
+        self.architecture = architecture
+        """Of the GPU, as :func:`mla_tune.hardware.datasheet.architecture` names it; None where no rule depends on it."""
         self._tries: dict[tuple[Site, str], list[Try]] = {}
         for attempt in sorted(tries, key=lambda attempt: attempt.key):
             self._tries.setdefault((attempt.site.overlapping(0), attempt.candidate), []).append(attempt)

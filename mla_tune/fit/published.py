@@ -37,6 +37,8 @@ class Published:
     """What the source doesn't say, or what of it none of our stages covers."""
     launches: tuple[Launches, ...]
     """Empty where no stage covers it."""
+    always_splits: bool = False
+    """Whether its build's KV-cache kernel splits every query, as the number of its merges says."""
 
 
 _SGLANG = "sgl-project/sglang#25418"
@@ -85,8 +87,9 @@ PUBLISHED: tuple[Published, ...] = (
         sku="nvidia-b200",
         published_ms=205.89 + 12.36,
         source=_SGLANG,
-        assumed=f"{_SOME_CHUNKS}; our stage holds both kernels",
+        assumed=f"{_SOME_CHUNKS}; our stage holds both kernels; as many merges as attention kernels: it always splits",
         launches=_v4_flash(WITH_KVCACHE, {"attention": _ALL}),
+        always_splits=True,
     ),
     Published(
         what=f"{_PREFILL}: with_kvcache metadata",
@@ -95,6 +98,7 @@ PUBLISHED: tuple[Published, ...] = (
         source=_SGLANG,
         assumed="15 launches: 3 layer types a chunk",
         launches=_v4_flash(WITH_KVCACHE, {"schedule": _ALL}, once=True),
+        always_splits=True,
     ),
     Published(
         what=f"{_PREFILL}: sparse_fwd attention",

@@ -45,10 +45,14 @@ def check(measured: CostModel, figures: Iterable[Published]) -> tuple[Checked, .
     On the measured GPU itself the curves are as they were fitted. Raises :class:`mla_tune.errors.UsageError` for a GPU
     without a datasheet.
     """
-    found: dict[str, ModelledCosts] = {}
+    found: dict[tuple[str, bool], ModelledCosts] = {}
+    checked = []
     for figure in figures:
-        found.setdefault(figure.sku, ModelledCosts(measured, datasheet(figure.sku)))
-    return tuple(_checked(found[figure.sku], figure) for figure in figures)
+        kind = (figure.sku, figure.always_splits)
+        if kind not in found:
+            found[kind] = ModelledCosts(measured, datasheet(figure.sku), always_splits=figure.always_splits)
+        checked.append(_checked(found[kind], figure))
+    return tuple(checked)
 
 
 def _checked(costs: ModelledCosts, figure: Published) -> Checked:

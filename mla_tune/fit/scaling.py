@@ -1,12 +1,15 @@
 """From one GPU's curve to another's: each term of the law by the ratio of what bounds it, and how far that may be off.
 
 * Clock (launches, latencies, the serial scheduler): the ratio of boost clocks.
-* Memory: the ratio of bandwidths. The share of gathers that miss is taken anew with the target's L2.
+* Memory: the ratio of bandwidths. The share of gathers that miss is taken anew with an L2 larger by the ratio of both.
 * SMs: the staircase is laid anew in waves of the target's SM count. A wave lasts as long as one SM needs, which is the
   tensor cores' part, by throughput per SM, and the rest, by clock; how large the first is says the utilisation that the
   kernel reaches on the measured GPU. On another architecture ``sparse_fwd`` is another kernel, written for that one's
   tensor cores: its utilisation is taken to stay. ``with_kvcache`` dequantizes on the CUDA cores, which are no faster
   there, so it keeps the two parts on both.
+
+On SM100 the KV-cache kernel leaves narrow selections unsplit (:mod:`mla_tune.sites.kernel_switches`), so that the laws
+count no schedule and no merge there.
 
 What a law misses (the local correction) is carried over as it is: it is a ratio without a unit, made by tails of waves,
 by partial overlap and by what a stage finds in the L2, and on the target it is looked up at as many waves as it was
@@ -19,7 +22,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from mla_tune.fit.bases import Chip, Resource, basis
+from mla_tune.fit.bases import L2_BYTES, Chip, Resource, basis
 from mla_tune.fit.curves import Correction, Curve, terms_of
 from mla_tune.fit.work import Array, Work
 from mla_tune.hardware.datasheet import Datasheet
@@ -55,6 +58,8 @@ class Scaling:
 
     source: Datasheet
     target: Datasheet
+    always_splits: bool = False
+    """Whether the target's KV-cache kernel is taken to split every query, as FlashMLA's builds of before 2026 did."""
 
     @property
     def same_architecture(self) -> bool:
@@ -109,7 +114,12 @@ class Scaling:
 
     def chip(self) -> Chip:
         """The device that the scaled basis is for."""
-        return Chip(int(self.target.sm_count.value), self.target.l2_bytes.value, int(self.source.sm_count.value))
+        return Chip(
+            int(self.target.sm_count.value),
+            L2_BYTES * self.target.l2_bytes.value / self.source.l2_bytes.value,
+            int(self.source.sm_count.value),
+            None if self.always_splits else self.target.architecture,
+        )
 
 
 @dataclass(frozen=True, slots=True, eq=False)

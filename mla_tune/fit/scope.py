@@ -11,7 +11,7 @@ from mla_tune.fit.costs import CostModel
 from mla_tune.fit.interval import Interval
 from mla_tune.fit.observations import Observations, shares
 from mla_tune.fit.work import Array, Work
-from mla_tune.sites.engines import Engine, engine_choice, engine_heads, model_incumbent, table_engine
+from mla_tune.sites.engines import Engine, engine_choice, engine_heads, launched_site, model_incumbent, table_engine
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, PLAIN, Conditions, ModelConfig, Site, SiteName
 from mla_tune.store.measurement import Role
@@ -39,7 +39,7 @@ class Scope:
         """Measured whole-path cost: per layer, or per forward; None if any part of it was not measured."""
         total_us = 0.0
         for site, layers in self.parts:
-            cost = observations.cost(site, candidate, shape)
+            cost = observations.cost(self._launched(site, candidate, observations), candidate, shape)
             if cost is None:
                 return None
             total_us += layers * cost.amortized(shares(self.model, site))
@@ -49,7 +49,8 @@ class Scope:
         """Confidence interval of :meth:`measured_us`; None where that is None."""
         low_us = high_us = 0.0
         for site, layers in self.parts:
-            ends = observations.cost_range(site, candidate, shape, shares(self.model, site))
+            launched = self._launched(site, candidate, observations)
+            ends = observations.cost_range(launched, candidate, shape, shares(self.model, site))
             if ends is None:
                 return None
             low_us, high_us = low_us + layers * ends[0], high_us + layers * ends[1]
@@ -59,13 +60,20 @@ class Scope:
         """Predicted cost, (num_shapes,); ``works`` holds the shapes' work at each site of :attr:`parts`."""
         total_us = np.zeros_like(works[0].num_qo_tokens)
         for (site, layers), load in zip(self.parts, works, strict=True):
-            total_us += layers * costs.costs(site, candidate).amortized_us(load, shares(self.model, site))
+            launched = self._launched(site, candidate, costs)
+            total_us += layers * costs.costs(launched, candidate).amortized_us(load, shares(self.model, site))
         return total_us
 
     def error(self, costs: CostModel, candidate: str) -> float:
         """Relative error of a prediction between the measured points, weighted by layers."""
         layers = sum(count for _, count in self.parts)
-        return sum(count * costs.costs(site, candidate).error for site, count in self.parts) / layers
+        launched = ((self._launched(site, candidate, costs), count) for site, count in self.parts)
+        return sum(count * costs.costs(site, candidate).error for site, count in launched) / layers
+
+    def _launched(self, site: Site, candidate: str, ran: Observations | CostModel) -> Site:
+        """The site whose kernels the engine runs for ``candidate``; ``site`` where that one was not swept."""
+        launched = launched_site(self.engine, site, candidate, ran.architecture)
+        return launched if candidate in ran.candidates(launched) else site
 
     def candidates(self, observations: Observations) -> tuple[str, ...]:
         """Candidates of the engine that ran at every site of the scope, sorted."""

@@ -18,7 +18,7 @@ from mla_tune.fit.costs import CostModel
 from mla_tune.fit.crossover import Candidates, swept_shapes, table_rows
 from mla_tune.fit.evaluation import held_out, held_out_points
 from mla_tune.fit.interval import LEAST_DIFFERENCE
-from mla_tune.fit.limits import is_unsafe, limits
+from mla_tune.fit.limits import is_unsafe, limits, suspects
 from mla_tune.fit.objective import PLAIN, Objective, require_regime, require_traffic
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import Scope, scopes
@@ -214,7 +214,8 @@ def _candidates(observations: Observations, scope: Scope, first_call_bound_s: fl
         for name in others
         if (seconds := round(observations.first_call_s(sites[0], name), 3)) > first_call_bound_s
     )
-    return Candidates(names, incumbent, _noise_band(observations, scope, names), found, slow)
+    band = _noise_band(observations, scope, names)
+    return Candidates(names, incumbent, band, found, slow, suspects(observations, sites, names))
 
 
 def _incumbent_ran(observations: Observations, scope: Scope) -> bool:

@@ -22,6 +22,8 @@ from mla_tune.sites.site import Site
 IntArray = npt.NDArray[np.int64]
 
 _QUERY_STEPS_PER_OCTAVE = 6
+COLUMN_REACH = 2 ** (1 / _QUERY_STEPS_PER_OCTAVE)
+"""A column of a table serves query tokens from its own count up to less than this factor above it."""
 _CONTEXT_STEPS_PER_OCTAVE = 2
 _BINS_PER_OCTAVE = 2
 """Rows of a table before merging, per octave of context tokens."""

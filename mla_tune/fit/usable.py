@@ -10,6 +10,7 @@ from mla_tune.sites.launch_parameters import Launches
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.site import PLAIN, Conditions
 from mla_tune.store.measurement import Measurement
+from mla_tune.store.outside_cause import judged_again
 from mla_tune.store.tuned import Tuned, launches_from
 
 
@@ -20,9 +21,10 @@ def usable(
 
     Where there is no top-k nothing overlaps, so these count whatever the overlap. What was measured before a kernel was
     tuned, or tuned again, says nothing of how it will run; a stage that runs none of our kernels is not concerned.
+    A failure that did not come from the candidate comes as ``disturbed``: see :mod:`mla_tune.store.outside_cause`.
     """
     launches = launches_from(tuned)
-    return tuple(m for m in measurements if conditions.at(m.site) == m.site and _current(m, launches))
+    return tuple(judged_again(m) for m in measurements if conditions.at(m.site) == m.site and _current(m, launches))
 
 
 def stored_provider(measurements: Iterable[Measurement], word: str) -> Provider | None:

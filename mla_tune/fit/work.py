@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,10 @@ class Work:
     def rows(self) -> Array:
         """Rows of the bf16 workspace."""
         return self.compressed_rows + self.window_rows
+
+    def where(self, mask: npt.NDArray[np.bool_]) -> Work:
+        """The entries of ``mask`` (num_shapes,) alone."""
+        return Work(**{field.name: getattr(self, field.name)[mask] for field in fields(self)})
 
 
 def work(site: Site, shapes: Sequence[AnyShape]) -> Work:

@@ -5,8 +5,9 @@ the slot that each came from, and an index matrix with a length per query; its k
 head. ``sparse_fwd_fused`` holds no slots; ``sparse_fwd_selected`` has rows for as many as could be selected, their slots,
 and a mark and a place for every compressed row. ``with_kvcache`` splits each query's selection over the SMs and merges: a
 float32 partial result and its logarithm for every query and head, and for every part of the schedule, besides the merged
-logarithm. Measured peaks are up to 2 MiB above these sums (the allocator's rounding, a schedule); with one batch entry for
-all queries (``with_kvcache_mixed``) two partial results a query are counted, which is up to 17 MiB too much.
+logarithm; on SM100 it does not split narrow selections (:mod:`mla_tune.sites.kernel_switches`). Measured peaks are up to
+2 MiB above these sums (the allocator's rounding, a schedule); with one batch entry for all queries
+(``with_kvcache_mixed``) two partial results a query are counted, which is up to 17 MiB too much.
 A test compares all of the committed export.
 """
 
@@ -19,7 +20,9 @@ import numpy as np
 
 from mla_tune.errors import UsageError
 from mla_tune.fit.work import Array, Work
+from mla_tune.hardware.datasheet import SM100
 from mla_tune.sites.candidates import candidate_at, names_at
+from mla_tune.sites.kernel_switches import unsplit_entries, window_columns
 from mla_tune.sites.site import LayerType, Site
 from mla_tune.sites.stages import Amortization
 
@@ -45,15 +48,21 @@ class Workspace:
         return self.shared_bytes + self.type_bytes + self.layer_bytes
 
 
-def workspace(site: Site, candidate: str, work: Work, sm_count: int) -> Workspace:
-    """Bytes of ``candidate`` at an attention site, on a GPU of ``sm_count`` SMs. Raises :class:`UsageError`."""
+def workspace(site: Site, candidate: str, work: Work, sm_count: int, architecture: str | None = None) -> Workspace:
+    """Bytes of ``candidate`` at an attention site, on a GPU of ``sm_count`` SMs. Raises :class:`UsageError`.
+
+    ``architecture`` is as :func:`mla_tune.hardware.datasheet.architecture` names it; None for Hopper's rules.
+    """
     heads, none = site.h_q or 0, np.zeros_like(work.num_qo_tokens)
     found = candidate_at(site, candidate) if candidate in names_at(site) else None
     if found is None or found.buffers is None:
         raise UsageError(f"workspace is counted for attention candidates: got {candidate!r} at {site.key}")
     if not found.buffers.rows:
-        parts = max(1, sm_count // max(1, heads // _HEADS_PER_PART))
-        partial_rows = (work.num_qo_tokens * found.buffers.partials + parts) * heads
+        # On SM100 V3.2's 128 heads are two launches of 64, each with a part on every SM.
+        one_block = architecture == SM100 and site.layer is LayerType.DSA
+        parts = max(1, sm_count // (1 if one_block else max(1, heads // _HEADS_PER_PART)))
+        split = work.selection_width + window_columns(site.layer) > unsplit_entries(architecture)
+        partial_rows = np.where(split, (work.num_qo_tokens * found.buffers.partials + parts) * heads, 0.0)
         return Workspace(none, none, partial_rows * (_VALUE_DIM + 1) * 4 + work.num_qo_tokens * heads * 4)
     slots, row_bytes = found.buffers.slots, 2 * (576 if site.layer is LayerType.DSA else 512)
     rows, selection = work.rows, none

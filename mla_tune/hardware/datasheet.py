@@ -3,6 +3,15 @@
 Every figure has its source beside it. ``derived`` marks one that no document states, with the arithmetic; ``reported``
 one that the driver or CUDA reports on the part, rather than a datasheet. Figures are for the SXM, HGX or NVL72 form, and
 dense: a datasheet's tensor figures with sparsity are halved. Standard library only.
+
+Other products share a chip with these and have no datasheet here, since they have no modelled policy either:
+
+* H100 PCIe (114 SMs, 2.0 TB/s, 350 W), H100 NVL (132 SMs, 3.9 TB/s, 400 W) and H200 NVL (132 SMs, 1785 MHz, 600 W) run
+  below the clocks of their datasheets by a margin that depends on the power limit, which no model here covers.
+* H20-3e (78 SMs, 141 GB at 4.8 TB/s) and GH200 (an H100 with 96 GB at 4.0 or 144 GB at 4.9 TB/s) would model as an H20
+  and an H100 with that bandwidth, but nobody has timed either to check the model against.
+
+Sweep such a product instead: it has a policy under its own name.
 """
 
 from __future__ import annotations
@@ -59,11 +68,14 @@ _GB200 = "NVIDIA GB200 NVL72 datasheet (72 GPUs)"
 _GB300 = "NVIDIA GB300 NVL72 datasheet (72 GPUs)"
 _HOPPER = "NVIDIA H100 Tensor Core GPU Architecture whitepaper"
 _OPTIN = Figure(232448, "CUDA C++ Programming Guide, compute capabilities 9.0 and 10.x: 227 KiB; 227 * 1024")
-_HOPPER_L2 = Figure(50 * _MB, f"{_HOPPER}: 50 MB")
-_BLACKWELL_L2 = Figure(126 * _MB, "reported by CUDA on a B200 as 126 MB; B300, GB200 and GB300 taken to have the same")
+_H100_L2 = Figure(50 * _MB, f"{_HOPPER}: 50 MB")
+_BLACKWELL_L2 = Figure(
+    126.5 * _MB, "reported by CUDA on a B200 as 126.5 MB; B300, GB200 and GB300 taken to have the same"
+)
 _BLACKWELL_SMS = "reported by CUDA (of 160 on the two full dies); B200: 74 on each die"
 _HOPPER_CLOCK = Figure(1980, "reported by nvidia-smi as the highest SM clock; 67 TFLOP/s fp32 / (132 SMs * 256) = 1983")
-_HGX_CLOCK = Figure(1979, f"derived: {_HGX}, fp32 600 / 8 = 75 TFLOP/s / (148 SMs * 128 cores * 2)")
+_B200_CLOCK = Figure(1979, f"derived: {_HGX}, fp32 600 / 8 = 75 TFLOP/s / (148 SMs * 128 cores * 2)")
+_B300_CLOCK = Figure(1920, "reported by nvidia-smi as the highest SM clock")
 _NVL72_CLOCK = Figure(2056, "derived: GB200 NVL72 datasheet, fp32 5760 / 72 = 80 TFLOP/s / (152 SMs * 128 cores * 2)")
 
 DATASHEETS: tuple[Datasheet, ...] = (
@@ -87,7 +99,7 @@ DATASHEETS: tuple[Datasheet, ...] = (
         memory_bandwidth_gbps=Figure(3350, f"{_H100}: 3.35 TB/s"),
         bf16_tflops=Figure(989.5, f"{_H100}: 1,979 TFLOP/s with sparsity / 2"),
         fp8_tflops=Figure(1979, f"{_H100}: 3,958 TFLOP/s with sparsity / 2"),
-        l2_bytes=_HOPPER_L2,
+        l2_bytes=_H100_L2,
         hbm_bytes=Figure(80 * _GB, f"{_H100}: 80 GB"),
         shared_memory_optin_bytes=_OPTIN,
     ),
@@ -99,7 +111,7 @@ DATASHEETS: tuple[Datasheet, ...] = (
         memory_bandwidth_gbps=Figure(4800, f"{_H200}: 4.8 TB/s"),
         bf16_tflops=Figure(989.5, f"{_H200}: 1,979 TFLOP/s with sparsity / 2"),
         fp8_tflops=Figure(1979, f"{_H200}: 3,958 TFLOP/s with sparsity / 2"),
-        l2_bytes=_HOPPER_L2,
+        l2_bytes=Figure(60 * _MB, "reported by CUDA (measured here): 60 MB"),
         hbm_bytes=Figure(141 * _GB, f"{_H200}: 141 GB"),
         shared_memory_optin_bytes=_OPTIN,
     ),
@@ -111,7 +123,7 @@ DATASHEETS: tuple[Datasheet, ...] = (
         memory_bandwidth_gbps=Figure(3350, f"as {_H100}"),
         bf16_tflops=Figure(989.5, f"as {_H100}"),
         fp8_tflops=Figure(1979, f"as {_H100}"),
-        l2_bytes=_HOPPER_L2,
+        l2_bytes=_H100_L2,
         hbm_bytes=Figure(80 * _GB, f"as {_H100}"),
         shared_memory_optin_bytes=_OPTIN,
     ),
@@ -119,8 +131,11 @@ DATASHEETS: tuple[Datasheet, ...] = (
         sku="nvidia-b200",
         architecture=SM100,
         sm_count=Figure(148, _BLACKWELL_SMS),
-        boost_clock_mhz=_HGX_CLOCK,
-        memory_bandwidth_gbps=Figure(8000, f"derived: {_HGX}, 64 TB/s / 8"),
+        boost_clock_mhz=_B200_CLOCK,
+        memory_bandwidth_gbps=Figure(
+            7672,
+            "reported by CUDA as a 7680-bit bus at 3996 MHz: 7680 / 8 * 2 * 3996; the platform datasheet rounds to 8 TB/s",
+        ),
         bf16_tflops=Figure(2250, f"derived: {_HGX}, 36 PFLOP/s with sparsity / 8 / 2"),
         fp8_tflops=Figure(4500, f"derived: {_HGX}, 72 PFLOP/s with sparsity / 8 / 2"),
         l2_bytes=_BLACKWELL_L2,
@@ -131,7 +146,7 @@ DATASHEETS: tuple[Datasheet, ...] = (
         sku="nvidia-b300",
         architecture=SM100,
         sm_count=Figure(148, _BLACKWELL_SMS),
-        boost_clock_mhz=_HGX_CLOCK,
+        boost_clock_mhz=_B300_CLOCK,
         memory_bandwidth_gbps=Figure(8000, f"derived: {_HGX}, 64 TB/s / 8"),
         bf16_tflops=Figure(2250, f"derived: {_HGX}, 36 PFLOP/s with sparsity / 8 / 2"),
         fp8_tflops=Figure(4500, f"derived: {_HGX}, 72 PFLOP/s with sparsity / 8 / 2"),
@@ -164,6 +179,15 @@ DATASHEETS: tuple[Datasheet, ...] = (
         shared_memory_optin_bytes=_OPTIN,
     ),
 )
+
+_FAMILIES = {SM90: ("h100", "h200", "h800", "h20", "gh200"), SM100: ("b200", "b300", "gb200", "gb300")}
+"""First words of the products of an architecture, other forms of the chip included: ``nvidia-h100-pcie``."""
+
+
+def architecture(sku: str) -> str | None:
+    """:data:`SM90` or :data:`SM100`, by the product's name; None for any other GPU, and for the CPU."""
+    word = sku.removeprefix("nvidia-").split("-")[0]
+    return next((name for name, words in _FAMILIES.items() if word in words), None)
 
 
 def datasheet(sku: str) -> Datasheet:

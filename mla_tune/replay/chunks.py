@@ -154,10 +154,10 @@ class _Batched:
 
     def _bytes(self, candidate: str) -> Array:
         """Workspace of whole forwards, (num_forwards,)."""
-        sm_count = self.pricer.costs.environment.sm_count
+        device = self.pricer.costs.environment.sm_count, self.pricer.costs.architecture
         sites = (site for site, _ in self.pricer.sites)
         return forward_bytes(
-            [workspace(site, candidate, load, sm_count) for site, load in zip(sites, self.prices.works, strict=True)]
+            [workspace(site, candidate, load, *device) for site, load in zip(sites, self.prices.works, strict=True)]
         )
 
 

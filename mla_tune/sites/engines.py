@@ -7,6 +7,7 @@ with all of them, which is another launch with another cost. Standard library an
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 
 import msgspec
@@ -21,7 +22,7 @@ from mla_tune.sites.candidates import (
     WITH_KVCACHE_MIXED,
     Candidate,
 )
-from mla_tune.sites.site import LayerType, ModelConfig, SiteName
+from mla_tune.sites.site import LayerType, ModelConfig, Site, SiteName
 
 
 class Engine(StrEnum):
@@ -39,6 +40,10 @@ class Engine(StrEnum):
 
 FEW_HEADS = 32
 """Query heads a rank below which vLLM 0.33.0 changes its own choice for V3.2 (its ``MIN_HEADS_FOR_BF16_PREFILL``)."""
+
+
+SM100 = "sm100"
+"""As :mod:`mla_tune.hardware.datasheet` names it, which a server does not load."""
 
 
 class EngineChoice(msgspec.Struct, frozen=True):
@@ -98,6 +103,32 @@ def table_engine(engine: Engine, name: SiteName, model: ModelConfig) -> Engine:
     layers = model.site_layers(name)
     differs = any(engine_choice(engine, name, layer) != engine_choice(Engine.SGLANG, name, layer) for layer in layers)
     return engine if differs else Engine.SGLANG
+
+
+SM100_DSA_DEFAULT = "trtllm"
+"""SGLang 0.5.23's own ``--dsa-prefill-backend`` for V3.2 with an FP8 cache on SM100 (``arg_groups/overrides.py``).
+
+It is no candidate: our hook leaves it alone. Only where the user asks for ``flashmla_auto`` does the choice arise there,
+and SGLang's own rule then takes ``sparse_fwd`` below 512 context tokens a query token. A table's incumbent is
+``with_kvcache`` all the same, which is what that rule takes elsewhere; outside of a table's measured range the hook leaves
+the rule's answer as it is."""
+_SM100_SPARSE_HEADS = 128
+
+
+def launched_site(engine: Engine, site: Site, candidate: str, architecture: str | None) -> Site:
+    """The site whose kernels ``engine`` launches for ``candidate`` at ``site``: its heads may be padded further.
+
+    SGLang 0.5.23 pads V3.2's queries to 128 heads for the workspace path on SM100 (``dsa_backend.py``, line 2824) and to
+    64 or 128 for the cache path; vLLM 0.33.0 pads to 64. ``architecture`` is as the datasheets name it.
+    """
+    pads = (
+        architecture == SM100
+        and engine in (Engine.SGLANG, Engine.OWN)
+        and site.layer is LayerType.DSA
+        and candidate == SPARSE_FWD.name
+        and site.h_q is not None
+    )
+    return replace(site, h_q=max(site.h_q or 0, _SM100_SPARSE_HEADS)) if pads else site
 
 
 def engine_heads(engine: Engine, model: ModelConfig) -> tuple[int, ...]:

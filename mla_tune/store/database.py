@@ -29,8 +29,9 @@ from mla_tune.store.export import (
     tuned_to_export_precision,
 )
 from mla_tune.store.limit_try import Try, try_fault
-from mla_tune.store.measurement import Measurement, Outcome, QuarantinedTiming, fault
+from mla_tune.store.measurement import CAPABILITY, Measurement, Outcome, QuarantinedTiming, fault
 from mla_tune.store.migrations import MIGRATIONS
+from mla_tune.store.outside_cause import is_own_failure, judged_again
 from mla_tune.store.sql_rows import (
     Row,
     environment_from,
@@ -179,12 +180,19 @@ class Database:
         """Record the measurements and tries that an export adds or changes and return how many that were.
 
         A stored measurement that the export only repeats, to export precision, is left alone and keeps its raw samples.
+        Failures that did not come from the candidate are judged again: see :mod:`mla_tune.store.outside_cause`.
         """
         environment = export.environment
+        measurements = [judged_again(measurement) for measurement in export.measurements]
         stored = {m.key: to_export_precision(m) for m in self.measurements(environment.id)}
-        news = [m for m in export.measurements if stored.get(m.key) != to_export_precision(m)]
+        news = [m for m in measurements if stored.get(m.key) != to_export_precision(m)]
         known = {attempt.key: attempt_to_export_precision(attempt) for attempt in self.tries(environment.id)}
-        new_tries = [t for t in export.tries if known.get(t.key) != attempt_to_export_precision(t)]
+        new_tries = [
+            t
+            for t in export.tries
+            if known.get(t.key) != attempt_to_export_precision(t)
+            and (t.outcome not in CAPABILITY or is_own_failure(t.outcome, t.detail))
+        ]
         tuned = {entry.key: tuned_to_export_precision(entry) for entry in self.tuned(environment.id)}
         new_tuned = [entry for entry in export.tuned if tuned.get(entry.key) != tuned_to_export_precision(entry)]
         self.record(environment, news)
@@ -200,6 +208,10 @@ class Database:
         """All measurements of one environment (of one site), ordered by their key, raw samples included."""
         parameters = {"environment": environment_id, "site": site.key if site else None}
         return self._rows(queries.MEASUREMENTS, parameters, measurement_from)
+
+    def failures(self, environment_id: str) -> list[Measurement]:
+        """Measurements of candidates that have no timing at their point, ordered by their key; disturbed ones are none."""
+        return self._rows(queries.FAILURES, {"environment": environment_id}, measurement_from)
 
     def quarantined(self, environment_id: str) -> list[QuarantinedTiming]:
         """All disturbed samples of one environment, in the order stored; nothing ever removes them."""

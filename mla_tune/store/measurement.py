@@ -41,8 +41,8 @@ class Outcome(StrEnum):
     CRASH = "crash"
     """The worker process died."""
     DISTURBED = "disturbed"
-    """Other work, a fallen clock or a throttled GPU spoiled every sample: all of them are in quarantine, and the next
-    sweep measures again."""
+    """Something outside the candidate spoiled it: other work, a fallen clock or a throttled GPU (the samples are in
+    quarantine), a signal, the driver, the disk. The next sweep measures again."""
 
 
 CAPABILITY = frozenset({Outcome.RUNTIME_ERROR, Outcome.CRASH, Outcome.WRONG_RESULT, Outcome.COMPILE_ERROR})

@@ -5,6 +5,9 @@ from __future__ import annotations
 import sqlite_utils
 from sqlite_utils.migrations import Migrations
 
+from mla_tune.store.measurement import CAPABILITY, Outcome
+from mla_tune.store.outside_cause import outside_cause
+
 MIGRATIONS = Migrations("mla_tune")
 
 
@@ -120,6 +123,23 @@ def m003_launches(db: sqlite_utils.Database) -> None:
         foreign_keys=[("environment", "environments", "id")],
         not_null=launches,
     )
+
+
+@MIGRATIONS()
+def m004_outside_causes(db: sqlite_utils.Database) -> None:
+    """Failures that did not come from the candidate become ``disturbed``, as what is stored now; their tries go.
+
+    The next sweep measures these points again.
+    """
+    failed = ", ".join(f"'{outcome}'" for outcome in sorted(CAPABILITY))
+    rows = db.execute(f"select rowid, detail from measurements where outcome in ({failed})").fetchall()
+    for rowid, detail in rows:
+        if outside_cause(detail):
+            db.execute("update measurements set outcome = ? where rowid = ?", [Outcome.DISTURBED.value, rowid])
+    rows = db.execute(f"select rowid, detail from tries where outcome in ({failed})").fetchall()
+    for rowid, detail in rows:
+        if outside_cause(detail):
+            db.execute("delete from tries where rowid = ?", [rowid])
 
 
 def applied_migrations(db: sqlite_utils.Database) -> list[str]:

@@ -10,6 +10,14 @@ select p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, m.candidate, m.part, m.
 from measurements m join points p on p.id = m.point
 where m.environment = :environment and m.outcome <> 'disturbed'
 """
+FAILURES = """
+select p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, p.role, m.* from measurements m join points p on p.id = m.point
+where m.environment = :environment and m.outcome not in ('ok', 'disturbed') and not exists (
+  select 1 from measurements other where other.environment = m.environment and other.point = m.point
+  and other.candidate = m.candidate and other.outcome = 'ok'
+)
+order by p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, m.candidate, m.part, m.regime
+"""
 QUARANTINE = """
 select p.site, p.num_reqs, p.num_qo_tokens, p.kv_tokens, q.* from quarantine q join points p on p.id = q.point
 where q.environment = :environment order by q.id

@@ -6,8 +6,9 @@ import time
 from dataclasses import dataclass
 
 from mla_tune.store.measurement import Measurement, Outcome
+from mla_tune.store.outside_cause import outside_cause
 from mla_tune.sweep.outcomes import Failure
-from mla_tune.sweep.worker.messages import TIMING, Done, Entering, Lost, Task
+from mla_tune.sweep.worker.messages import Done, Entering, Lost, Task
 from mla_tune.sweep.worker.process import WorkerProcess
 
 
@@ -17,27 +18,31 @@ class Attempt:
 
     rows: tuple[Measurement, ...]
     """What the worker finished; nothing where it died."""
-    culprit: str
-    """The candidate that it was running last, or :data:`~mla_tune.sweep.worker.messages.TIMING`."""
+    running: str | None
+    """The candidate that it ran last, or :data:`~mla_tune.sweep.worker.messages.TIMING`; None while it built the inputs."""
     failure: Failure | None
-    """How the worker failed, which must then be replaced; None if it did not."""
+    """How the worker failed, which must then be replaced; None if it did not. ``disturbed`` if the cause lies outside."""
 
 
 def attempt(worker: WorkerProcess, task: Task, timeout_s: float) -> Attempt:
     """Give ``task`` to ``worker`` and wait for the answer, at most ``timeout_s`` seconds."""
-    culprit = TIMING
+    running: str | None = None
     deadline = time.monotonic() + timeout_s
     try:
         worker.send(task)
         while True:
             message = worker.receive(deadline - time.monotonic())
             if isinstance(message, Entering):
-                culprit = message.candidate
+                running = message.candidate
             elif isinstance(message, Done):
-                return Attempt(message.measurements, culprit, None)
+                return Attempt(message.measurements, running, None)
             elif isinstance(message, Lost):
-                return Attempt(message.measurements, culprit, Failure(Outcome.RUNTIME_ERROR, message.detail))
+                return Attempt(message.measurements, running, _failure(Outcome.RUNTIME_ERROR, message.detail))
             else:
-                return Attempt((), culprit, Failure(Outcome.TIMEOUT, f"no answer within {timeout_s:.0f} s"))
+                return Attempt((), running, Failure(Outcome.TIMEOUT, f"no answer within {timeout_s:.0f} s"))
     except (EOFError, OSError):  # OSError: it died in the middle of a message
-        return Attempt((), culprit, Failure(Outcome.CRASH, worker.epitaph()))
+        return Attempt((), running, _failure(Outcome.CRASH, worker.exit_summary()))
+
+
+def _failure(outcome: Outcome, detail: str) -> Failure:
+    return Failure(Outcome.DISTURBED if outside_cause(detail) else outcome, detail)

@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
+from mla_tune.sites.kernel_switches import switch_contexts
 from mla_tune.sites.shape import AnyShape, RaggedShape, Shape, workload
 from mla_tune.sites.site import MODELS, LayerType, ModelConfig, Site, SiteName, attention_sites
 from mla_tune.store.measurement import Role
@@ -59,15 +60,22 @@ class Grid:
     held_out_context: tuple[int, int]
     max_attention_flops: float
     """Points whose attention alone costs more are left out: on a slow device they would eat the whole budget."""
+    architecture: str | None = None
+    """Of the GPU, where kernels change with the width of a selection; see :mod:`mla_tune.sites.kernel_switches`."""
 
 
 _K = 1024
+_SWITCH_QUERY_TOKENS = (64, 4096)
+"""Query tokens of the seeds on both sides of a change of kernels: one where launches count, one of full waves."""
 _POOL_PER_OCTAVE = 4
 """Query token counts an octave to choose from: a fifth apart, which is less than a threshold's bracket."""
 
 
-def gpu_grid(sm_count: int) -> Grid:
-    """The grid of a GPU. Multiples of the SM count, plus and minus one, are where the attention kernels' waves begin."""
+def gpu_grid(sm_count: int, architecture: str | None = None) -> Grid:
+    """The grid of a GPU, ``architecture`` as :func:`mla_tune.hardware.datasheet.architecture` names it.
+
+    Multiples of the SM count, plus and minus one, are where the attention kernels' waves begin.
+    """
     waves = [sm_count * n + d for n in (1, 2, 4) for d in (-1, 0, 1)]
     # Half octaves where a crossover is likely, and where schedulers of some builds change their ways.
     halves = [round(2 ** (n + 0.5)) for n in (7, 8, 9, 13, 14)]
@@ -100,6 +108,7 @@ def gpu_grid(sm_count: int) -> Grid:
         held_out_query_tokens=(16, 32 * _K),
         held_out_context=(2 * _K, _K * _K),
         max_attention_flops=float("inf"),
+        architecture=architecture,
     )
 
 
@@ -226,6 +235,10 @@ def _attention_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[
             columns = [
                 [Point(s, shape, role) for shape in _mixed(group(grid, m, seed), seed)] for s, m in sites.items()
             ]
+            if group is _seeds:
+                columns = [
+                    [*column, *_switches(grid, s, m)] for column, (s, m) in zip(columns, sites.items(), strict=True)
+                ]
             turns = list(_round_robin(columns))
             rows += [((index + 0.5) / len(turns), row) for index, row in enumerate(turns)]
         points += [point for _, row in sorted(rows, key=lambda row: row[0]) for point in row]
@@ -257,6 +270,12 @@ def _indexer_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[Po
 
 def _seeds(grid: Grid, model: ModelConfig, seed: int) -> list[Shape]:
     return [shape for reqs, context, counts in grid.seeds for shape in _product([(reqs, context)], counts, model)]
+
+
+def _switches(grid: Grid, site: Site, model: ModelConfig) -> list[Point]:
+    """Seeds on both sides of every change of kernels: a law is one on either side, so neither may go unmeasured."""
+    contexts = [(1, context) for context in switch_contexts(site, grid.architecture)]
+    return [Point(site, shape) for shape in _product(contexts, _SWITCH_QUERY_TOKENS, model)]
 
 
 def _coarse(grid: Grid, model: ModelConfig, seed: int) -> list[Shape]:

@@ -109,7 +109,7 @@ def test_a_cell_is_bounded_by_its_corner_whatever_shape_is_in_it(where: Scope) -
     columns = [int(np.searchsorted(frame.query_ends, s.num_qo_tokens)) for s in shapes]
     groups = [next(i for i, (low, high) in enumerate(frame.requests) if low <= s.num_reqs <= high) for s in shapes]
     for name in plain.candidates:
-        bounds = _most_bytes(where, name, 132, frame)[groups, bins, columns]
+        bounds = _most_bytes(where, name, (132, None), frame)[groups, bins, columns]
         assert (bounds >= np.array(needed_bytes(where, name, shapes))).all()
 
 
@@ -188,7 +188,7 @@ def cells_of_table(where: Scope, plain: Table, max_bytes: int) -> CappedCells:
     mask = grid.inside(where.swept(h200().observations, Role.FIT))
     frame = Frame.of(grid.bins[mask], grid.groups[mask], grid.tokens, plain.measured)
     names = (plain.incumbent, *(name for name in plain.candidates if name != plain.incumbent))
-    return capped_cells(where, dict.fromkeys(names, np.inf), max_bytes, 132, frame)
+    return capped_cells(where, dict.fromkeys(names, np.inf), max_bytes, (132, None), frame)
 
 
 @pytest.mark.parametrize("mib", [64, 200, 512, 1500])

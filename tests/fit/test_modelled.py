@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.fit.bases import Chip, Resource, basis
 from mla_tune.fit.costs import CostModel
-from mla_tune.fit.curves import terms_of
+from mla_tune.fit.curves import fit_curve, terms_of
 from mla_tune.fit.modelled import ModelledCosts, model_policy
 from mla_tune.fit.scaling import Scaling
 from mla_tune.fit.scope import Scope, scope
 from mla_tune.fit.table_rows import unjudged_table
 from mla_tune.fit.work import Array, work
-from mla_tune.hardware.datasheet import DATASHEETS, Datasheet, Figure, datasheet
+from mla_tune.fit.workspace_bytes import workspace
+from mla_tune.hardware.datasheet import DATASHEETS, SM90, SM100, Datasheet, Figure, datasheet
 from mla_tune.policy.decision import decide
 from mla_tune.policy.schema import Policy, Table, dump_policy, parse_policy
 from mla_tune.sites.candidates import names_at, stages
@@ -290,3 +291,62 @@ def test_one_layer_type_alone_can_be_modelled() -> None:
     costs = CostModel(ENVIRONMENT, sweep(World(), [C4A]))
     policy = model_policy(costs, datasheet("nvidia-h800"), SOURCE)
     assert [(t.layer, t.h_q) for t in policy.tables] == [(LayerType.C4A, 64)]
+
+
+SITES_OF_FLASH = [
+    FLASH.site(SiteName.PREFILL_ATTENTION, layer) for layer in FLASH.site_layers(SiteName.PREFILL_ATTENTION)
+]
+BLACKWELLS = [sheet for sheet in DATASHEETS if sheet.architecture == SM100]
+
+
+@pytest.mark.parametrize("sheet", BLACKWELLS, ids=lambda sheet: str(sheet.sku))
+@pytest.mark.parametrize("site", SITES_OF_FLASH, ids=lambda site: str(site.key))
+def test_on_sm100_a_selection_of_at_most_640_entries_has_no_schedule_and_no_partial_results(
+    site: Site, sheet: Datasheet, models: dict[str, ModelledCosts]
+) -> None:
+    where = (site, "with_kvcache", "schedule")
+    contexts = [8 << 10, 64 << 10, 72 << 10, 1 << 20]
+    at = [Shape(1, 4096, context) for context in contexts]
+    split = [site.layer is LayerType.C128A and context > 64 << 10 for context in contexts]
+    assert (latency_us(models[sheet.sku], where, at) > 0).tolist() == split
+    assert (latency_us(models["nvidia-h100"], where, at) > 0).all()
+    partials = 4096 * 64 * 4 * (512 + 1)
+    needed = workspace(site, "with_kvcache", work(site, at), int(sheet.sm_count.value), sheet.architecture).total_bytes
+    assert (needed >= partials).tolist() == split
+    assert (workspace(site, "with_kvcache", work(site, at), 132, SM90).total_bytes >= partials).all()
+
+
+def test_on_sm100_an_unsplit_query_takes_a_whole_wave_however_few_there_are(models: dict[str, ModelledCosts]) -> None:
+    at = [Shape(1, count, 1 << 20) for count in (1, 74, 148, 149)]
+    terms = models["nvidia-b200"].stages(C4A, "with_kvcache")["attention"].curve.basis.terms(work(C4A, at))
+    busiest, split, merged = terms[3], terms[4], terms[5]
+    assert busiest.tolist() == [15, 15, 15, 30]  # 8 tiles of the selection, 2 of the window, 5 for the piece
+    assert not split.any()
+    assert not merged.any()
+    scheduled = ModelledCosts(models["nvidia-b200"].measured, datasheet("nvidia-b200"), always_splits=True)
+    assert scheduled.stages(C4A, "with_kvcache")["attention"].curve.basis.terms(work(C4A, at))[4].any()
+
+
+def test_what_a_sweep_of_sm100_times_where_nothing_is_scheduled_is_noise(measured: CostModel) -> None:
+    site = FLASH.site(SiteName.PREFILL_ATTENTION, LayerType.C128A)
+    (stage,) = (s for s in stages(site, "with_kvcache") if s.name == "schedule")
+    found = basis(site, stage.law, Chip(148, architecture=SM100))
+    at = [Shape(1, count, context << 10) for count in (64, 512, 4096) for context in (8, 64, 72, 1024)]
+    load = work(site, at)
+    timed = np.where(load.kv_tokens > 64 << 10, 5 + 0.07 * load.num_qo_tokens, 0.4)
+    curve = fit_curve(found, load, timed)
+    np.testing.assert_allclose(curve.latency_us(load), np.where(timed == 0.4, 0, timed), rtol=1e-6)
+
+
+@pytest.mark.parametrize("sku", ["nvidia-b200", "nvidia-h100"])
+def test_v3_2_with_64_heads_pays_for_128_over_the_workspace_in_sglang_on_sm100(sku: str, h200_costs: CostModel) -> None:
+    costs, model = ModelledCosts(h200_costs, datasheet(sku)), MODELS["deepseek-v3.2"]
+    few, many = (scope(SiteName.PREFILL_ATTENTION, model, LayerType.DSA, h_q) for h_q in (64, 128))
+    at = [Shape(1, 4096, 65536)]
+    us = {
+        (where.h_q, name): where.predicted_us(costs, name, [work(site, at) for site, _ in where.parts])[0]
+        for where in (few, many)
+        for name in ("sparse_fwd", "with_kvcache")
+    }
+    assert (us[64, "sparse_fwd"] == us[128, "sparse_fwd"]) == (sku == "nvidia-b200")
+    assert us[64, "with_kvcache"] < us[128, "with_kvcache"]

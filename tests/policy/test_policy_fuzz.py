@@ -30,7 +30,8 @@ LIMITED = dump_policy(
         )
     )
 )
-MUTATIONS = 100_000
+MUTATIONS, ALL_MUTATIONS = 5_000, 100_000
+"""Of a short run, and of one with ``--all``."""
 INTEGERS = (0, 1, 17, 900, 901, 4096, 5000, 1 << 20, (1 << 26) - 3, 1 << 40, 1 << 62)
 FRAGMENTS = [
     *(b"&a ", b"*a", b"!!int ", b"<<: *a", b"---\n", b"...", b"? ", b": ", b"- ", b"[", b"]", b"{", b"}", b",", b"\n"),
@@ -98,11 +99,11 @@ def answers_within_limits(loaded: Policy) -> None:
             assert all(point[0] <= most for most in limits[answer])
 
 
-def test_a_hundred_thousand_mutations_load_or_are_refused() -> None:
+def test_thousands_of_mutations_load_or_are_refused(everything: bool) -> None:
     """Changed bytes in most, fragments put in or over something in the rest."""
     dice = random.Random(0)
-    loaded = 0
-    for _ in range(MUTATIONS):
+    loaded, mutations = 0, ALL_MUTATIONS if everything else MUTATIONS
+    for _ in range(mutations):
         data = bytearray(dice.choice((GOOD, LIMITED)))
         for _ in range(dice.randint(1, 3)):
             at = dice.randrange(len(data))
@@ -111,7 +112,7 @@ def test_a_hundred_thousand_mutations_load_or_are_refused() -> None:
             else:
                 data[at] = dice.randrange(256) if dice.random() < 0.5 else dice.randrange(32, 127)
         loaded += loads_or_refuses(bytes(data))
-    assert 0 < loaded < MUTATIONS  # a changed digit in a digest is a valid policy, a changed bracket is not
+    assert 0 < loaded < mutations  # a changed digit in a digest is a valid policy, a changed bracket is not
 
 
 @settings(max_examples=600, deadline=None)

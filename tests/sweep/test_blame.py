@@ -21,7 +21,7 @@ from mla_tune.store.database import Database
 from mla_tune.store.measurement import PER_LAYER_TOTAL, Measurement, Outcome, Regime
 from mla_tune.sweep import runner
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.runner import Sweep
+from mla_tune.sweep.runner import Report, Sweep
 from mla_tune.sweep.worker.messages import TIMING, Done, Entering, Hello, Lost, Message, Task
 from tests.store.strategies import CPU_ENVIRONMENT
 
@@ -109,7 +109,10 @@ class ScriptedWorker:
         self._ended = isinstance(answer, Lost)
         return answer
 
-    def epitaph(self) -> str:
+    def support(self, pairs: tuple[tuple[Site, str], ...], timeout_s: float) -> tuple[str | None, ...]:
+        return (None,) * len(pairs)
+
+    def exit_summary(self) -> str:
         return "worker ended with exit code -11"
 
     def stop(self) -> None:
@@ -140,7 +143,8 @@ def test_each_candidate_gets_its_own_verdict(behaviours: tuple[Behaviour, ...]) 
     rows, started = swept(behaviours, [64])
     found = [(row.candidate, row.outcome) for row in rows]
     assert found == [(c, OUTCOME[b]) for c, b in zip(names_at(SITE), behaviours, strict=True)]
-    assert started <= 2 + len(names_at(SITE))  # the first, one after both failed together, one after each alone
+    # The first, one after all failed together, and two for each: a worker's end is tried once more before it is believed.
+    assert started <= 2 + 2 * len(names_at(SITE))
     for row in rows:
         assert (
             row.detail
@@ -167,7 +171,83 @@ def test_a_candidate_that_always_fails_costs_few_workers_and_its_points_say_that
     tried: list[int] = []
     for count in tokens:
         assert outcomes["with_kvcache", count] is Outcome.OK
-        hopeless = len(tried) >= 2 and count >= min(tried)
-        assert outcomes["sparse_fwd", count] is (Outcome.UNSUPPORTED if hopeless else OUTCOME[behaviour])
-        if not hopeless:
+        skipped = len(tried) >= 2 and count >= min(tried)
+        assert outcomes["sparse_fwd", count] is (Outcome.UNSUPPORTED if skipped else OUTCOME[behaviour])
+        if not skipped:
             tried.append(count)
+
+
+class StruckWorker(ScriptedWorker):
+    """A worker that is ended in the ways told, one after the other, while ``sparse_fwd`` runs; then all goes well."""
+
+    ends: list[str]
+
+    def __init__(self, kind: str, added: str) -> None:
+        super().__init__(kind, added)
+        self._said = ""
+
+    def _script(self, task: Task) -> list[Message | str]:
+        script = super()._script(task)
+        if self.ends and "sparse_fwd" in task.candidates:
+            self._said = self.ends.pop(0)
+            return [*script[: script.index(Entering("sparse_fwd")) + 1], _DIES]
+        return script
+
+    def exit_summary(self) -> str:
+        return self._said
+
+
+def struck(ends: list[str], counts: list[int]) -> tuple[list[Measurement], Report, list[Task]]:
+    """Rows of a sweep whose workers end so while they run ``sparse_fwd``, its report, and what the next would repeat."""
+    StruckWorker.behaviours = dict.fromkeys(names_at(SITE), Behaviour.FINE)
+    StruckWorker.started, StruckWorker.ends = 0, list(ends)
+    points = [Point(SITE, Shape(1, count, 1 << 20)) for count in counts]
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runner, "WorkerProcess", StruckWorker)
+        with Database.open(Path(folder) / "a.db") as database, Sweep("cpu") as sweep:
+            report = sweep.run(database, points)
+            rows = database.measurements(CPU_ENVIRONMENT.id)
+            return rows, report, runner.missing_tasks(database, CPU_ENVIRONMENT, points)
+
+
+OUTSIDE = [
+    "worker ended with exit code -9",
+    "worker ended with exit code -15: partial output",
+    "worker ended with exit code 255",
+    "worker ended with exit code 1: OSError: [Errno 28] No space left on device",
+    "worker ended with exit code 1: NVMLError_Unknown: Unknown Error",
+    "worker ended with exit code -6: CUDA error: uncorrectable ECC error encountered",
+    "worker ended with exit code -6: what(): std::bad_alloc",
+]
+
+
+@pytest.mark.parametrize("said", [*OUTSIDE, "worker ended with exit code -11"])
+def test_a_worker_that_ended_once_costs_nobody_a_row(said: str) -> None:
+    rows, report, again = struck([said], [64, 128])
+    assert {row.outcome for row in rows} == {Outcome.OK}
+    assert report.recovered == (
+        f"{said_candidates(report)} at {SITE.key}, 64 query tokens ran in a fresh process after: {said}",
+    )
+    assert (report.troubles, report.failed, report.given_up, again) == ((), 0, (), [])
+
+
+def said_candidates(report: Report) -> str:
+    return report.recovered[0].partition(" at ")[0]
+
+
+@pytest.mark.parametrize("said", OUTSIDE)
+def test_trouble_that_stays_is_reported_and_measured_again_and_never_a_failure_of_the_candidate(said: str) -> None:
+    rows, report, again = struck([said] * 2, [64])
+    assert {row.outcome for row in rows if row.candidate == "sparse_fwd"} == {Outcome.DISTURBED}
+    assert {row.outcome for row in rows if row.candidate != "sparse_fwd"} == {Outcome.OK}
+    assert report.troubles == (f"{said} (1 point)",)
+    assert (report.disturbed, report.given_up) == (1, ())
+    assert [(task.point.shape.num_qo_tokens, task.candidates) for task in again] == [(64, ("sparse_fwd",))]
+
+
+def test_a_candidate_during_which_workers_are_ended_again_and_again_is_left_for_the_next_sweep() -> None:
+    counts = [1 << n for n in range(4, 12)]
+    rows, report, again = struck(["worker ended with exit code -9"] * 100, counts)
+    assert {row.outcome for row in rows if row.candidate == "sparse_fwd"} == {Outcome.DISTURBED}
+    assert report.restarts == 4  # two points, each tried twice
+    assert [task.point.shape.num_qo_tokens for task in again] == counts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import combinations
 
@@ -10,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mla_tune.hardware.datasheet import SM90, SM100
 from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.site import MODELS, LayerType, ModelConfig, SiteName
 from mla_tune.store.measurement import Role
@@ -27,7 +29,7 @@ from mla_tune.sweep.grid import (
 from tests.shapes import every_site
 
 SEED = 20250
-GRIDS = {"cpu": cpu_grid(), "gpu132": gpu_grid(132), "gpu78": gpu_grid(78)}
+GRIDS = {"cpu": cpu_grid(), "gpu132": gpu_grid(132), "gpu78": gpu_grid(78), "gpu148": gpu_grid(148, SM100)}
 grids = pytest.mark.parametrize("grid", GRIDS.values(), ids=GRIDS)
 selections = st.tuples(
     st.lists(st.sampled_from(list(MODELS.values())), min_size=1, max_size=3, unique=True),
@@ -138,6 +140,23 @@ def test_indexer_points_for_the_fit_come_with_ascending_query_tokens(grid: Grid)
 def test_gpu_points_lie_on_both_sides_of_the_first_waves(sm_count: int) -> None:
     counts = {point.shape.num_qo_tokens for point in all_points(gpu_grid(sm_count))}
     assert {n * sm_count + d for n in (1, 2, 4) for d in (-1, 0, 1)} <= counts
+
+
+@pytest.mark.parametrize("points", [grid_points, seed_points])
+def test_every_change_of_a_kernel_with_the_width_has_fit_points_on_both_sides_on_sm100(
+    points: Callable[..., list[Point]],
+) -> None:
+    names = [SiteName.PREFILL_ATTENTION]
+    of_c128a = defaultdict(set)
+    for point in points(gpu_grid(148, SM100), MODELS.values(), names, SEED):
+        if point.site.layer is LayerType.C128A and point.role is Role.FIT and point.shape.num_reqs == 1:
+            of_c128a[point.site.h_q].add(point.shape.context // 1024)
+    assert {64, 72} <= of_c128a[64]
+    assert {64, 72, 144, 152} <= of_c128a[128]
+    plain = points(gpu_grid(148), MODELS.values(), names, SEED)
+    hopper = points(gpu_grid(148, SM90), MODELS.values(), names, SEED)
+    assert plain == hopper
+    assert not {72, 152} & {p.shape.context // 1024 for p in hopper if p.role is Role.FIT}
 
 
 def test_a_slow_device_leaves_out_what_costs_too_much() -> None:

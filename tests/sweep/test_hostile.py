@@ -25,7 +25,9 @@ from mla_tune.sweep.worker.messages import Added
 from tests.conftest import HAS_CUDA, REPORTS
 from tests.sweep import hostile
 
-KIND, TIMEOUT_S = ("cuda", 25) if HAS_CUDA else ("cpu", 12)
+KIND, HANG_S = ("cuda", 25.0) if HAS_CUDA else ("cpu", 4.0)
+PATIENCE_S = 240.0
+"""What everything but the candidate that hangs may take, on a machine with other work: nothing reaches it."""
 SITE = Site.parse("prefill_attention/c128a/h64")
 METADATA = Site.parse("indexer_metadata/c4a")
 SHAPES = [Shape(1, 4, 2048), Shape(1, 16, 2048), Shape(2, 24, 6000), Shape(1, 48, 4096)]
@@ -34,13 +36,14 @@ POINTS = [
     Point(METADATA, Shape(1, 16, 4000)),
     *(Point(SITE, Shape(1, tokens, 3000), Role.HELD_OUT) for tokens in (8, 40)),
 ]
-DEADLY = ("raises", "aborts", "illegal_access", "killed", "hangs", "works_once")
+DEADLY = ("raises", "aborts", "illegal_access", "hangs", "works_once")
+FROM_OUTSIDE = ("killed",)
 HARMLESS = ("out_of_memory", "wrong", "unwritten_row", "flaky")
 OUTCOMES = {
     "raises": Outcome.RUNTIME_ERROR,
     "aborts": Outcome.CRASH,
     "illegal_access": Outcome.RUNTIME_ERROR if HAS_CUDA else Outcome.CRASH,
-    "killed": Outcome.CRASH,
+    "killed": Outcome.DISTURBED,
     "hangs": Outcome.TIMEOUT,
     "works_once": Outcome.RUNTIME_ERROR,
     "out_of_memory": Outcome.NO_MEMORY,
@@ -55,7 +58,7 @@ LAST_WORDS = {
     "aborts": "exit code -6: terminate called: an invariant of the kernel does not hold",
     "illegal_access": "CUDA error" if HAS_CUDA else "exit code -11",
     "killed": "exit code -9",
-    "hangs": f"no answer within {TIMEOUT_S} s",
+    "hangs": f"no answer within {HANG_S:.0f} s",
     "works_once": "RuntimeError: works once",
     "out_of_memory": "OutOfMemoryError" if HAS_CUDA else "can't allocate memory",
     "wrong": "relative error 1.00e-01 exceeds 1e-02",
@@ -66,12 +69,13 @@ LAST_WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """A sweep over the hostile candidates, finished."""
+    """A sweep over the hostile candidates, finished; the one that hangs had a sweep of its own, with less patience."""
 
     environment: Environment
     report: Report
     rows: tuple[Measurement, ...]
     again: Report
+    hung: Report
 
     def of(self, candidate: str) -> list[Measurement]:
         return [row for row in self.rows if row.candidate == candidate and row.site == SITE]
@@ -79,13 +83,17 @@ class Swept:
 
 @pytest.fixture(scope="module")
 def swept(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Swept:
-    path = tmp_path_factory.mktemp("hostile") / "a.db"
-    added = Added("tests.sweep.hostile", tuple(hostile.KINDS))
-    with Database.open(path) as database, Sweep(KIND, timeout_s=TIMEOUT_S, added=added) as sweep:
-        report = sweep.run(database, POINTS)
-        again = sweep.run(database, POINTS)
-        rows = tuple(database.measurements(sweep.environment.id))
-        done = Swept(sweep.environment, report, rows, again)
+    folder = tmp_path_factory.mktemp("hostile")
+    quick = Added("tests.sweep.hostile", tuple(kind for kind in hostile.KINDS if kind != "hangs"))
+    with Database.open(folder / "a.db") as database, Sweep(KIND, timeout_s=PATIENCE_S, added=quick) as sweep:
+        environment = sweep.environment
+        report, again = sweep.run(database, POINTS), sweep.run(database, POINTS)
+        rows = list(database.measurements(environment.id))
+    hanging = Added("tests.sweep.hostile", ("hangs",))
+    with Database.open(folder / "b.db") as database, Sweep(KIND, timeout_s=HANG_S, added=hanging) as sweep:
+        hung = sweep.run(database, [point for point in POINTS if point.site == SITE])
+        rows += (row for row in database.measurements(environment.id) if row.candidate == "hangs")
+    done = Swept(environment, report, tuple(rows), again, hung)
     request.config.stash[REPORTS]["hostile candidates in a sweep"] = _summary(done)
     return done
 
@@ -101,12 +109,14 @@ def _summary(done: Swept) -> list[str]:
 
 def test_every_kind_is_in_the_sweep_and_has_an_expected_outcome() -> None:
     assert set(OUTCOMES) == set(hostile.KINDS)
-    assert {*DEADLY, *HARMLESS, "noisy", "slow_first_call"} == set(hostile.KINDS)
+    assert {*DEADLY, *FROM_OUTSIDE, *HARMLESS, "noisy", "slow_first_call"} == set(hostile.KINDS)
 
 
-def test_the_sweep_reaches_its_end_and_has_nothing_left_for_the_next(swept: Swept) -> None:
+def test_the_sweep_reaches_its_end_and_leaves_the_next_only_what_was_disturbed(swept: Swept) -> None:
     assert (swept.report.points, swept.report.left) == (len(POINTS), 0)
-    assert (swept.again.points, swept.again.already_done) == (0, len(POINTS))
+    disturbed = sum(point.site == SITE for point in POINTS)
+    assert (swept.again.points, swept.again.already_done) == (disturbed, len(POINTS) - disturbed)
+    assert swept.report.disturbed == swept.again.disturbed == disturbed
 
 
 @pytest.mark.parametrize("candidate", names_at(SITE))
@@ -124,7 +134,7 @@ def test_the_other_site_is_measured_although_workers_died_before_it(swept: Swept
     assert {row.candidate for row in rows if row.outcome is Outcome.OK} >= {"jit"}
 
 
-@pytest.mark.parametrize("kind", [*DEADLY, *HARMLESS])
+@pytest.mark.parametrize("kind", [*DEADLY, *FROM_OUTSIDE, *HARMLESS])
 def test_a_broken_candidate_costs_its_own_rows_which_keep_its_last_words(swept: Swept, kind: str) -> None:
     first = [row for row in swept.of(kind) if row.shape == SHAPES[0]]
     assert {row.outcome for row in first} == {OUTCOMES[kind]}
@@ -135,7 +145,7 @@ def test_a_broken_candidate_costs_its_own_rows_which_keep_its_last_words(swept: 
 
 @pytest.mark.parametrize("kind", DEADLY)
 def test_a_candidate_that_failed_twice_is_given_up_and_the_report_says_so(swept: Swept, kind: str) -> None:
-    (given_up,) = [entry for entry in swept.report.given_up if entry.candidate == kind]
+    (given_up,) = [entry for entry in (*swept.report.given_up, *swept.hung.given_up) if entry.candidate == kind]
     assert (given_up.site, given_up.failures) == (SITE.key, 2)
     assert given_up.num_qo_tokens == 4
     assert LAST_WORDS[kind] in given_up.reason
@@ -151,9 +161,11 @@ def test_what_costs_no_worker_is_tried_everywhere(swept: Swept, kind: str) -> No
 
 
 def test_as_many_workers_are_replaced_as_died(swept: Swept) -> None:
-    mortal = sum(OUTCOMES[kind] in (Outcome.CRASH, Outcome.TIMEOUT) for kind in DEADLY)
+    # Two points each, and a worker's end is tried once more; so is what ran out of memory, while that helps.
+    mortal = sum(OUTCOMES[kind] is Outcome.CRASH for kind in DEADLY)
     mortal += HAS_CUDA  # the illegal access takes the context with it
-    assert swept.report.restarts == 2 * mortal
+    assert 4 * mortal <= swept.report.restarts <= 4 * mortal + 4 + 3
+    assert swept.hung.restarts >= 2  # more only on a machine too busy for an honest candidate in that time
 
 
 def test_a_noisy_candidate_says_that_its_median_is_not_known_well(swept: Swept) -> None:

@@ -11,7 +11,7 @@ from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
 from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement, Outcome, Regime, Role, fault
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.outcomes import DEADLY, Deaths, Failure, failures
+from mla_tune.sweep.outcomes import DEADLY, Failure, FailureTracker, failures
 from mla_tune.sweep.worker.failure import failure_of
 
 METADATA = Site.parse("indexer_metadata/c4a")
@@ -64,21 +64,21 @@ def test_an_allocation_that_failed_is_want_of_memory_however_it_is_said(error: E
 
 
 @given(deadly, deadly, st.integers(1, 1000), st.integers(1, 1000), st.integers(1, 1000))
-def test_two_deaths_end_the_attempts_from_the_smaller_count_up(
+def test_two_tracker_end_the_attempts_from_the_smaller_count_up(
     first: Outcome, second: Outcome, one: int, other: int, asked: int
 ) -> None:
-    deaths = Deaths()
-    deaths.note(failed(one, first))
-    assert deaths.hopeless(at(asked), "deep_gemm") is None
-    assert deaths.given_up() == ()
-    deaths.note(failed(other, second))
+    tracker = FailureTracker()
+    tracker.note(failed(one, first))
+    assert tracker.skip_reason(at(asked), "deep_gemm") is None
+    assert tracker.given_up() == ()
+    tracker.note(failed(other, second))
     if one == other:  # the same point again: one failure
-        assert deaths.given_up() == ()
+        assert tracker.given_up() == ()
         return
-    (given_up,) = deaths.given_up()
+    (given_up,) = tracker.given_up()
     assert (given_up.site, given_up.candidate, given_up.failures) == (METADATA.key, "deep_gemm", 2)
     assert given_up.num_qo_tokens == min(one, other)
-    verdict = deaths.hopeless(at(asked), "deep_gemm")
+    verdict = tracker.skip_reason(at(asked), "deep_gemm")
     if asked < min(one, other):
         assert verdict is None
     else:
@@ -88,22 +88,22 @@ def test_two_deaths_end_the_attempts_from_the_smaller_count_up(
 
 @given(st.lists(harmless, max_size=8))
 def test_failures_that_cost_no_worker_never_end_the_attempts(outcomes: list[Outcome]) -> None:
-    deaths = Deaths()
+    tracker = FailureTracker()
     for outcome in outcomes:
-        deaths.note(failed(4, outcome))
-    assert deaths.hopeless(at(4), "deep_gemm") is None
+        tracker.note(failed(4, outcome))
+    assert tracker.skip_reason(at(4), "deep_gemm") is None
 
 
-def test_deaths_count_by_candidate_and_site_and_once_a_point() -> None:
-    deaths = Deaths()
-    deaths.note(failed(8, Outcome.CRASH))  # a row for each regime, one death
-    assert deaths.hopeless(at(8), "deep_gemm") is None
-    deaths.note(failed(16, Outcome.CRASH, candidate="jit"))
-    deaths.note(failed(16, Outcome.CRASH, site=Site.parse("indexer_metadata/dsa")))
-    assert deaths.hopeless(at(16), "deep_gemm") is None
-    deaths.note(failed(16, Outcome.TIMEOUT))
-    assert deaths.hopeless(at(16), "deep_gemm") is not None
-    assert deaths.hopeless(at(16), "jit") is None
+def test_failures_count_by_candidate_and_site_and_once_a_point() -> None:
+    tracker = FailureTracker()
+    tracker.note(failed(8, Outcome.CRASH))  # a row for each regime, one failure
+    assert tracker.skip_reason(at(8), "deep_gemm") is None
+    tracker.note(failed(16, Outcome.CRASH, candidate="jit"))
+    tracker.note(failed(16, Outcome.CRASH, site=Site.parse("indexer_metadata/dsa")))
+    assert tracker.skip_reason(at(16), "deep_gemm") is None
+    tracker.note(failed(16, Outcome.TIMEOUT))
+    assert tracker.skip_reason(at(16), "deep_gemm") is not None
+    assert tracker.skip_reason(at(16), "jit") is None
 
 
 @pytest.mark.parametrize("outcome", [Outcome.OK, Outcome.WRONG_RESULT, Outcome.NO_MEMORY, Outcome.UNSUPPORTED])

@@ -88,7 +88,11 @@ class DsaChoice:
             decider.counters.fell_back(Reasons.NO_MEMORY)
             return None
         rows = forward_batch.extend_num_tokens or 0  # padded in some batches; only a limit may look at padding
-        return IMPL[decider(rows if rows > self._paged_limit else num_qo_tokens, kv_tokens, num_reqs)]
+        before = decider.counters.out_of_range
+        chosen = IMPL[decider(rows if rows > self._paged_limit else num_qo_tokens, kv_tokens, num_reqs)]
+        # With flashmla_auto SGLang has a rule of its own on SM100, which prepared an answer: better than a constant.
+        own_rule = self.base == AUTO and decider.counters.out_of_range > before
+        return None if own_rule else chosen
 
     def _ruled_out(self, backend: Any, forward_batch: Any) -> str | None:
         """Why the engine itself leaves no choice in this forward; None if it does."""

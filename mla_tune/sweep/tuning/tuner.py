@@ -171,7 +171,7 @@ class Tuner:
             self._worker.send(trial)
             message = self._worker.receive(self._timeout_s)
         except (EOFError, OSError):
-            tried = Tried(Outcome.CRASH, self._worker.epitaph())
+            tried = Tried(Outcome.CRASH, self._worker.exit_summary())
         else:
             if isinstance(message, Tried):
                 return message

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from mla_tune.hardware.sku import Environment
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Config, Launches
 from mla_tune.sites.provider import Provider
-from mla_tune.sites.site import SiteName
+from mla_tune.sites.site import Site, SiteName
 from mla_tune.store.measurement import Measurement, Outcome, Regime
 from mla_tune.sweep.grid import Point
 
@@ -73,6 +73,22 @@ class Offer:
 
 
 @dataclass(frozen=True, slots=True)
+class SupportQuery:
+    """The question which candidates this machine cannot run at all; the answer is :class:`Support`. No inputs are built."""
+
+    pairs: tuple[tuple[Site, str], ...]
+    """(site, candidate)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Support:
+    """What this machine can run."""
+
+    reasons: tuple[str | None, ...]
+    """Of each pair: why it cannot run, in one line; None where it can."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tried:
     """What became of a :class:`Trial`."""
 
@@ -121,5 +137,5 @@ class Lost:
     detail: str
 
 
-Message = Hello | Refused | Offer | Entering | Done | Lost | Tried
+Message = Hello | Refused | Offer | Support | Entering | Done | Lost | Tried
 """Anything that a worker may say."""

@@ -34,7 +34,7 @@ from mla_tune.store.measurement import (
     Stop,
 )
 from mla_tune.sweep.grid import Point
-from mla_tune.sweep.outcomes import Failure, failures, total_part
+from mla_tune.sweep.outcomes import NO_SAMPLES, Failure, failures, too_large, total_part
 from mla_tune.sweep.worker.correctness import AttentionJudge, IndexerJudge, Judge
 from mla_tune.sweep.worker.failure import failure_of, is_out_of_memory, one_line
 from mla_tune.sweep.worker.messages import TIMING, Task
@@ -122,7 +122,7 @@ class PointMeasurer:
         needed = required_bytes(point.site, point.built)
         capacity = _memory_bytes(self.device)
         if needed > capacity:
-            raise torch.OutOfMemoryError(f"needs {needed / 2**30:.1f} GiB, the device has {capacity / 2**30:.1f} GiB")
+            raise torch.OutOfMemoryError(too_large(needed, capacity))
 
     def judge(self, point: Point) -> Judge:
         """Fresh inputs of ``point`` and the judge of what candidates make of them."""
@@ -230,7 +230,7 @@ def _row(point: Point, entry: _Ready, name: str, part: str, regime: Regime, take
     )
     if not taken.samples_us:
         reasons = "; ".join(entry.reason for entry in row.quarantined)
-        return replace(row, outcome=Outcome.DISTURBED, detail=f"no undisturbed samples: {reasons}")
+        return replace(row, outcome=Outcome.DISTURBED, detail=f"{NO_SAMPLES}{reasons}")
     summary = summarize(taken.samples_us)
     return replace(
         row,

@@ -19,12 +19,23 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
-from mla_tune.sweep.worker.messages import Hello, Message, Offer, Refused, Task, Trial, Wanted
+from mla_tune.sites.site import Site
+from mla_tune.sweep.worker.messages import (
+    Hello,
+    Message,
+    Offer,
+    Refused,
+    Support,
+    SupportQuery,
+    Task,
+    Trial,
+    Wanted,
+)
 
 START_TIMEOUT_S = 180.0
 """Longest wait for a new worker: importing torch and creating a CUDA context on a cold machine takes tens of seconds."""
 STOP_TIMEOUT_S = 5.0
-_LAST_WORDS = 200
+_KEPT_CHARACTERS = 200
 """Characters of a dead worker's output that a measurement keeps."""
 
 
@@ -61,7 +72,7 @@ class WorkerProcess:
         """Process id."""
         return self._process.pid
 
-    def send(self, task: Task | Trial | Wanted) -> None:
+    def send(self, task: Task | Trial | Wanted | SupportQuery) -> None:
         """Hand it a task. Raises ``OSError`` if it is dead."""
         self._connection.send(task)
 
@@ -78,19 +89,28 @@ class WorkerProcess:
             self.send(Wanted(name))
             message = self.receive(timeout_s)
         except (EOFError, OSError):
-            message = Refused(f"importing the kernels of {name} failed: {self.epitaph()}")
+            message = Refused(f"importing the kernels of {name} failed: {self.exit_summary()}")
         if isinstance(message, Offer):
             return message
         reason = message.reason if isinstance(message, Refused) else f"no answer within {timeout_s:.0f} s"
         raise EnvironmentMismatchError(reason)
 
-    def epitaph(self) -> str:
+    def support(self, pairs: tuple[tuple[Site, str], ...], timeout_s: float) -> tuple[str | None, ...] | None:
+        """Why each (site, candidate) cannot run here, None where it can; None where the worker ended over the question."""
+        try:
+            self.send(SupportQuery(pairs))
+            message = self.receive(timeout_s)
+        except (EOFError, OSError):
+            message = None
+        return message.reasons if isinstance(message, Support) else None
+
+    def exit_summary(self) -> str:
         """How it ended and the last line that it printed, for a process that is dead or dying."""
         self._process.join(STOP_TIMEOUT_S)
         ending = f"worker ended with exit code {self._process.exitcode}"
         self._log.seek(0)
         lines = [line.strip() for line in self._log if line.strip()]
-        return f"{ending}: {lines[-1][:_LAST_WORDS]}" if lines else ending
+        return f"{ending}: {lines[-1][:_KEPT_CHARACTERS]}" if lines else ending
 
     def stop(self) -> None:
         """End it: by closing its pipe, and by force where that is not enough."""
@@ -113,7 +133,9 @@ class WorkerProcess:
             return message
         if isinstance(message, Refused):
             raise EnvironmentMismatchError(message.reason)
-        raise MlaTuneError(f"the {self._kind} worker did not start: {self.epitaph()}; run `mla-tune env` to see why")
+        raise MlaTuneError(
+            f"the {self._kind} worker did not start: {self.exit_summary()}; run `mla-tune env` to see why"
+        )
 
 
 @contextmanager

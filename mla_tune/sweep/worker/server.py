@@ -16,12 +16,27 @@ from pathlib import Path
 
 from mla_tune.bench.environment import detect_environment
 from mla_tune.errors import MlaTuneError
+from mla_tune.kernels import binding
 from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.adapters.sglang_kernels import Missing
+from mla_tune.sites.site import Site
 from mla_tune.store.measurement import Measurement
 from mla_tune.sweep.tuning.trial import KernelTrials
-from mla_tune.sweep.worker.failure import DeviceLostError
-from mla_tune.sweep.worker.messages import Done, Entering, Hello, Lost, Offer, Refused, Task, Trial, Tried, Wanted
+from mla_tune.sweep.worker.failure import DeviceLostError, one_line
+from mla_tune.sweep.worker.messages import (
+    Done,
+    Entering,
+    Hello,
+    Lost,
+    Offer,
+    Refused,
+    Support,
+    SupportQuery,
+    Task,
+    Trial,
+    Tried,
+    Wanted,
+)
 from mla_tune.sweep.worker.point_measurer import PointMeasurer
 
 _PR_SET_PDEATHSIG = 1
@@ -33,8 +48,8 @@ def serve(connection: Connection, kind: str, added: str) -> None:
     ``added`` names a module that brings further candidates; empty for none.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
-    _die_with_the_server()
-    _be_the_first_to_go()
+    _end_with_the_server()
+    _ask_to_be_killed_first()
     try:
         if added:
             importlib.import_module(added)
@@ -50,11 +65,13 @@ def serve(connection: Connection, kind: str, added: str) -> None:
 
 
 def _answer_tasks(connection: Connection, measurer: PointMeasurer, trials: KernelTrials) -> None:
-    answer: Done | Lost | Tried | Offer | Refused = Done(())
+    answer: Done | Lost | Tried | Offer | Refused | Support = Done(())
     while not isinstance(answer, Lost):
         task = connection.recv()
         if isinstance(task, Wanted):
             answer = _offer(measurer.device.kind)
+        elif isinstance(task, SupportQuery):
+            answer = Support(tuple(_unsupported(site, name, measurer.device) for site, name in task.pairs))
         else:
             answer = _try(trials, task) if isinstance(task, Trial) else _measure(connection, measurer, task)
         connection.send(answer)
@@ -63,6 +80,13 @@ def _answer_tasks(connection: Connection, measurer: PointMeasurer, trials: Kerne
 def _offer(kind: str) -> Offer | Refused:
     found = sglang_kernels.installed(kind)  # the only engine that can be wanted
     return Refused(found.reason) if isinstance(found, Missing) else Offer(found.provider, found.left_out)
+
+
+def _unsupported(site: Site, candidate: str, device: binding.Device) -> str | None:
+    try:
+        return binding.unsupported(site, candidate, device)
+    except Exception as error:  # a kernel library may raise anything when it is imported
+        return one_line(error)
 
 
 def _try(trials: KernelTrials, trial: Trial) -> Tried | Lost:
@@ -82,7 +106,7 @@ def _measure(connection: Connection, measurer: PointMeasurer, task: Task) -> Don
     return Done(tuple(rows))
 
 
-def _die_with_the_server() -> None:
+def _end_with_the_server() -> None:
     """Ask the kernel to kill this process when the one that forked it ends, even in the middle of a launch.
 
     That one ends as soon as the sweep's process does, however it does. Should both be gone already, the closed pipe ends
@@ -97,7 +121,7 @@ def _die_with_the_server() -> None:
         os._exit(1)
 
 
-def _be_the_first_to_go() -> None:
+def _ask_to_be_killed_first() -> None:
     """If the machine runs out of memory, the kernel should end this process and not the one that keeps the results."""
     with suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text("1000")
