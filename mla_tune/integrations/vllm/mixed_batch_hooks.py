@@ -90,11 +90,10 @@ class MixedChoice:
 
 def hook_builder(module: Any) -> None:
     """Take hold of the builder's class."""
-    few_heads = getattr(module, _CONSTANT, None)
 
     def around_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
         wrapped(*args, **kwargs)
-        prepare(instance, argument(args, kwargs, 2, "vllm_config"), few_heads)
+        prepare(instance, argument(args, kwargs, 2, "vllm_config"), getattr(module, _CONSTANT))
 
     PROCESS.hooks.take(module, HOOK, {INIT: around_init, BUILD: _around_build, SEPARATE: _around_separate})
 

@@ -63,8 +63,9 @@ for named in ([], ["flashmla_kv"], ["flashmla_sparse"], ["flashmla_auto"]):
          "--device", "cuda", *flag])
     if hasattr(arguments, "resolve_once"):  # from 0.5.19 on resolution is a step of its own
         arguments.resolve_once()
-    decided = [fields["dsa_prefill_backend"] for _, fields in arguments._resolved_overrides if "dsa_prefill_backend" in fields]
-    print("arguments", *named, "resolved", *decided, "user", user_argument(arguments, "dsa_prefill_backend"))
+    name = "dsa_prefill_backend"
+    decided = [fields[name] for _, fields in arguments._resolved_overrides if name in fields]
+    print("arguments", *named, "resolved", *decided, "user", user_argument(arguments, name))
 """
 
 
