@@ -13,7 +13,7 @@ import pytest
 from mla_tune.integrations.engine_process import paged_bytes, reserve
 from mla_tune.policy.schema import write_policy
 from mla_tune.runtime import Dispatcher
-from mla_tune.runtime.decider import Service
+from mla_tune.runtime.decider import Decider, Service
 from mla_tune.runtime.switches import Switches
 from tests.command import ENVIRONMENT
 from tests.policy.strategies import full_policy
@@ -62,7 +62,7 @@ def test_trouble_on_one_rank_changes_the_choice_on_all_of_them(
     pytest.importorskip("torch")
     write_policy(tmp_path / "policy.yaml", full_policy())
     common = {**ENVIRONMENT, "MLA_TUNE_POLICY": str(tmp_path / "policy.yaml"), "TROUBLE": trouble}
-    command = [sys.executable, "-W", "ignore", "-c", RANK, tmp_path / "store"]
+    command = [sys.executable, "-W", "ignore", "-c", RANK, str(tmp_path / "store")]
     ranks = [
         subprocess.Popen(
             command, env={**common, "RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -97,13 +97,17 @@ def test_memory_is_set_aside_for_as_many_tokens_as_fit() -> None:
 
 def test_each_head_count_and_setting_of_a_process_has_its_own_choice_and_each_series_stands_once() -> None:
     dispatcher = Dispatcher(full_policy(), source="test", switches=Switches())
-    service, place = Service(dispatcher), {"model": "deepseek-v4-pro", "layer": "c4a"}
-    few = service.decider("prefill_attention", h_q=64, **place)
-    many = service.decider("prefill_attention", h_q=128, **place)
-    user = service.decider("prefill_attention", h_q=128, engine_setting="--dsv4-prefill-backend sparse", **place)
+    service = Service(dispatcher)
+
+    def decider(h_q: int, setting: str | None = None) -> Decider:
+        return service.decider(
+            "prefill_attention", model="deepseek-v4-pro", layer="c4a", h_q=h_q, engine_setting=setting
+        )
+
+    few, many, user = decider(64), decider(128), decider(128, "--dsv4-prefill-backend sparse")
     assert [few.resolved.h_q, many.resolved.h_q] == [64, 128]
     assert [few.serves, many.serves, user.serves] == [True, True, False]
-    assert service.decider("prefill_attention", h_q=64, **place) is few
+    assert decider(64) is few
     few(100, 150_000, 1)
     many(100, 150_000, 1)
     lines = [line for line in service.prometheus_text().splitlines() if line.startswith("mla_tune_lookups_total")]

@@ -10,7 +10,7 @@ from mla_tune.integrations.seams import Hook, Hooks, Seam, installed_version
 from mla_tune.runtime.dispatcher import Dispatcher
 from mla_tune.runtime.switches import POLICY_VARIABLE
 
-RELEASES = ("0.31.0", "0.32.0", "0.33.0")
+RELEASES: tuple[str, ...] = ("0.31.0", "0.32.0", "0.33.0")
 """Releases of the wheels that tests/engines/vllm runs with. The hooks use more of vLLM than the signatures of what they
 wrap (fields of its metadata, buffers that it fills), which no check at start could see."""
 LIBRARY = "vllm"

@@ -73,7 +73,7 @@ def test_a_default_that_sglang_resolved_is_not_the_user_s_setting(tmp_path: Path
     (tmp_path / "config.json").write_text(json.dumps(V3_2))
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLA_TUNE_")}
     environment |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(STUBS))), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", "-c", PARSE, tmp_path]
+    command = [sys.executable, "-W", "ignore", "-c", PARSE, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [line for line in done.stdout.splitlines() if line.startswith("arguments")] == [

@@ -186,7 +186,7 @@ def test_an_error_of_ours_is_logged_once_counted_and_leaves_the_engine_s_choice(
 ) -> None:
     backend = v4_backend(v4)
     forward = batch((100_000, 64))
-    forward.extend_prefix_lens_cpu = ["not a length"]  # type: ignore[list-item]
+    forward.extend_prefix_lens_cpu = ["not a length"]
     assert backend._use_sparse_prefill(forward, num_qo_tokens=64) is True
     assert backend._use_sparse_prefill(forward, num_qo_tokens=64) is True
     assert backend._mla_tune._counters.fallbacks["error"] == 2
