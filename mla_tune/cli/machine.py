@@ -7,7 +7,7 @@ import json
 from mla_tune.cli.options import GpuOption, JsonOption, ModelOption, SiteOption, chosen_models, chosen_sites
 from mla_tune.cli.output import device_output, render
 from mla_tune.cli.places import this_device
-from mla_tune.errors import MlaTuneError
+from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 
 
 def verify(
@@ -40,7 +40,11 @@ def env(as_json: JsonOption = False) -> None:
     from mla_tune.hardware.nvml import detect_gpu
     from mla_tune.runtime.dispatcher import Dispatcher
 
-    gpu = detect_gpu()
+    try:
+        gpu = detect_gpu()
+        product = gpu.product if gpu else "no NVIDIA GPU"
+    except EnvironmentMismatchError as error:  # there is one that nobody can tell: the rest is still worth printing
+        gpu, product = None, f"unknown: {error}"
     environment = detect_environment(gpu=gpu is not None)
     cannot_run = _cannot_run("cpu" if gpu is None else "cuda")
     try:
@@ -50,14 +54,14 @@ def env(as_json: JsonOption = False) -> None:
         served_by = f"none: {error}"
     if as_json:
         found = {
+            **asdict(environment),
             "product": gpu.product if gpu else None,
             "policy": served_by,
             "cannot_run": cannot_run,
-            **asdict(environment),
         }
         print(json.dumps(found, indent=2))
         return
-    device_output.environment(gpu.product if gpu else "no NVIDIA GPU", environment, served_by)
+    device_output.environment(product, environment, served_by)
     for line in cannot_run:
         render.note(line)
 

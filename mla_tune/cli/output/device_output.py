@@ -284,7 +284,7 @@ def environment(product: str, found: Environment, served_by: str) -> None:
     table = RichTable(show_header=False)
     table.add_row("product", product)
     for name, value in asdict(found).items():
-        if name != "libraries":
+        if name not in ("libraries", "product"):
             table.add_row(name, str(value) or "-")
     for library in found.libraries:
         table.add_row(library.name, f"{library.version} sha256 {library.sha256[:16]}")
