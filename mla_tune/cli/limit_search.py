@@ -39,7 +39,7 @@ def open_suspects(database: Database, environment: Environment, conditions: Cond
 
 def suspects_of(observations: Observations) -> list[Suspect]:
     """Every failure of a sweep that no probe has settled."""
-    return [found for site in observations.sites() for found in suspects(observations, [site], names_at(site))]
+    return [found for site in observations.sites for found in suspects(observations, [site], names_at(site))]
 
 
 def settle(

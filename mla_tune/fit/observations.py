@@ -124,9 +124,10 @@ class Observations:
         overlap = max((site.overlap for site in self._roles), default=0)
         return Conditions(overlap, next((site.provider for site in self._roles), None))
 
-    def sites(self) -> list[Site]:
-        """Sites at which anything was attempted, in the order of their keys."""
-        return sorted(self._roles, key=lambda site: site.key)
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites at which anything was attempted, by key."""
+        return tuple(sorted(self._roles, key=lambda site: site.key))
 
     def shapes(self, site: Site, role: Role | None = None) -> list[Shape]:
         """Shapes at which anything was attempted, sorted."""
