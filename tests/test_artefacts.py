@@ -15,10 +15,10 @@ from mla_tune.fit.observations import Observations
 from mla_tune.fit.usable import usable
 from mla_tune.hardware.datasheet import same_figures
 from mla_tune.hardware.sku import SKUS
-from mla_tune.integrations.sglang.sglang_process import TESTED
+from mla_tune.integrations.sglang.sglang_state import RELEASES
 from mla_tune.policy.codec import digest, load_policy
 from mla_tune.policy.evidence import load_evidence
-from mla_tune.policy.shipped import packaged_policy
+from mla_tune.policy.search import policy_file
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.site import MODELS, SiteName
 from mla_tune.store.export import export_lines, export_sha256, read_export
@@ -51,7 +51,7 @@ def test_every_policy_has_its_measurements_and_the_other_way_round() -> None:
 def test_what_sglang_is_served_by_was_measured_with_a_release_that_the_plugin_serves() -> None:
     provided = {path: load_policy(path).provider for path in POLICIES if path.stem.endswith(".sglang")}
     assert provided
-    assert {Provider.parse(key or "").version for key in provided.values()} <= set(TESTED)
+    assert {Provider.parse(key or "").version for key in provided.values()} <= set(RELEASES)
 
 
 def test_every_product_that_mla_tune_knows_has_a_policy() -> None:
@@ -60,7 +60,7 @@ def test_every_product_that_mla_tune_knows_has_a_policy() -> None:
 
 def test_a_product_without_a_file_of_its_own_is_served_by_one_that_names_it_and_models_the_same_figures() -> None:
     for sku in {sku.name for sku in SKUS}:
-        policy = load_policy(str(packaged_policy(sku)))
+        policy = load_policy(str(policy_file(sku).path))
         assert sku in policy.gpu.skus
         if policy.evidence == "modelled":
             assert set(policy.gpu.skus) == {sheet.sku for sheet in same_figures(sku)}

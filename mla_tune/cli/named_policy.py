@@ -11,7 +11,7 @@ from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError
 from mla_tune.policy.codec import digest, parse_policy, read_policy_file
 from mla_tune.policy.evidence import PolicyEvidence, load_evidence
 from mla_tune.policy.schema import Policy, Table
-from mla_tune.policy.shipped import packaged_policy
+from mla_tune.policy.search import policy_file
 from mla_tune.runtime.dispatcher import Dispatcher
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.site import FORWARD, Conditions, SiteName
@@ -42,8 +42,8 @@ def _named_file(path: Path | None, gpu: str) -> tuple[Path, str]:
     local = policy_path(sku)
     if local.is_file():
         return local, str(local)
-    shipped = Path(str(packaged_policy(sku)))
-    return shipped, shipped.name
+    found = Path(str(policy_file(sku).path))
+    return found, found.name
 
 
 def policy_conditions(policy: Policy) -> Conditions:

@@ -104,6 +104,7 @@ def fit(
     render.policy_summary(fitted.policy, fitted.evidence, target, as_json)
     if not as_json:
         render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
+        render.unsettled(fitted.unsupported, fitted.suspects)
         render.weighted(fitted.weighted)
         render.next_command(fitted.policy, target)
 

@@ -27,16 +27,7 @@ from mla_tune.fit.training import measured_range
 from mla_tune.hardware.sku import Environment
 from mla_tune.policy.evidence import PolicyEvidence, TableEvidence
 from mla_tune.policy.kernel_config import kernel_configs
-from mla_tune.policy.schema import (
-    Gpu,
-    Ineligible,
-    Library,
-    Limit,
-    Policy,
-    PolicyEnvironment,
-    Source,
-    Table,
-)
+from mla_tune.policy.schema import Gpu, Ineligible, Library, Limit, Policy, PolicyEnvironment, Source, Table
 from mla_tune.sites.engines import Engine, engine_choice
 from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import Measurement, Role

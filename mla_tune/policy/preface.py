@@ -10,6 +10,7 @@ from mla_tune.policy.decision import Decision
 from mla_tune.policy.evidence import PolicyEvidence, Slowdown
 from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.engines import Engine
+from mla_tune.sites.provider import SGLANG_KERNEL
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
 
 _COLUMNS = 118
@@ -37,6 +38,8 @@ def _paragraphs(policy: Policy, evidence: PolicyEvidence | None) -> Iterator[str
         )
     builds = ", ".join(f"{library.name} {library.version}" for library in environment.libraries) or "no kernel library"
     around = f", around attention the kernels of {policy.provider}" if policy.provider else ""
+    if f"+{SGLANG_KERNEL}@" in (policy.provider or ""):
+        around += f"; no table depends on {SGLANG_KERNEL}, whose top-k transform changes no choice for V3.2"
     yield (
         f"Rests on {policy.source.measurements} timings ({policy.regime} time) on {policy.scaled_from or gpu.sku} with "
         f"driver {environment.driver or '-'}, torch {environment.torch}, {builds}{around}."

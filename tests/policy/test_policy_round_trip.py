@@ -15,7 +15,7 @@ from mla_tune.errors import PolicyError
 from mla_tune.policy.codec import digest, dump_policy, load_policy, parse_policy, write_policy
 from mla_tune.policy.evidence import load_evidence
 from mla_tune.policy.schema import Ineligible, Policy
-from mla_tune.policy.shipped import packaged_policies
+from mla_tune.policy.search import packaged_policies
 from mla_tune.policy.strict_yaml import read_yaml
 from tests.policy.strategies import MODELLED, evidence, full_policy, modelled_policy, policies, policy, table
 

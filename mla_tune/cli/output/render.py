@@ -189,7 +189,7 @@ def provenance(policy: Policy, source: str) -> None:
     )
 
 
-def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> None:
+def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: Sequence[str]) -> None:
     """Every rule over all attention layer types together, and what could not be judged."""
     if overall:
         console.print(
@@ -197,10 +197,16 @@ def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> No
         )
     for table in left_out:
         console.print(f"no table for {table}: no held-out point judges it yet; sweep again to go on", highlight=False)
-    if lost:
-        warn(
-            f"the policy that was there before had {lost} tables that this one lacks: sweep without filters to have them"
-        )
+    for line in lost:
+        warn(line)
+
+
+def unsettled(unsupported: Sequence[str], suspects: Sequence[str]) -> None:
+    """What could not run where it was swept, and which failures are no limits yet."""
+    for line in unsupported:
+        note(line)
+    for line in suspects:
+        note(f"no limit yet: {line}; it is not chosen from there up; next: mla-tune probe --suspects")
 
 
 def weighted(judged: Weighted | None) -> None:
