@@ -16,12 +16,12 @@ SERVING_PACKAGES = {"mla_tune", "yaml", "_yaml", "cython_runtime", "msgspec", "t
 """Beyond the standard library. PyYAML's parser is made by Cython, whose runtime shows up as modules of its own
 (``_cython_<version>`` too); msgspec loads typing_extensions where that is installed."""
 SERVING_MODULES = {
-    *("mla_tune", "mla_tune.errors", "mla_tune.files"),
+    *("mla_tune", "mla_tune.errors", "mla_tune.files", "mla_tune.notice"),
     *(
         "mla_tune.sites",
         *(f"mla_tune.sites.{name}" for name in ("site", "provider", "engines", "candidates", "stages")),
     ),
-    *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml", "builds"))),
+    *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml", "driver", "builds"))),
     "mla_tune.policy",
     *(f"mla_tune.policy.{name}" for name in ("schema", "evidence", "kernel_config", "rules", "text", "threshold")),
     *(f"mla_tune.policy.{name}" for name in ("shipped", "decision")),
@@ -32,17 +32,18 @@ SERVICE_MODULES = {f"mla_tune.runtime.{name}" for name in ("decider", "ranks", "
     "mla_tune.sites.served_shapes"
 }
 
-VALUES = {"errors", "files", "sites", "hardware"}
+VALUES = {"errors", "files", "notice", "sites", "hardware"}
 """Plain values: standard library and msgspec only, and importable by every part."""
 LAYERS: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
-    "hardware": {"errors"},
+    "notice": set(),
+    "hardware": {"errors", "notice"},
     "sites": {"errors", "files", "hardware"},
     "policy": VALUES,
     "runtime": {"policy"} | VALUES,
     "kernels": {"sites", "errors"},
-    "bench": {"hardware", "errors", "files"},
+    "bench": {"hardware", "errors", "files", "notice"},
     "store": VALUES,
     "sweep": {"kernels", "bench", "store"} | VALUES,
     "fit": {"store", "policy"} | VALUES,

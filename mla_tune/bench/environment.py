@@ -10,27 +10,35 @@ import hashlib
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
 from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN
+from mla_tune.hardware.driver import refusal
+from mla_tune.hardware.nvml import detect_gpu
 from mla_tune.hardware.sku import CPU, Environment, KernelLibrary, sku_name
+from mla_tune.notice import say_once
 
 if TYPE_CHECKING:
     from types import ModuleType
 
 _CHUNK_BYTES = 1 << 20
 _PROCESSORS = Path("/proc/cpuinfo")
+_UNKNOWN_RELEASE = (
+    "{name} in {folder} must have one readable version: got none, or several; what is measured now serves nowhere, since a "
+    "policy must name the builds that it depends on; install {name} again with pip"
+)
 
 
 def detect_environment(gpu: bool) -> Environment:
     """What runs here: the GPU that torch calls current and its kernel libraries, or the processor.
 
-    Raises :class:`MissingPackageError` without torch (or, for a GPU, nvidia-ml-py), and
-    :class:`EnvironmentMismatchError` where a GPU is wanted and torch can use none.
+    Raises :class:`MissingPackageError` without torch, and :class:`EnvironmentMismatchError` where a GPU is wanted and
+    torch can use none, or the driver does not say which one it is. A kernel library of which nobody can tell the version
+    is said in the log.
     """
     return _gpu_environment() if gpu else _cpu_environment()
 
@@ -40,15 +48,36 @@ def kernel_libraries() -> tuple[KernelLibrary, ...]:
 
     A library without metadata (a source tree on the path) goes by its project's name and the version :data:`UNKNOWN`.
     """
-    found = []
-    for module, distributions in DISTRIBUTIONS.items():
+    libraries = []
+    for module, names in DISTRIBUTIONS.items():
         folder = _module_folder(module)
         if folder is None:
             continue
-        installed = [(name, version(name)) for name in distributions if _is_installed(name)]
         sha256 = digest_library(folder)
-        found += [KernelLibrary(n, v, sha256) for n, v in installed or [(distributions[-1], UNKNOWN)]]
-    return tuple(sorted(found, key=lambda library: library.name))
+        named = ((name, list(distributions(name=name))) for name in names)
+        installed = {name: _version(found, folder) for name, found in named if found}
+        for name, release in (installed or {names[-1]: UNKNOWN}).items():
+            if release == UNKNOWN:
+                say_once(_UNKNOWN_RELEASE.format(name=name, folder=folder))
+            libraries.append(KernelLibrary(name, release, sha256))
+    return tuple(sorted(libraries, key=lambda library: library.name))
+
+
+def _version(installed: list[Distribution], folder: Path) -> str:
+    """The version that the metadata beside a package's folder state; unknown where none is readable or they differ.
+
+    An upgrade that broke off leaves metadata behind, empty or of another release.
+    """
+    beside = [found for found in installed if Path(str(found.locate_file(""))) == folder.parent]
+    stated = {_stated_version(found) for found in beside or installed[:1]} - {""}  # elsewhere: an editable install
+    return stated.pop() if len(stated) == 1 else UNKNOWN
+
+
+def _stated_version(installed: Distribution) -> str:
+    """Empty where the metadata cannot be read: Python's own answer is then None or an exception, by its version."""
+    with suppress(KeyError, TypeError, OSError, PackageNotFoundError):
+        return str(installed.metadata["Version"] or "")
+    return ""
 
 
 def digest_library(folder: Path) -> str:
@@ -82,8 +111,10 @@ def _gpu_environment() -> Environment:
             "GPU with its driver and a CUDA build of torch; check `nvidia-smi`, or pass --gpu cpu"
         )
     device = torch.cuda.get_device_properties(torch.cuda.current_device())
+    gpu = detect_gpu()  # the same device, by the UUID that torch gives
+    memory_gib = gpu.memory_gib if gpu else round(getattr(device, "total_memory", 0) / (1 << 30))
     return Environment(
-        sku=sku_name(device.name),
+        sku=gpu.sku if gpu else sku_name(device.name, memory_gib=memory_gib),
         sm_count=device.multi_processor_count,
         shared_memory_optin_bytes=device.shared_memory_per_block_optin,
         driver=_driver_version(),
@@ -91,6 +122,9 @@ def _gpu_environment() -> Environment:
         torch=str(torch.__version__),
         triton=_triton_version(),
         libraries=kernel_libraries(),
+        product=gpu.product if gpu else device.name,
+        memory_gib=memory_gib,
+        power_limit_w=gpu.power_limit_w if gpu else 0,
     )
 
 
@@ -118,21 +152,10 @@ def _torch() -> ModuleType:
 
 
 def _driver_version() -> str:
-    try:
-        import pynvml
-    except ImportError as error:
-        raise _missing("nvidia-ml-py", error) from None
-    try:
-        pynvml.nvmlInit()
-        driver = pynvml.nvmlSystemGetDriverVersion()
-        pynvml.nvmlShutdown()
-    except pynvml.NVMLError as error:
-        raise EnvironmentMismatchError(
-            f"the driver's version must be readable: its management library said {error}; accepted: a machine or "
-            "container where `nvidia-smi` works (containers: driver capability 'utility')"
-        ) from None
-    # Releases before 11.5 return bytes, and other distributions of this module still do.
-    return driver.decode() if isinstance(driver, bytes) else str(driver)
+    gpu = detect_gpu()
+    if gpu is None:
+        raise refusal("torch uses one, and no driver library lists it")
+    return gpu.driver or UNKNOWN
 
 
 def _triton_version() -> str:
@@ -144,17 +167,13 @@ def _triton_version() -> str:
 
 
 def _module_folder(module: str) -> Path | None:
-    """Where a top-level package lies, without importing it; None if there is no such package."""
+    """Where a top-level package lies, without importing it; None if there is no such package.
+
+    A folder without ``__init__.py``, as an uninstall leaves it where something was cached, is none.
+    """
     spec = find_spec(module)
-    folders = list(spec.submodule_search_locations or ()) if spec else []
+    folders = list(spec.submodule_search_locations or ()) if spec and spec.origin else []
     return Path(folders[0]) if folders else None
-
-
-def _is_installed(distribution: str) -> bool:
-    with suppress(PackageNotFoundError):
-        version(distribution)
-        return True
-    return False
 
 
 def _missing(package: str, error: ImportError) -> MissingPackageError:

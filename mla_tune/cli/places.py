@@ -29,16 +29,21 @@ def this_device(argument: str) -> Device:
 
     Raises :class:`UsageError` for an unknown SKU, :class:`EnvironmentMismatchError` for one that is not in this machine.
     """
-    gpu = detect_gpu()
-    if argument == "auto":
-        return Device(gpu.sku, "cuda", gpu.sm_count) if gpu else Device(CPU, "cpu", 0)
-    sku = resolve_sku(argument)
-    if sku == CPU:
+    sku = None if argument == "auto" else resolve_sku(argument)
+    if sku == CPU:  # whatever the driver of a GPU has to say
         return Device(CPU, "cpu", 0)
-    if gpu is None or gpu.sku != sku:
+    gpu = detect_gpu()
+    if sku is None and gpu is None:
+        return Device(CPU, "cpu", 0)
+    if gpu is None or sku not in (None, gpu.sku):
         raise EnvironmentMismatchError(
             f"--gpu {argument} measures an {sku} that is in this machine: found {_found(gpu)}; accepted here: "
             f"{_accepted(gpu)}; run it on a machine with that GPU"
+        )
+    if not gpu.sm_count:
+        raise EnvironmentMismatchError(
+            f"a sweep is planned by the GPU's SM count: the driver does not tell that of {gpu.product}; accepted: a driver "
+            "with nvmlDeviceGetNumGpuCores (495 and later); upgrade it, or pass --gpu cpu"
         )
     return Device(gpu.sku, "cuda", gpu.sm_count)
 

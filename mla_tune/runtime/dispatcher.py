@@ -33,7 +33,6 @@ from mla_tune.sites.site import FORWARD, LayerType, ModelConfig, SiteName
 from mla_tune.sites.site import model as find_model
 
 if TYPE_CHECKING:
-    from mla_tune.hardware.nvml import GpuIdentity
     from mla_tune.sites.launch_parameters import Launches
 
 __all__ = ["Dispatcher", "Explanation", "Fallback", "Reason", "Resolved", "Rule"]
@@ -166,10 +165,8 @@ class Dispatcher:
             return cls._after(error, fallback, None)
         if switches.off is not None:
             return cls(None, source=switches.off, fallback="incumbent", switches=switches)
-        from mla_tune.hardware.nvml import detect_gpu
-
         try:
-            return cls._for_gpu(detect_gpu(), fallback, switches, provider)
+            return cls._for_gpu(fallback, switches, provider)
         except (PolicyError, EnvironmentMismatchError) as error:
             return cls._after(error, fallback, switches)
 
@@ -262,18 +259,23 @@ class Dispatcher:
         return cls(None, source=str(error), fallback=fallback, switches=switches)
 
     @classmethod
-    def _for_gpu(cls, gpu: GpuIdentity | None, fallback: Fallback, switches: Switches, provider: str) -> Dispatcher:
+    def _for_gpu(cls, fallback: Fallback, switches: Switches, provider: str) -> Dispatcher:
         """The policy that the user named, whatever differs; or the one that ships, if nothing does."""
+        from mla_tune.hardware.nvml import detect_gpu
         from mla_tune.runtime.compatibility import mismatches
 
         if switches.policy is not None:
             named = switches.policy
             dispatcher = cls._from_bytes(read_policy_file(named), named, fallback, switches)
             _check_evidence(dispatcher, refused=switches.allow_modelled is False)
-            dispatcher.differences = tuple(mismatches(dispatcher.policy, gpu))
+            try:
+                dispatcher.differences = tuple(mismatches(dispatcher.policy, detect_gpu()))
+            except EnvironmentMismatchError as error:  # nobody can tell which GPU this is
+                dispatcher.differences = (str(error),)
             for difference in dispatcher.differences:
                 _log.warning("%s is used because %s names it, but %s", named, POLICY_VARIABLE, difference)
             return dispatcher
+        gpu = detect_gpu()
         if gpu is None:
             raise EnvironmentMismatchError(
                 "for_this_gpu needs a visible NVIDIA GPU and its driver: got none; "

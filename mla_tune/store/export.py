@@ -5,7 +5,7 @@ each try of a probe, and one for each set of tuned launch parameters, all sorted
 whatever order it was taken or inserted in. Raw and disturbed samples stay in the database; latencies are kept to 0.001 us
 and first calls to 1 us, which is far below their noise. Version 1 had no tries and did not say why sampling stopped,
 version 2 knew of no launch parameters, version 3 of no
-kernels but the project's own; all are read as well.
+kernels but the project's own, version 4 did not tell the products of one chip apart; all are read as well.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import msgspec
 
 from mla_tune.errors import StoreError, UsageError
 from mla_tune.files import write_atomically
-from mla_tune.hardware.sku import Environment, KernelLibrary
+from mla_tune.hardware.sku import LATER_FIELDS, Environment, KernelLibrary
 from mla_tune.store.limit_try import Try
 from mla_tune.store.lines import (
     MALFORMED,
@@ -43,7 +43,8 @@ from mla_tune.store.measurement import Measurement
 from mla_tune.store.tuned import Tuned, tuned_fault
 
 FORMAT = "mla-tune-measurements"
-VERSION = 4
+VERSION = 5
+_WITHOUT_PRODUCTS = 4
 _WITHOUT_PROVIDERS = 3
 _WITHOUT_LAUNCHES = 2
 MAX_BYTES = 64 * 2**20
@@ -117,7 +118,9 @@ def export_lines(
     # What an earlier version can hold is written as that version: committed exports stay the bytes that they are.
     news = bool(launches) or any(m.launches or m.site.overlap for m in rows)
     provided = any(m.site.provider for m in rows) or any(attempt.site.provider for attempt in attempts)
-    least = VERSION if provided else _WITHOUT_PROVIDERS if news else _WITHOUT_LAUNCHES
+    least = _WITHOUT_PRODUCTS if provided else _WITHOUT_PROVIDERS if news else _WITHOUT_LAUNCHES
+    if any(getattr(environment, name) for name in LATER_FIELDS):
+        least = VERSION
     header = Header(
         format=FORMAT,
         version=least,
@@ -216,7 +219,11 @@ def _decode_header(path: str | os.PathLike[str], line: bytes) -> Header:
         header = msgspec.json.decode(line, type=Header)
     except MALFORMED as error:
         raise _refusal(path, 1, f"{accepted}: {error}") from error
-    unknown = (header.version < 2 and header.tries) or (header.version < 3 and header.launches)
+    unknown = (
+        (header.version < 2 and header.tries)
+        or (header.version < 3 and header.launches)
+        or (header.version < 5 and any(getattr(header.environment, name) for name in LATER_FIELDS))
+    )
     if header.format != FORMAT or not 1 <= header.version <= VERSION or unknown:
         raise _refusal(path, 1, f"{accepted}: got format {header.format!r}, version {header.version}")
     return header

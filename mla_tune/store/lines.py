@@ -29,7 +29,7 @@ class _Library(_Record, frozen=True):
     sha256: str
 
 
-class EnvironmentRecord(_Record, frozen=True):
+class EnvironmentRecord(_Record, frozen=True, omit_defaults=True):
     """See :class:`mla_tune.hardware.sku.Environment`."""
 
     sku: str
@@ -40,6 +40,10 @@ class EnvironmentRecord(_Record, frozen=True):
     torch: str
     triton: str
     libraries: tuple[_Library, ...]
+    product: str = ""
+    memory_gib: _Count = 0
+    power_limit_w: _Count = 0
+    """These three since version 5."""
 
 
 class Header(_Record, frozen=True):

@@ -142,6 +142,14 @@ def m004_outside_causes(db: sqlite_utils.Database) -> None:
             db.execute("delete from tries where rowid = ?", [rowid])
 
 
+@MIGRATIONS()
+def m005_products(db: sqlite_utils.Database) -> None:
+    """Which product a GPU is. An environment of before keeps its id, and its rows: it does not know these."""
+    db.table("environments").add_column("product", str, not_null_default="")
+    db.table("environments").add_column("memory_gib", int, not_null_default=0)
+    db.table("environments").add_column("power_limit_w", int, not_null_default=0)
+
+
 def applied_migrations(db: sqlite_utils.Database) -> list[str]:
     """Names of the steps that made this database, oldest first; empty for one that mla-tune did not write."""
     return [migration.name for migration in MIGRATIONS.applied(db)]

@@ -95,6 +95,7 @@ def gpu_grid(sm_count: int, architecture: str | None = None) -> Grid:
             (1, _K * _K, (16, 4096)),
             (16, 128 * _K, (256,)),
             (64, 4 * _K, (64, 4096)),
+            (64, 32 * _K, (64,)),
             (64, _K * _K, (64, 16 * _K)),
         ),
         indexer_seeds=(1, 256, 8192, 32 * _K),

@@ -28,6 +28,9 @@ ENVIRONMENT = Environment(
         KernelLibrary("sgl-flash-mla", "1.0.0", "2e" * 32),
     ),
 )
+NVL_ENVIRONMENT = replace(
+    ENVIRONMENT, sku="nvidia-h200-nvl", product="NVIDIA H200 NVL", memory_gib=140, power_limit_w=600
+)
 CPU_ENVIRONMENT = Environment("cpu", 2, 0, "Some Processor", "", "2.13.0", "", ())
 
 C4A = Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 512)
@@ -204,4 +207,7 @@ environments = st.builds(
     torch=st.just("2.11.0"),
     triton=st.just("3.6.0"),
     libraries=st.lists(st.builds(KernelLibrary, details, details, details), max_size=2).map(tuple),
+    product=st.sampled_from(["", "NVIDIA H200", "NVIDIA H200 NVL"]),
+    memory_gib=st.sampled_from([0, 70, 140]),
+    power_limit_w=st.sampled_from([0, 600, 700]),
 )

@@ -26,6 +26,7 @@ from tests.store.strategies import (
     CPU_ENVIRONMENT,
     ENVIRONMENT,
     METADATA,
+    NVL_ENVIRONMENT,
     disturbed,
     environments,
     export_order,
@@ -412,7 +413,8 @@ def test_every_schema_that_ever_landed_has_its_file() -> None:
 def test_a_database_of_an_earlier_schema_opens_and_keeps_every_row(name: str, tmp_path: Path) -> None:
     shutil.copy(DATA / name, tmp_path / "a.db")
     with Database.open(tmp_path / "a.db", create=False) as database:
-        assert database.environments() == [CPU_ENVIRONMENT, ENVIRONMENT]
+        products = [] if name < "schema_m005.db" else [NVL_ENVIRONMENT]
+        assert database.environments() == [CPU_ENVIRONMENT, ENVIRONMENT, *products]
         rows = database.measurements(ENVIRONMENT.id)
         plain = [replace(row, stopped_by=None, power_capped=False, launches="") for row in rows]
         assert plain == export_order(fixed_rows())

@@ -37,6 +37,7 @@ from mla_tune.store.tuned import Tuned
 from tests.store.strategies import (
     C4A,
     ENVIRONMENT,
+    NVL_ENVIRONMENT,
     environments,
     export_order,
     failure,
@@ -201,7 +202,7 @@ def _refused(path: Path, data: bytes) -> str:
         (b"not json", "malformed"),
         (b"[]", "Expected `object`"),
         (b"\xff", "malformed"),
-        (b'{"format": "mla-tune-measurements", "version": 5, "later": 1}', "version up to 4: got 5; upgrade"),
+        (b'{"format": "mla-tune-measurements", "version": 6, "later": 1}', "version up to 5: got 6; upgrade"),
         (b'{"format": "mla-tune-measurements", "version": 0, "environment": {}}', "missing required field"),
         (b'{"format": "other", "version": 1, "environment": {}}', "missing required field"),
         (b'{"format": "mla-tune-measurements", "version": 1, "deep": ' + b"[" * 100_000, "header"),
@@ -310,6 +311,37 @@ def test_an_export_of_the_first_version_is_read_and_has_no_tries(tmp_path: Path)
     rows = export_order(list(map(to_export_precision, fixed_rows())))
     assert read_export(tmp_path / "a.jsonl") == Export(ENVIRONMENT, tuple(rows))
     assert "version 1" in _refused(tmp_path / "b.jsonl", (json.dumps(old | {"tries": 1}) + "\n").encode())
+
+
+def test_an_environment_of_before_products_were_told_apart_keeps_its_id_and_its_bytes(tmp_path: Path) -> None:
+    committed = Path(__file__).parents[2] / "db" / "nvidia-h200.jsonl"
+    environment = read_export(committed).environment
+    assert (environment.product, environment.memory_gib, environment.power_limit_w) == ("", 0, 0)
+    assert environment.id == "494394bce759dd12"  # what databases out there hold its rows under
+    first, *_ = export_lines(ENVIRONMENT, [timing()])
+    assert "product" not in first
+    assert json.loads(first)["version"] == 2
+
+
+def test_two_products_of_one_chip_are_two_environments_and_never_replace_each_others_rows(tmp_path: Path) -> None:
+    h200 = replace(ENVIRONMENT, product="NVIDIA H200", memory_gib=140, power_limit_w=700)
+    others = [NVL_ENVIRONMENT, replace(h200, power_limit_w=500), replace(h200, memory_gib=70), ENVIRONMENT]
+    with Database.open(tmp_path / "a.db") as database:
+        for number, environment in enumerate([h200, *others]):
+            database.record(environment, [timing(100.0 + number)])
+            write_export(tmp_path / f"{number}.jsonl", environment, database.measurements(environment.id))
+        for number, environment in enumerate([h200, *others]):
+            assert [row.latency_us for row in database.measurements(environment.id)] == [100.0 + number]
+            found = read_export(tmp_path / f"{number}.jsonl")
+            assert found.environment == environment
+            assert database.merge(found) == 0
+
+
+def test_an_earlier_version_that_states_a_product_is_refused(tmp_path: Path) -> None:
+    lines = list(export_lines(NVL_ENVIRONMENT, [timing()]))
+    assert json.loads(lines[0])["version"] == 5
+    old = "".join(lines).replace('"version":5', '"version":4')
+    assert "version 4" in _refused(tmp_path / "a.jsonl", old.encode())
 
 
 @given(tuned=tuned_lists())
