@@ -14,7 +14,7 @@ from mla_tune.cli.places import make_folder
 from mla_tune.errors import FitError, PolicyError, UsageError
 from mla_tune.fit.acquire import doubts
 from mla_tune.fit.costs import CostModel
-from mla_tune.fit.evaluation import Weighted, by_traffic, is_single_layer_attention, overall
+from mla_tune.fit.evaluation import LostTable, Weighted, by_traffic, is_single_layer_attention, overall
 from mla_tune.fit.objective import PLAIN, Objective, shape_weights
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.refine import crossover_shapes
@@ -247,6 +247,8 @@ class Fitted:
     """Tables of the policy that was there before which this one lacks."""
     weighted: Weighted | None
     """Every rule by the recorded traffic; None without any."""
+    lost_points: tuple[LostTable, ...] = ()
+    """Tables that keep the engine's default, because they lost their own held-out points."""
 
 
 def fit(
@@ -286,6 +288,7 @@ def fit(
         command=shlex.join(words),
     )
     objective = wishes.objective()
+    lost_points: list[LostTable] = []
     policy = fit_policy(
         found.environment,
         rows,
@@ -294,6 +297,7 @@ def fit(
         first_call_bound_s=first_call_bound_s,
         objective=objective,
         tuned=found.tuned,
+        on_lost=lost_points.append,
     )
     observations = Observations(rows, regime=Regime(policy.regime), architecture=architecture(policy.gpu.sku))
     make_folder(out)
@@ -306,6 +310,7 @@ def fit(
         left_out=tuple(left_out(rows, policy)),
         lost=len(before - _table_keys(policy)),
         weighted=by_traffic(observations, policy, objective) if objective.traffic else None,
+        lost_points=tuple(lost_points),
     )
 
 
