@@ -97,6 +97,7 @@ def fit(
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
+        render.unsettled(fitted.unsupported, fitted.suspects)
         render.weighted(fitted.weighted)
         render.next_command(fitted.policy, target)
     render.lost_points(fitted.lost_points, strict=strict)

@@ -79,7 +79,7 @@ def _barred(policy: Policy) -> Iterator[str]:
         for limit in table.limits:
             heads = f", {table.h_q} heads" if table.h_q else ""
             yield (
-                f"limit: {limit.candidate} ({table.site}{heads}) up to {limit.num_qo_tokens} query tokens, "
+                f"limit: {limit.candidate} ({table.site}, {table.layer}{heads}) up to {limit.num_qo_tokens} query tokens, "
                 f"fails at {limit.fails_at}"
             )
         if (cap := table.workspace_cap) is not None and cap.over:
@@ -170,7 +170,7 @@ def provenance(policy: Policy, source: str) -> None:
     )
 
 
-def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> None:
+def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: Sequence[str]) -> None:
     """Every rule over all attention layer types together, and what could not be judged."""
     if overall:
         console.print(
@@ -178,10 +178,16 @@ def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> No
         )
     for table in left_out:
         console.print(f"no table for {table}: no held-out point judges it yet; sweep again to go on", highlight=False)
-    if lost:
-        warn(
-            f"the policy that was there before had {lost} tables that this one lacks: sweep without filters to have them"
-        )
+    for line in lost:
+        warn(line)
+
+
+def unsettled(unsupported: Sequence[str], suspects: Sequence[str]) -> None:
+    """What could not run where it was swept, and which failures are no limits yet."""
+    for line in unsupported:
+        note(line)
+    for line in suspects:
+        note(f"no limit yet: {line}; it is not chosen from there up; next: mla-tune probe --suspects")
 
 
 def lost_points(found: Sequence[LostTable], *, strict: bool) -> None:
