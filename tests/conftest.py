@@ -22,6 +22,10 @@ settings.load_profile("mla-tune")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, here and in every worker
 
 
+# What a developer's own sweeps have left is no part of a test.
+os.environ["MLA_TUNE_HOME"] = "/nonexistent/mla-tune"
+
+
 def _has_cuda() -> bool:
     if importlib.util.find_spec("torch") is None:
         return False

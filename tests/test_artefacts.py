@@ -17,7 +17,7 @@ from mla_tune.fit.observations import Observations
 from mla_tune.fit.usable import usable
 from mla_tune.hardware.datasheet import datasheet
 from mla_tune.hardware.sku import SKUS
-from mla_tune.integrations.sglang.sglang_process import TESTED
+from mla_tune.integrations.sglang.sglang_state import RELEASES
 from mla_tune.policy.schema import dump_policy, load_policy
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.site import MODELS, SiteName
@@ -51,7 +51,7 @@ def test_every_policy_has_its_measurements_and_the_other_way_round() -> None:
 def test_what_sglang_is_served_by_was_measured_with_a_release_that_the_plugin_serves() -> None:
     provided = {path: load_policy(path).provider for path in POLICIES if path.stem.endswith(".sglang")}
     assert provided
-    assert {Provider.parse(key or "").version for key in provided.values()} <= set(TESTED)
+    assert {Provider.parse(key or "").version for key in provided.values()} <= set(RELEASES)
 
 
 def test_every_product_that_mla_tune_knows_has_a_policy() -> None:

@@ -22,7 +22,7 @@ PACKAGE = Path(__file__).parents[1] / "mla_tune"
 EVERY = [candidate for found in CANDIDATES.values() for candidate in found]
 DEFINITIONS = {"sites/candidates.py"}
 """Where the names are defined."""
-LIBRARIES = {"sites/stages.py": {"deep_gemm"}, "bench/environment.py": {"deep_gemm"}}
+LIBRARIES = {"sites/stages.py": {"deep_gemm"}, "hardware/builds.py": {"deep_gemm"}}
 """Names of a kernel library that a candidate shares: its module, and what is looked for in an environment."""
 
 

@@ -21,12 +21,12 @@ SERVING_MODULES = {
         "mla_tune.sites",
         *(f"mla_tune.sites.{name}" for name in ("site", "provider", "engines", "candidates", "stages")),
     ),
-    *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml", "driver", "builds"))),
+    *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml", "driver", "builds", "digests"))),
     "mla_tune.policy",
     *(f"mla_tune.policy.{name}" for name in ("schema", "evidence", "kernel_config", "rules", "text", "threshold")),
-    *(f"mla_tune.policy.{name}" for name in ("shipped", "decision")),
+    *(f"mla_tune.policy.{name}" for name in ("search", "decision")),
     "mla_tune.runtime",
-    *(f"mla_tune.runtime.{name}" for name in ("dispatcher", "pins", "switches", "compatibility")),
+    *(f"mla_tune.runtime.{name}" for name in ("dispatcher", "pins", "switches", "serving", "compatibility")),
 }
 SERVICE_MODULES = {f"mla_tune.runtime.{name}" for name in ("decider", "ranks", "counters", "recording")} | {
     "mla_tune.sites.served_shapes"

@@ -6,17 +6,16 @@ a digest over its files, since two builds may carry one version.
 
 from __future__ import annotations
 
-import hashlib
 import platform
 from collections.abc import Iterable
 from contextlib import suppress
-from importlib.metadata import Distribution, PackageNotFoundError, distributions, version
-from importlib.util import find_spec
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
-from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN
+from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN, installed_version, module_folder
+from mla_tune.hardware.digests import digest_library
 from mla_tune.hardware.driver import refusal
 from mla_tune.hardware.nvml import detect_gpu
 from mla_tune.hardware.sku import CPU, Environment, KernelLibrary, sku_name
@@ -25,7 +24,6 @@ from mla_tune.notice import say_once
 if TYPE_CHECKING:
     from types import ModuleType
 
-_CHUNK_BYTES = 1 << 20
 _PROCESSORS = Path("/proc/cpuinfo")
 _UNKNOWN_RELEASE = (
     "{name} in {folder} must have one readable version: got none, or several; what is measured now serves nowhere, since a "
@@ -48,50 +46,18 @@ def kernel_libraries() -> tuple[KernelLibrary, ...]:
 
     A library without metadata (a source tree on the path) goes by its project's name and the version :data:`UNKNOWN`.
     """
-    libraries = []
-    for module, names in DISTRIBUTIONS.items():
-        folder = _module_folder(module)
+    libraries: list[KernelLibrary] = []
+    for module, distributions in DISTRIBUTIONS.items():
+        folder = module_folder(module)
         if folder is None:
             continue
         sha256 = digest_library(folder)
-        named = ((name, list(distributions(name=name))) for name in names)
-        installed = {name: _version(found, folder) for name, found in named if found}
-        for name, release in (installed or {names[-1]: UNKNOWN}).items():
+        stated = {name: found for name in distributions if (found := installed_version(name)) is not None}
+        for name, release in (stated or {distributions[-1]: UNKNOWN}).items():
             if release == UNKNOWN:
                 say_once(_UNKNOWN_RELEASE.format(name=name, folder=folder))
             libraries.append(KernelLibrary(name, release, sha256))
     return tuple(sorted(libraries, key=lambda library: library.name))
-
-
-def _version(installed: list[Distribution], folder: Path) -> str:
-    """The version that the metadata beside a package's folder state; unknown where none is readable or they differ.
-
-    An upgrade that broke off leaves metadata behind, empty or of another release.
-    """
-    beside = [found for found in installed if Path(str(found.locate_file(""))) == folder.parent]
-    stated = {_stated_version(found) for found in beside or installed[:1]} - {""}  # elsewhere: an editable install
-    return stated.pop() if len(stated) == 1 else UNKNOWN
-
-
-def _stated_version(installed: Distribution) -> str:
-    """Empty where the metadata cannot be read: Python's own answer is then None or an exception, by its version."""
-    with suppress(KeyError, TypeError, OSError, PackageNotFoundError):
-        return str(installed.metadata["Version"] or "")
-    return ""
-
-
-def digest_library(folder: Path) -> str:
-    """SHA-256 over a package's compiled files, or over its Python sources where it has none, in path order.
-
-    Each file enters by its path in the package, its size and its bytes; where the package lies does not matter.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.so")) or sorted(folder.rglob("*.py")):
-        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
 
 
 def processor_name(cpuinfo: Iterable[str]) -> str:
@@ -164,16 +130,6 @@ def _triton_version() -> str:
         with suppress(PackageNotFoundError):
             return version(name)
     return ""
-
-
-def _module_folder(module: str) -> Path | None:
-    """Where a top-level package lies, without importing it; None if there is no such package.
-
-    A folder without ``__init__.py``, as an uninstall leaves it where something was cached, is none.
-    """
-    spec = find_spec(module)
-    folders = list(spec.submodule_search_locations or ()) if spec and spec.origin else []
-    return Path(folders[0]) if folders else None
 
 
 def _missing(package: str, error: ImportError) -> MissingPackageError:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from mla_tune.cli.options import GpuOption, JsonOption, ModelOption, SiteOption, chosen_models, chosen_sites
-from mla_tune.cli.output import device_output
+from mla_tune.cli.output import device_output, render
 from mla_tune.cli.places import this_device
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 
@@ -46,13 +46,35 @@ def env(as_json: JsonOption = False) -> None:
     except EnvironmentMismatchError as error:  # there is one that nobody can tell: the rest is still worth printing
         gpu, product = None, f"unknown: {error}"
     environment = detect_environment(gpu=gpu is not None)
+    cannot_run = _cannot_run("cpu" if gpu is None else "cuda")
     try:
         serving = Dispatcher.for_this_gpu()
         served_by = f"{serving.source} ({serving.evidence})"
     except MlaTuneError as error:
         served_by = f"none: {error}"
     if as_json:
-        found = {**asdict(environment), "product": gpu.product if gpu else None, "policy": served_by}
+        found = {
+            **asdict(environment),
+            "product": gpu.product if gpu else None,
+            "policy": served_by,
+            "cannot_run": cannot_run,
+        }
         print(json.dumps(found, indent=2))
         return
     device_output.environment(product, environment, served_by)
+    for line in cannot_run:
+        render.note(line)
+
+
+def _cannot_run(kind: str) -> list[str]:
+    """Each distinct reason why candidates cannot run on this machine, in a line each."""
+    from mla_tune.cli.missing_tables import reason_lines
+    from mla_tune.sweep.grid import verification_points
+    from mla_tune.sweep.runner import Sweep
+
+    sites = [point.site for point in verification_points(chosen_models(None), chosen_sites(None))]
+    try:
+        with Sweep(kind) as worker:
+            return reason_lines(worker.ask_support(sites))
+    except MlaTuneError as error:
+        return [f"nothing can run here: {error}"]

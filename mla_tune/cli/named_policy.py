@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError
 from mla_tune.policy.schema import Policy, Table, parse_policy, read_policy_file
-from mla_tune.policy.shipped import packaged_policy
+from mla_tune.policy.search import policy_file
 from mla_tune.runtime.dispatcher import Dispatcher
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.site import FORWARD, Conditions, SiteName
@@ -28,8 +28,8 @@ def named_policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
     local = policy_path(sku)
     if local.is_file():
         return parse_policy(read_policy_file(local), str(local)), str(local)
-    shipped = packaged_policy(sku)
-    return parse_policy(shipped.read_bytes(), shipped.name), shipped.name
+    found = policy_file(sku).path
+    return parse_policy(found.read_bytes(), found.name), found.name
 
 
 def policy_conditions(policy: Policy) -> Conditions:

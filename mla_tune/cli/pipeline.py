@@ -5,16 +5,18 @@ from __future__ import annotations
 import shlex
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mla_tune.cli import missing_tables
 from mla_tune.cli.fit_options import NO_WISHES, Wishes
+from mla_tune.cli.limit_search import Found, suspect_text, suspects_of
 from mla_tune.cli.places import make_folder
 from mla_tune.errors import FitError, PolicyError, UsageError
 from mla_tune.fit.acquire import doubts
 from mla_tune.fit.costs import CostModel
-from mla_tune.fit.evaluation import Weighted, by_traffic, is_single_layer_attention, overall
+from mla_tune.fit.evaluation import LostTable, Weighted, by_traffic, is_single_layer_attention, overall
 from mla_tune.fit.objective import PLAIN, Objective, shape_weights
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.refine import crossover_shapes
@@ -25,8 +27,8 @@ from mla_tune.fit.usable import stored_provider, usable
 from mla_tune.fit.work import Array
 from mla_tune.hardware.datasheet import architecture
 from mla_tune.hardware.sku import Environment
-from mla_tune.policy.schema import HeldOut, Policy, Source, load_policy, write_policy
-from mla_tune.sites.provider import OWN
+from mla_tune.policy.schema import HeldOut, Policy, Source, Table, load_policy, write_policy
+from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.served_shapes import Shape as Recorded
 from mla_tune.sites.served_shapes import read_traffic
 from mla_tune.sites.shape import Shape
@@ -39,7 +41,6 @@ from mla_tune.store.measurement import Measurement, Regime
 from mla_tune.store.tuned import Tuned
 from mla_tune.sweep.grid import Grid, Point, attention_flops, cpu_grid, gpu_grid, grid_points, pool, seed_points
 from mla_tune.sweep.preset import FULL, Preset
-from mla_tune.sweep.probe import Bound, Known, Prober, known_counts, unclosed
 from mla_tune.sweep.runner import Progress, Report, Sweep
 
 SEED = 20250
@@ -165,8 +166,10 @@ class Measured:
     """Its database."""
     environment: Environment
     reports: tuple[Report, ...]
-    bounds: tuple[Bound, ...]
-    """Limits that it looked for, because something failed."""
+    limits: Found
+    """What came of the search for limits, where something failed."""
+    suspects: tuple[str, ...] = ()
+    """Failures that no probe has settled yet, in a line each."""
     conditions: Conditions = PLAIN_CONDITIONS
 
     def observations(self) -> Observations:
@@ -182,46 +185,17 @@ def compare(first: Measured, second: Measured) -> Repetition:
     return compare_sweeps(first.observations(), second.observations())
 
 
-def failing(database: Database, environment: Environment) -> Known:
-    """Candidates that were seen to run and, further up, to fail, without the exact bound in between."""
-    tries = database.tries(environment.id)
-    return unclosed(known_counts(database.measurements(environment.id), tries), tries)
+def export(database: Path, environment: Environment, path: Path, provider: Provider | None = None) -> None:
+    """Write the measurements and tries of one environment for committing: those of ``provider``'s kernels.
 
-
-def probe(
-    prober: Prober,
-    database: Database,
-    wanted: Mapping[tuple[Site, str], int] | None,
-    budget_s: float,
-    on_try: Callable[[Try], None],
-) -> list[Bound]:
-    """Search the bound of every wanted candidate, up to the count of query tokens given for it.
-
-    Without a wish: of those that are :func:`failing`, up to the largest count that they were seen at. The search starts
-    from what is stored, and every try is stored as it is made.
+    Tries of our own sites go with every provider's, since they hold for the kernels that it does not replace.
     """
-    deadline, environment = time.monotonic() + budget_s, prober.environment
-    known = known_counts(database.measurements(environment.id), database.tries(environment.id))
-    if wanted is None:
-        failed = failing(database, environment)
-        wanted = {target: max(count for count, _ in counts) for target, counts in failed.items()}
-
-    def note(attempt: Try) -> None:
-        database.record_tries(environment, [attempt])
-        on_try(attempt)
-
-    return [
-        prober.bound(site, candidate, largest, note, known.get((site, candidate), ()), deadline)
-        for (site, candidate), largest in wanted.items()
-        if time.monotonic() < deadline
-    ]
-
-
-def export(database: Path, environment: Environment, path: Path) -> None:
-    """Write the measurements and tries of one environment for committing."""
     make_folder(path)
     with Database.open(database, create=False) as opened:
-        write_export(path, environment, *_stored(opened, environment))
+        rows, tries, tuned = _stored(opened, environment)
+    kept = [row for row in rows if row.site.provider == provider]
+    shown = [entry for entry in tries if entry.site.provider in (None, provider)]
+    write_export(path, environment, kept, shown, tuned)
 
 
 def _usable(database: Database, environment: Environment, conditions: Conditions) -> tuple[Measurement, ...]:
@@ -243,10 +217,16 @@ class Fitted:
     """Every rule over all attention tables of one layer type together; None where no table has two candidates."""
     left_out: tuple[str, ...]
     """Tables that the policy lacks although their incumbent ran: no held-out point can judge them."""
-    lost: int
-    """Tables of the policy that was there before which this one lacks."""
+    lost: tuple[str, ...]
+    """Why tables of the policy that was there before are not in this one, and what brings them back, in a line each."""
+    unsupported: tuple[str, ...]
+    """What could not run where it was swept, and why, in a line each."""
+    suspects: tuple[str, ...]
+    """Failures that no probe has settled, in a line each."""
     weighted: Weighted | None
     """Every rule by the recorded traffic; None without any."""
+    lost_points: tuple[LostTable, ...] = ()
+    """Tables that keep the engine's default, because they lost their own held-out points."""
 
 
 def fit(
@@ -271,6 +251,7 @@ def fit(
             f"--overlap {overlap} needs measurements of such selections: got none in {measurements}; "
             f"next: mla-tune sweep --overlap {overlap}"
         )
+    missing_tables.require_attention(rows)
     words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
     if first_call_bound_s != FIRST_CALL_BOUND_S:
         words += ["--first-call-bound", repr(first_call_bound_s)]
@@ -286,6 +267,7 @@ def fit(
         command=shlex.join(words),
     )
     objective = wishes.objective()
+    lost_points: list[LostTable] = []
     policy = fit_policy(
         found.environment,
         rows,
@@ -294,28 +276,29 @@ def fit(
         first_call_bound_s=first_call_bound_s,
         objective=objective,
         tuned=found.tuned,
+        on_lost=lost_points.append,
     )
     observations = Observations(rows, regime=Regime(policy.regime), architecture=architecture(policy.gpu.sku))
+    missing_tables.require_attention(rows, policy)
     make_folder(out)
-    before = _keys(out)
+    before = _tables(out)
     write_policy(out, policy)
     comparable = any(is_single_layer_attention(t) and len(t.candidates) > 1 for t in policy.tables)
     return Fitted(
         policy=policy,
         overall=overall(observations, policy) if comparable else None,
         left_out=tuple(left_out(rows, policy)),
-        lost=len(before - _table_keys(policy)),
+        lost=missing_tables.lost_tables(before, policy, rows),
+        unsupported=tuple(missing_tables.reason_lines(missing_tables.unsupported_in(rows))),
+        suspects=tuple(suspect_text(found) for found in suspects_of(Observations(rows, found.tries))),
         weighted=by_traffic(observations, policy, objective) if objective.traffic else None,
+        lost_points=tuple(lost_points),
     )
 
 
-def _table_keys(policy: Policy) -> set[tuple[str, str, int | None, str, str]]:
-    return {(table.site, table.model, table.h_q, table.layer, table.engine) for table in policy.tables}
-
-
-def _keys(path: Path) -> set[tuple[str, str, int | None, str, str]]:
+def _tables(path: Path) -> tuple[Table, ...]:
     """Tables of the policy at ``path``; none where there is no readable one."""
     try:
-        return _table_keys(load_policy(path))
+        return load_policy(path).tables
     except PolicyError:
-        return set()
+        return ()

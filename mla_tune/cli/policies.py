@@ -14,6 +14,7 @@ from mla_tune.cli.options import (
     OverlapOption,
     PolicyOption,
     ProviderOption,
+    StrictOption,
     TrafficOption,
     byte_count,
     checked_overlap,
@@ -71,6 +72,7 @@ def fit(
     ] = None,
     overlap: OverlapOption = 0,
     provider: ProviderOption = OWN,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
@@ -95,8 +97,10 @@ def fit(
     render.policy_summary(fitted.policy, target, as_json)
     if not as_json:
         render.judgement(fitted.overall, fitted.left_out, fitted.lost)
+        render.unsettled(fitted.unsupported, fitted.suspects)
         render.weighted(fitted.weighted)
         render.next_command(fitted.policy, target)
+    render.lost_points(fitted.lost_points, strict=strict)
 
 
 def lookup(

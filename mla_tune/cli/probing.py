@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,7 +24,12 @@ from mla_tune.cli.output import device_output, render
 from mla_tune.cli.places import database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import UsageError
 from mla_tune.sites.candidates import CANDIDATES, names_at
-from mla_tune.sites.site import ModelConfig, Site, SiteName
+from mla_tune.sites.site import Conditions, ModelConfig, Site, SiteName
+
+if TYPE_CHECKING:
+    from mla_tune.store.database import Database
+    from mla_tune.store.limit_try import Try
+    from mla_tune.sweep.probe import Bound, Prober
 
 _NO_BUDGET_S = 1e9
 
@@ -37,6 +44,9 @@ def probe(
     largest: Annotated[
         int | None, typer.Option("--max", help="Most query tokens to try (default 131072 on a GPU, 4096 on a CPU).")
     ] = None,
+    suspects: Annotated[
+        bool, typer.Option("--suspects", help="Only what a sweep saw fail, up to where it failed.")
+    ] = False,
     budget: Annotated[
         float | None, typer.Option("--budget", help="Seconds to search for (default: to the end).")
     ] = None,
@@ -54,6 +64,7 @@ def probe(
     budget_s = _NO_BUDGET_S if budget is None else positive_seconds("--budget", budget)
     positive_seconds("--timeout", timeout)
     from mla_tune.cli import pipeline
+    from mla_tune.cli.limit_search import search_limits
     from mla_tune.store.database import Database
     from mla_tune.store.lock import sweep_lock
     from mla_tune.sweep.probe import Prober
@@ -63,10 +74,15 @@ def probe(
     for output in [path] if no_fit else [path, export, policy]:
         make_folder(output)
     with sweep_lock(path), Database.open(path) as database, Prober(device.kind, timeout) as prober:
-        wanted = dict.fromkeys(targets, most)
-        bounds = pipeline.probe(prober, database, wanted, budget_s, device_output.tried(quiet=as_json))
-        measured = bool(database.done_keys(prober.environment.id))
+        on_try = device_output.tried(quiet=as_json)
+        if suspects:
+            bounds = _settled(prober, database, targets, budget_s, on_try)
+        else:
+            bounds = search_limits(prober, database, dict.fromkeys(targets, most), budget_s, on_try).bounds
+        measured = any(key[0] in {site.key for site, _ in targets} for key in database.done_keys(prober.environment.id))
     device_output.bounds(bounds, as_json)
+    if suspects and not bounds:
+        render.note("nothing to probe: every failure that a sweep saw is settled")
     if measured and not no_fit:
         pipeline.export(path, prober.environment, export)
         pipeline.fit(export, policy)
@@ -75,6 +91,25 @@ def probe(
         render.note(
             f"tries stored in {path}; next: `mla-tune sweep` measures the rest and writes the limits to a policy"
         )
+
+
+def _settled(
+    prober: Prober,
+    database: Database,
+    targets: list[tuple[Site, str]],
+    budget_s: float,
+    on_try: Callable[[Try], None],
+) -> tuple[Bound, ...]:
+    """What became of the suspects of ``targets``, with our own kernels around them and with every provider's."""
+    from mla_tune.cli.limit_search import settle
+
+    deadline = time.monotonic() + budget_s
+    rows = database.measurements(prober.environment.id)
+    bounds: list[Bound] = []
+    for conditions in dict.fromkeys(Conditions(row.site.overlap, row.site.provider) for row in rows):
+        wanted = {(conditions.at(site), candidate) for site, candidate in targets}
+        bounds += settle(prober, database, conditions, deadline - time.monotonic(), on_try, wanted).bounds
+    return tuple(bounds)
 
 
 _DEFAULT_MAX = {"cpu": 4096, "cuda": 131072}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from mla_tune.cli.options import (
     OverlapOption,
     ProviderOption,
     SiteOption,
+    StrictOption,
     TimeoutOption,
     TrafficOption,
     checked_overlap,
@@ -28,15 +30,18 @@ from mla_tune.cli.options import (
 )
 from mla_tune.cli.output import device_output, render
 from mla_tune.cli.places import Device, database_path, export_path, make_folder, policy_path, this_device
-from mla_tune.errors import UsageError
+from mla_tune.errors import EnvironmentMismatchError, UsageError
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.site import Conditions
 from mla_tune.sweep.preset import find_preset
 
 if TYPE_CHECKING:
+    from mla_tune.cli.limit_search import Found
     from mla_tune.cli.pipeline import Measured, Plan
+    from mla_tune.hardware.sku import Environment
+    from mla_tune.store.database import Database
     from mla_tune.store.tuned import Tuned
-    from mla_tune.sweep.runner import Sweep
+    from mla_tune.sweep.runner import Report, Sweep
 
 _MOST_REPEATS = 9
 
@@ -60,6 +65,7 @@ def sweep(
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
     overlap: OverlapOption = 0,
     provider: ProviderOption = OWN,
+    strict: StrictOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its estimated time, measure nothing.")
     ] = False,
@@ -93,6 +99,7 @@ def sweep(
             fits=not no_fit and not overlap,  # the committed policy is that of independent selections
             provider=provider,
             as_json=as_json,
+            strict=strict,
         )
     )
 
@@ -111,6 +118,8 @@ class _Request:
     provider: str
     """``own``, or the engine whose installed kernels are to run; its export and policy are files of their own."""
     as_json: bool
+    strict: bool
+    """Whether a table that loses its own held-out points is an error."""
 
     @property
     def export(self) -> Path:
@@ -143,9 +152,9 @@ def _sweep(request: _Request) -> None:
     first = _measure(request, path)
     others = [_measure(request, path, _tuned(first)) for path in repeats_at]  # with the first one's launch parameters
     if request.fits:
-        pipeline.export(first.path, first.environment, export)
+        pipeline.export(first.path, first.environment, export, first.conditions.provider)
     if not request.as_json:
-        device_output.sweep_reports(first.reports, first.bounds, first.path)
+        device_output.sweep_reports(first)
     fitted = None
     try:
         if request.fits:
@@ -155,6 +164,7 @@ def _sweep(request: _Request) -> None:
             repeats = [pipeline.compare(first, other) for other in others]
             device_output.sweep_json(first, repeats, fitted.policy if fitted else None, policy)
     if request.as_json:
+        render.lost_points(fitted.lost_points if fitted else (), strict=request.strict)
         return
     if fitted:
         render.policy_summary(fitted.policy, policy, as_json=False)
@@ -164,6 +174,7 @@ def _sweep(request: _Request) -> None:
         device_output.repetition(pipeline.compare(first, other), other.path)
     if fitted:
         render.next_command(fitted.policy, policy)
+        render.lost_points(fitted.lost_points, strict=request.strict)
 
 
 def _tuned(measured: Measured) -> list[Tuned]:
@@ -175,27 +186,55 @@ def _tuned(measured: Measured) -> list[Tuned]:
 
 
 def _measure(request: _Request, path: Path, tuned: Sequence[Tuned] = ()) -> Measured:
-    """One sweep into the database at ``path``, which takes over ``tuned``."""
+    """One sweep into the database at ``path``, which takes over ``tuned``; then the probes of what failed in it."""
     from mla_tune.cli import pipeline
+    from mla_tune.cli.limit_search import Found, open_suspects, suspect_text
     from mla_tune.store.database import Database
     from mla_tune.store.lock import sweep_lock
-    from mla_tune.sweep.probe import Prober
+
+    deadline = time.monotonic() + request.budget_s
+    with sweep_lock(path), Database.open(path) as database:
+        plan, environment, reports = _measure_plan(request, database, tuned, request.budget_s)
+        found = Found(())
+        if not any(report.left for report in reports) and open_suspects(database, environment, plan.conditions):
+            found = _settle(request, database, plan.conditions, deadline - time.monotonic())
+        if found.cleared and (rest_s := deadline - time.monotonic()) > 0:
+            reports += _measure_plan(request, database, (), rest_s)[2]
+        rest = [suspect_text(suspect) for suspect in open_suspects(database, environment, plan.conditions)]
+    return pipeline.Measured(path, environment, tuple(reports), found, tuple(rest), plan.conditions)
+
+
+def _measure_plan(
+    request: _Request, database: Database, tuned: Sequence[Tuned], budget_s: float
+) -> tuple[Plan, Environment, list[Report]]:
+    from mla_tune.cli import missing_tables, pipeline
     from mla_tune.sweep.runner import Sweep
 
-    kind, timeout_s = request.device.kind, request.timeout_s
-    with sweep_lock(path), Database.open(path) as database:
-        with Sweep(kind, timeout_s, sampling_s=request.plan.preset.sampling_s) as worker:
-            database.record_tuned(worker.environment, tuned)
-            conditions = replace(request.plan.conditions, provider=_provider(worker, request.provider))
-            plan = pipeline.under(request.plan, conditions)
-            with device_output.live_progress(quiet=request.as_json) as on_progress:
-                reports = pipeline.run_sweep(plan, worker, database, request.budget_s, on_progress)
-        environment, rest_s = worker.environment, request.budget_s - sum(report.elapsed_s for report in reports)
-        bounds = []
-        if rest_s > 0 and not any(report.left for report in reports) and pipeline.failing(database, environment):
-            with Prober(kind, timeout_s) as prober:
-                bounds = pipeline.probe(prober, database, None, rest_s, device_output.tried(quiet=request.as_json))
-    return pipeline.Measured(path, environment, tuple(reports), tuple(bounds), conditions)
+    with Sweep(request.device.kind, request.timeout_s, sampling_s=request.plan.preset.sampling_s) as worker:
+        database.record_tuned(worker.environment, tuned)
+        conditions = replace(request.plan.conditions, provider=_provider(worker, request.provider))
+        plan = pipeline.under(request.plan, conditions)
+        reasons = worker.ask_support(point.site for point in plan.points)
+        for line in missing_tables.reason_lines(reasons):
+            render.note(line)
+        if (reason := missing_tables.no_attention_runs(reasons)) is not None:
+            raise EnvironmentMismatchError(
+                f"no attention candidate can run on this machine, nothing was measured: {reason}"
+            )
+        with device_output.live_progress(quiet=request.as_json) as on_progress:
+            reports = pipeline.run_sweep(plan, worker, database, budget_s, on_progress)
+        return plan, worker.environment, reports
+
+
+def _settle(request: _Request, database: Database, conditions: Conditions, budget_s: float) -> Found:
+    """Try what failed in the sweep in fresh processes."""
+    from mla_tune.cli.limit_search import Found, settle
+    from mla_tune.sweep.probe import Prober
+
+    if budget_s <= 0:
+        return Found(())
+    with Prober(request.device.kind, request.timeout_s) as prober:
+        return settle(prober, database, conditions, budget_s, device_output.tried(quiet=request.as_json))
 
 
 def _provider(worker: Sweep, word: str) -> Provider | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,12 +11,14 @@ import numpy as np
 
 from mla_tune.errors import FitError
 from mla_tune.fit.bases import Chip, basis, whole_path_coordinates
-from mla_tune.fit.curves import Correction, Curve, fit_correction, fit_curve
+from mla_tune.fit.curves import Correction, Curve, fit_correction, fit_curve, log_ratio, smooth_correction
 from mla_tune.fit.observations import Observations, Shares, group
+from mla_tune.fit.prediction_error import PredictionError, folds, prediction_error
 from mla_tune.fit.work import Array, Work, work
 from mla_tune.hardware.datasheet import architecture
 from mla_tune.hardware.sku import Environment
 from mla_tune.sites.candidates import stages
+from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import LayerType, Site
 from mla_tune.sites.stages import Amortization, Stage
 from mla_tune.store.limit_try import Try
@@ -43,23 +46,16 @@ class PathCosts:
 
     stages: tuple[tuple[Stage, Curve], ...]
     correction: Correction | None
+    error: PredictionError
+    """What its predictions were off by, at points that were left out of every law and correction in it."""
 
     def latencies_us(self, work: Work) -> list[tuple[Stage, Array]]:
         """Predicted latency of each stage, microseconds, (num_shapes,)."""
         return [(stage, curve.latency_us(work)) for stage, curve in self.stages]
 
-    @property
-    def error(self) -> float:
-        """Mean absolute leave-one-out error of the logarithm of this path's prediction."""
-        if self.correction is not None:
-            return self.correction.error
-        return max(curve.correction.error for _, curve in self.stages)
-
     def error_at(self, work: Work) -> Array:
-        """(num_shapes,) the same for predictions at these shapes."""
-        if self.correction is not None:
-            return self.correction.error_at(whole_path_coordinates(work))
-        return np.asarray(np.max([curve.error_at(work) for _, curve in self.stages], axis=0))
+        """(num_shapes,) absolute error of the logarithm to expect of predictions at these shapes."""
+        return self.error.at(whole_path_coordinates(work))
 
     def factor(self, work: Work) -> Array:
         """Measured whole over the sum of the stages, (num_shapes,)."""
@@ -79,11 +75,11 @@ class CandidateCosts:
 
     @property
     def error(self) -> float:
-        """What a prediction between the measured points is off by, relative: that of the path which dominates."""
-        return self.paths[0].error
+        """What a prediction between the measured points is off by, as a logarithm: that of the path which dominates."""
+        return self.paths[0].error.mean
 
     def error_at(self, work: Work) -> Array:
-        """(num_shapes,) what a prediction at these shapes is off by, relative, by the measured points around each."""
+        """(num_shapes,) the same at these shapes: by the errors around each, the more the farther the nearest point."""
         return self.paths[0].error_at(work)
 
     def amortized_us(self, work: Work, share: Shares) -> Array:
@@ -136,6 +132,8 @@ class CostModel:
         self.environment = environment
         self.observations = Observations(measurements, tries, regime, architecture(environment.sku))
         self._fitted: dict[tuple[Site, str], CandidateCosts] = {}
+        self._stage_fits: dict[tuple[Site, str, Stage], _StageFit] = {}
+        self._stage_errors: dict[tuple[Site, str, Stage], PredictionError] = {}
 
     @property
     def architecture(self) -> str | None:
@@ -168,14 +166,13 @@ class CostModel:
         if not all(self.observations.latencies(site, candidate, stage.name)[0] for stage in members):
             # The whole was timed and a stage was not: the whole has a curve of its own.
             members = (Stage(total, _TOTALS[total]),)
-        path = PathCosts(tuple((stage, self._fit_stage(site, candidate, stage)) for stage in members), None)
+        parts = [self._stage_fit(site, candidate, stage) for stage in members]
+        curves = tuple((stage, part.curve) for stage, part in zip(members, parts, strict=True))
         shapes, measured_us = self.observations.latencies(site, candidate, total)
-        if len(members) == 1 and members[0].name != total and not self._timed_apart(site, candidate, total):
-            return path
-        loads = work(site, shapes)
-        predicted_us = sum((us for _, us in path.latencies_us(loads)), np.zeros(len(shapes)))
-        ratios = np.log(np.array(measured_us) / predicted_us)
-        return PathCosts(path.stages, fit_correction(whole_path_coordinates(loads), ratios))
+        whole = _Whole(work(site, shapes), tuple(shapes), np.array(measured_us))
+        alone = len(members) == 1 and members[0].name != total and not self._timed_apart(site, candidate, total)
+        correction = None if alone else whole.correction([part.curve for part in parts])
+        return PathCosts(curves, correction, whole.error(parts, correction))
 
     def _timed_apart(self, site: Site, candidate: str, total: str) -> bool:
         """Whether the whole path has timings of its own, rather than those of its only stage."""
@@ -185,7 +182,75 @@ class CostModel:
             for shape in shapes
         )
 
-    def _fit_stage(self, site: Site, candidate: str, stage: Stage) -> Curve:
-        shapes, latencies_us = self.observations.latencies(site, candidate, stage.name)
-        stage_basis = basis(site, stage.law, Chip(max(self.environment.sm_count, 1), architecture=self.architecture))
-        return fit_curve(stage_basis, work(site, shapes), np.array(latencies_us))
+    def _stage_fit(self, site: Site, candidate: str, stage: Stage) -> _StageFit:
+        key = (site, candidate, stage)
+        if key not in self._stage_fits:
+            shapes, latencies_us = self.observations.latencies(site, candidate, stage.name)
+            load, measured_us = work(site, shapes), np.array(latencies_us)
+            stage_basis = basis(
+                site, stage.law, Chip(max(self.environment.sm_count, 1), architecture=self.architecture)
+            )
+            self._stage_fits[key] = _StageFit(
+                fit_curve(stage_basis, load, measured_us), load, tuple(shapes), measured_us
+            )
+        return self._stage_fits[key]
+
+    def stage_error(self, site: Site, candidate: str, stage: Stage) -> PredictionError:
+        """Errors of one stage's curve at points that were left out of it."""
+        key = (site, candidate, stage)
+        if key not in self._stage_errors:
+            fitted = self._stage_fit(site, candidate, stage)
+            left_out = folds(len(fitted.shapes))
+            self._stage_errors[key] = fitted.curve.error(fitted.load, fitted.measured_us, left_out)
+        return self._stage_errors[key]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _StageFit:
+    """A stage's curve, and the points that it is made of."""
+
+    curve: Curve
+    load: Work
+    shapes: tuple[Shape, ...]
+    measured_us: Array
+
+    def without(self, left_out: AbstractSet[Shape]) -> Curve:
+        """The curve that no point of ``left_out`` is in; the curve itself where no point would be left."""
+        mask = np.array([shape in left_out for shape in self.shapes])
+        if mask.all() or not mask.any():
+            return self.curve
+        return self.curve.without(self.load, self.measured_us, mask)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Whole:
+    """Timings of a whole path."""
+
+    load: Work
+    shapes: tuple[Shape, ...]
+    measured_us: Array
+
+    def correction(self, curves: Iterable[Curve]) -> Correction:
+        """From the sum of the stages to the whole."""
+        return fit_correction(
+            whole_path_coordinates(self.load), -log_ratio(_sum_us(curves, self.load), self.measured_us)
+        )
+
+    def error(self, parts: Sequence[_StageFit], correction: Correction | None) -> PredictionError:
+        """Errors at every point, predicted by stages and a correction that know nothing of the fold that it is in."""
+        where, left_out = whole_path_coordinates(self.load), folds(len(self.shapes))
+        errors = np.zeros(len(self.shapes))
+        for fold in left_out:
+            hidden = {shape for shape, hide in zip(self.shapes, fold, strict=True) if hide}
+            predicted_us = _sum_us([part.without(hidden) for part in parts], self.load)
+            log_ratios = -log_ratio(predicted_us, self.measured_us)
+            if correction is not None:
+                kept = [axis[~fold] for axis in where]
+                known = smooth_correction(kept, log_ratios[~fold], correction.smoothness)
+                log_ratios[fold] -= known.log_factor([axis[fold] for axis in where])
+            errors[fold] = log_ratios[fold]
+        return prediction_error(where, errors, left_out)
+
+
+def _sum_us(curves: Iterable[Curve], load: Work) -> Array:
+    return np.asarray(sum((curve.latency_us(load) for curve in curves), np.zeros_like(load.num_qo_tokens)))

@@ -100,8 +100,7 @@ def table_rows(
     cap = _cap(costs, scope, candidates, objective, (where, grid.tokens, measured_range(swept)))
     note = cap.note(*where) if cap else None
     if len(candidates.names) < 2 or not mask.any():
-        only = Choice(num_qo_tokens_from=0, candidate=candidates.names[0])
-        return (Row(num_reqs_from=0, kv_tokens_from=0, choices=(only,)),), note
+        return (incumbent_row(candidates.names[0]),), note
     works = [grid.work(site) for site, _ in scope.parts]
     costs_us = np.stack([scope.predicted_us(costs, name, works)[mask] for name in candidates.names])
     measured = _measured(costs, scope, candidates, swept)
@@ -120,6 +119,12 @@ def table_rows(
     first = int(charged.bins.min()), int(charged.groups.min())
     rows = _Rows(witnesses, candidates.noise_band, *first, kv_end, cap)
     return rows.of(groups, cells), note
+
+
+def incumbent_row(incumbent: str) -> Row:
+    """The row that answers ``incumbent`` everywhere."""
+    only = Choice(num_qo_tokens_from=0, candidate=incumbent)
+    return Row(num_reqs_from=0, kv_tokens_from=0, choices=(only,))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

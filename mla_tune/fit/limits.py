@@ -110,6 +110,8 @@ class _Evidence:
         )
 
     def suspect(self) -> Suspect | None:
+        if any(shape.num_qo_tokens == 1 for shape in self._proven):  # no count is safe: nothing is left to settle
+            return None
         limit = self.limit()
         failed = self._unproven if limit else self._unproven | self._proven
         below = [shape for shape in failed if limit is None or shape.num_qo_tokens < limit.fails_at]

@@ -16,7 +16,7 @@ import msgspec
 from mla_tune.errors import FitError, UsageError
 from mla_tune.fit.costs import CandidateCosts, CostModel, PathCosts
 from mla_tune.fit.limits import suspects
-from mla_tune.fit.scaling import ScaledStage, Scaling, scale_stage, widened
+from mla_tune.fit.scaling import ScaledStage, Scaling, scale_stage
 from mla_tune.fit.scope import Scope, scopes
 from mla_tune.fit.table_rows import policy_environment, unjudged_table
 from mla_tune.fit.work import work
@@ -71,13 +71,12 @@ class ModelledCosts(CostModel):
             members = []
             for stage, curve in path.stages:
                 shapes, _ = self.observations.latencies(site, candidate, stage.name)
-                scaled[stage.name] = scale_stage(self.scaling, site, stage, curve, work(site, shapes))
+                error = self.measured.stage_error(site, candidate, stage)
+                scaled[stage.name] = scale_stage(self.scaling, site, stage, curve, error.mean, work(site, shapes))
                 members.append((stage, scaled[stage.name].curve))
-            correction = path.correction
-            if correction is not None:
-                # A path is as much in doubt as its stage that is most: at some shape that one dominates.
-                correction = widened(correction, max(scaled[stage.name].doubt for stage, _ in members))
-            paths.append(PathCosts(tuple(members), correction))
+            # A path is as much in doubt as its stage that is most: at some shape that one dominates.
+            doubt = max(scaled[stage.name].doubt for stage, _ in members)
+            paths.append(PathCosts(tuple(members), path.correction, path.error.plus(doubt)))
         self._stages[site, candidate] = scaled
         return CandidateCosts(site, candidate, tuple(paths))
 

@@ -124,6 +124,11 @@ class Observations:
         overlap = max((site.overlap for site in self._roles), default=0)
         return Conditions(overlap, next((site.provider for site in self._roles), None))
 
+    @property
+    def sites(self) -> tuple[Site, ...]:
+        """Sites at which anything was attempted, by key."""
+        return tuple(sorted(self._roles, key=lambda site: site.key))
+
     def shapes(self, site: Site, role: Role | None = None) -> list[Shape]:
         """Shapes at which anything was attempted, sorted."""
         return sorted(s for s, r in self._roles.get(site, {}).items() if role is None or r is role)

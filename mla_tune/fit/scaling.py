@@ -23,7 +23,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from mla_tune.fit.bases import L2_BYTES, Chip, Resource, basis
-from mla_tune.fit.curves import Correction, Curve, terms_of
+from mla_tune.fit.curves import Curve, terms_of
 from mla_tune.fit.work import Array, Work
 from mla_tune.hardware.datasheet import Datasheet
 from mla_tune.sites.site import LayerType, Site
@@ -127,16 +127,18 @@ class ScaledStage:
     """The curve of one stage on the target."""
 
     curve: Curve
-    """Its correction's error includes :attr:`doubt`."""
     measured_error: float
-    """Leave-one-out error of the measured curve."""
+    """What the measured curve is off by at points that were left out of it."""
     doubt: float
     """What scaling adds: that of each term, weighted by the time that the term takes on the target, at the measured
     shape where that is most."""
 
 
-def scale_stage(scaling: Scaling, site: Site, stage: Stage, measured: Curve, load: Work) -> ScaledStage:
-    """``measured`` on the target of ``scaling``; ``load`` is the work of the shapes that it was measured at."""
+def scale_stage(scaling: Scaling, site: Site, stage: Stage, measured: Curve, error: float, load: Work) -> ScaledStage:
+    """``measured`` on the target of ``scaling``.
+
+    ``error`` is the measured curve's own, ``load`` the work of the shapes that it was measured at.
+    """
     utilisation = tensor_utilisation(scaling.source, site, measured, load) if stage.name == "attention" else 0.0
     target = basis(site, stage.law, scaling.chip())
     pieces = len(measured.coefficients) // len(target.resources)  # a law with a break has every term twice
@@ -150,13 +152,7 @@ def scale_stage(scaling: Scaling, site: Site, stage: Stage, measured: Curve, loa
     )
     doubts = [scaling.doubt(resource, stage.law, utilisation) for resource in resources]
     doubt = float(np.einsum("ij,i->j", _shares(curve, load), np.array(doubts)).max())
-    error = measured.correction.error
-    return ScaledStage(replace(curve, correction=widened(curve.correction, doubt)), error, doubt)
-
-
-def widened(correction: Correction, doubt: float) -> Correction:
-    """``correction`` with ``doubt`` added to the error of each of its points."""
-    return replace(correction, error=correction.error + doubt, left_out=np.abs(correction.left_out) + doubt)
+    return ScaledStage(curve, error, doubt)
 
 
 def tensor_utilisation(source: Datasheet, site: Site, attention: Curve, load: Work) -> float:

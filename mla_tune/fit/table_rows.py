@@ -7,7 +7,7 @@ the limits (a failure that was seen must not be served).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from statistics import median
 
@@ -15,8 +15,8 @@ import msgspec
 
 from mla_tune.errors import FitError
 from mla_tune.fit.costs import CostModel
-from mla_tune.fit.crossover import Candidates, swept_shapes, table_rows
-from mla_tune.fit.evaluation import held_out, held_out_points
+from mla_tune.fit.crossover import Candidates, incumbent_row, swept_shapes, table_rows
+from mla_tune.fit.evaluation import LostTable, held_out, held_out_points, lost_table
 from mla_tune.fit.interval import LEAST_DIFFERENCE
 from mla_tune.fit.limits import is_unsafe, limits, suspects
 from mla_tune.fit.objective import PLAIN, Objective, require_regime, require_traffic
@@ -48,6 +48,10 @@ _MOST_NOISE_BAND = 0.99
 """Where timings scatter by their own size nothing can win; a policy still has to hold a number below 1."""
 
 
+OnLost = Callable[[LostTable], None]
+"""Is told of a table that lost its own held-out points."""
+
+
 def fit_policy(
     environment: Environment,
     measurements: Iterable[Measurement],
@@ -57,10 +61,13 @@ def fit_policy(
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
     objective: Objective = PLAIN,
     tuned: Iterable[Tuned] = (),
+    on_lost: OnLost = lambda _: None,
 ) -> Policy:
     """The policy that ``measurements`` of one environment, and a probe's ``tries`` there, support.
 
     ``tuned`` are the launch parameters that the measurements were taken with; the policy carries them.
+
+    ``on_lost`` is told of tables that keep the engine's default because they lost their own held-out points.
 
     A site, or a model, that was not swept has no table; nor has one whose incumbent never ran, since there is nothing
     to switch from; nor a mix of layer types that share no points; nor a site without a held-out point to judge it by
@@ -69,7 +76,7 @@ def fit_policy(
     costs = CostModel(environment, measurements, tries, objective.regime)
     require_regime(costs.observations)
     conditions = costs.observations.conditions
-    fitted = (fit_table(costs, scope, first_call_bound_s, objective) for scope in scopes(conditions))
+    fitted = (fit_table(costs, scope, first_call_bound_s, objective, on_lost) for scope in scopes(conditions))
     tables = [table for table in fitted if table is not None]
     if not tables:
         raise FitError(
@@ -112,12 +119,22 @@ def fit_table(
     scope: Scope,
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
     objective: Objective = PLAIN,
+    on_lost: OnLost = lambda _: None,
 ) -> Table | None:
-    """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points."""
+    """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points.
+
+    One that loses its own held-out points keeps the engine's default, and ``on_lost`` is told.
+    """
     table = unjudged_table(costs, scope, first_call_bound_s, objective)
     if table is None or not held_out_points(costs.observations, table):
         return None
-    return msgspec.structs.replace(table, held_out=held_out(costs.observations, table))
+    judged = msgspec.structs.replace(table, held_out=held_out(costs.observations, table))
+    lost = lost_table(judged)
+    if lost is None:
+        return judged
+    on_lost(lost)
+    kept = msgspec.structs.replace(table, rows=(incumbent_row(table.incumbent),))
+    return msgspec.structs.replace(kept, held_out=held_out(costs.observations, kept))
 
 
 def unjudged_table(

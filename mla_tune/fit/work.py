@@ -12,6 +12,7 @@ from mla_tune.sites.shape import AnyShape, workload
 from mla_tune.sites.site import Site
 
 Array = npt.NDArray[np.float64]
+Mask = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +40,7 @@ class Work:
         """Rows of the bf16 workspace."""
         return self.compressed_rows + self.window_rows
 
-    def where(self, mask: npt.NDArray[np.bool_]) -> Work:
+    def where(self, mask: Mask) -> Work:
         """The entries of ``mask`` (num_shapes,) alone."""
         return Work(**{field.name: getattr(self, field.name)[mask] for field in fields(self)})
 

@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from mla_tune.sites.provider import SGLANG_KERNEL
+
 if TYPE_CHECKING:
     from mla_tune.policy.schema import Policy
 
@@ -97,5 +99,7 @@ def header(policy: Policy) -> Iterator[str]:
     yield f"evidence: {policy.evidence}, {policy.source.measurements} measurements, {policy.regime} time"
     if policy.provider is not None:
         yield f"stages around attention: kernels of {policy.provider}"
+        if f"+{SGLANG_KERNEL}@" in policy.provider:
+            yield f"no table depends on {SGLANG_KERNEL}: the choices are as good without its top-k transform for V3.2"
     where = "CPU threads" if policy.gpu.sku == "cpu" else "SMs"
     yield f"GPU: {policy.gpu.sku}, {policy.gpu.sm_count} {where}; kernels: {builds or 'none'}"

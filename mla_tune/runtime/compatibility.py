@@ -1,51 +1,109 @@
-"""Whether this machine is the one that a policy was measured on: its GPU, and the builds of its kernel libraries."""
+"""Whether the builds that a table was measured with are those that an engine runs here."""
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
 
-from mla_tune.policy.schema import Policy
-
-if TYPE_CHECKING:
-    from mla_tune.hardware.nvml import GpuIdentity
-
-_SAME_MODULE = {
-    "sgl-flash-mla": "flash-mla",
-    "flash-mla": "sgl-flash-mla",
-    "sgl-deep-gemm": "deep-gemm",
-    "deep-gemm": "sgl-deep-gemm",
-}
-"""Distributions that bring the same module: a fork and its upstream are different builds."""
-
-
-def mismatches(policy: Policy | None, gpu: GpuIdentity | None) -> list[str]:
-    """How this machine differs from the measured one in what thresholds and limits depend on; one line each."""
-    if policy is None:
-        return []
-    measured = (policy.gpu.sku, policy.gpu.sm_count)
-    found = [] if gpu is None else [(gpu.sku, gpu.sm_count)]
-    lines = []
-    if found != [measured]:
-        here = "no visible GPU" if gpu is None else f"{gpu.sku} with {gpu.sm_count} SMs"
-        lines.append(f"the GPU must be the measured {measured[0]} with {measured[1]} SMs: got {here}")
-    for library in policy.environment.libraries:
-        installed = _installed(library.name)
-        if installed is None:
-            other = _SAME_MODULE.get(library.name, "")
-            replaced = _installed(other)
-            if replaced:  # without any metadata there is nothing to compare
-                lines.append(
-                    f"{library.name} {library.version} must be the measured build: got {other} {replaced} in its place"
-                )
-        elif installed != library.version:
-            lines.append(f"{library.name} must be the measured version {library.version}: got {installed}")
-    return lines
+from mla_tune.hardware.builds import (
+    DISTRIBUTIONS,
+    FLASH_MLA,
+    UNKNOWN,
+    VLLM,
+    Build,
+    installed_version,
+    module_folder,
+    module_of,
+    requires,
+)
+from mla_tune.hardware.digests import known_digest
+from mla_tune.policy.schema import Library, Policy, Table
+from mla_tune.sites.provider import SGLANG, SGLANG_KERNEL
 
 
-def _installed(distribution: str) -> str | None:
-    """Version of a distribution, None where it is not installed."""
-    try:
-        return version(distribution) if distribution else None
-    except PackageNotFoundError:
+class BuildsHere:
+    """The builds that ``engine`` runs on this machine, compared with those that a policy's tables name."""
+
+    def __init__(self, engine: str, libraries: Iterable[Library] = ()) -> None:
+        """``engine``: ``own``, ``sglang`` or ``vllm``; ``libraries`` are the policy's, with the digests of their files."""
+        self._engine = engine
+        self._digests = {Build(one.name, one.version): one.sha256 for one in libraries if one.sha256}
+        self._known: dict[str, str | None] = {}
+
+    def fault(self, text: str) -> str | None:
+        """Why the build ``text`` is not what runs here, in a few words; None if it is."""
+        if text not in self._known:
+            self._known[text] = self._fault(Build.parse(text))
+        return self._known[text]
+
+    def first_fault(self, builds: Iterable[str]) -> str | None:
+        """The first :meth:`fault` of ``builds``; None where all of them are here."""
+        return next((fault for build in builds if (fault := self.fault(build)) is not None), None)
+
+    def _fault(self, build: Build) -> str | None:
+        elsewhere = self._elsewhere(build)
+        if elsewhere is not None:
+            return elsewhere
+        if build.version == UNKNOWN:
+            return f"{build.name} was measured in an unknown version"
+        found = installed_version(build.name)
+        if found is None:
+            return f"{build.name} must be {build.version}: it is not installed"
+        if found != build.version:
+            return f"{build.name} must be {build.version}: got {found}"
+        return self._files_fault(build)
+
+    def _elsewhere(self, build: Build) -> str | None:
+        """Where the engine has this library's kernels from, if not from the build's distribution."""
+        module = module_of(build.name)
+        if module is None or module == VLLM:
+            return None
+        if self._engine == VLLM:
+            return f"{build.name} must be {build.version}: vLLM runs the {module} of its own wheel"
+        if self._engine == SGLANG and module == FLASH_MLA and self._sglang_has_its_own:
+            return f"{build.name} must be {build.version}: this SGLang runs the {module} in {SGLANG_KERNEL}"
         return None
+
+    @cached_property
+    def _sglang_has_its_own(self) -> bool:
+        """Before 0.5.23 SGLang required no distribution of FlashMLA: it was compiled into sglang-kernel."""
+        asked = [requires(SGLANG, name) for name in DISTRIBUTIONS[FLASH_MLA]]
+        return not any(asked) and None not in asked
+
+    def _files_fault(self, build: Build) -> str | None:
+        module = module_of(build.name)
+        if module is None:
+            return None
+        folder = module_folder(module)
+        if folder is None:
+            return f"{build.name} must be {build.version}: its package {module} is not there"
+        for other in DISTRIBUTIONS[module]:
+            if other != build.name and installed_version(other) is not None:
+                return f"{build.name} must be {build.version}: {other} is installed over it"
+        measured = self._digests.get(build)
+        if measured is None:
+            return None
+        try:
+            found = known_digest(folder)
+        except OSError as error:
+            return f"{build.name} must be {build.version}: its files cannot be read: {error.strerror}"
+        if found != measured:
+            return (
+                f"{build.name} {build.version} must be the measured build {measured[:12]}: its files are {found[:12]}"
+            )
+        return None
+
+
+def candidate_faults(table: Table, here: BuildsHere) -> dict[str, str]:
+    """Candidates of ``table`` whose own builds are not here, each with the reason."""
+    faults = ((entry.candidate, here.first_fault(entry.builds)) for entry in table.candidate_builds)
+    return {candidate: fault for candidate, fault in faults if fault is not None}
+
+
+def differences(policy: Policy) -> Iterator[str]:
+    """How the software here differs from that of the measurement, in what no table depends on: context for a reader."""
+    stated: Mapping[str, str] = {"torch": policy.environment.torch, "triton": policy.environment.triton}
+    for name, measured in stated.items():
+        found = installed_version(name)
+        if measured and found != measured:
+            yield f"{name} {found or 'not installed'}, measured with {measured}"

@@ -73,7 +73,7 @@ class SiteCounters:
 def prometheus_text(sites: Iterable[SiteCounters], info: dict[str, str]) -> str:
     """The text exposition format (version 0.0.4) of ``sites``; ``info`` are the labels of ``mla_tune_policy_info``."""
     samples: dict[str, list[str]] = {name: [] for name in _HELP}
-    for of in sites:
+    for of in _summed(sites):
         labels = dict(zip(LABELS, (of.site, of.model, of.layer), strict=True))
         samples["mla_tune_lookups_total"].append(_sample("mla_tune_lookups_total", labels, of.lookups))
         samples["mla_tune_out_of_range_total"].append(_sample("mla_tune_out_of_range_total", labels, of.out_of_range))
@@ -85,6 +85,18 @@ def prometheus_text(sites: Iterable[SiteCounters], info: dict[str, str]) -> str:
     name = "mla_tune_policy_info"
     lines += [f"# HELP {name} The policy that this process serves.", f"# TYPE {name} gauge", _sample(name, info, 1)]
     return "\n".join(lines) + "\n"
+
+
+def _summed(sites: Iterable[SiteCounters]) -> Iterable[SiteCounters]:
+    """One for each set of labels: choices that differ in heads or settings alone are one series."""
+    found: dict[tuple[str, str, str], SiteCounters] = {}
+    for of in sites:
+        total = found.setdefault((of.site, of.model, of.layer), SiteCounters(of.site, of.model, of.layer, {}, {}))
+        for into, counts in ((total.choices, of.choices), (total.fallbacks, of.fallbacks)):
+            for name, count in dict(counts).items():
+                into[name] = into.get(name, 0) + count
+        total.out_of_range += of.out_of_range
+    return found.values()
 
 
 def _by(counts: dict[str, int], name: str, labels: dict[str, str], label: str) -> Iterator[str]:

@@ -67,6 +67,7 @@ class Service:
     def __init__(self, dispatcher: Dispatcher) -> None:
         self.dispatcher = dispatcher
         self.deciders: list[Decider] = []
+        self._by_choice: dict[tuple[str, str, str, int | None, Engine, str | None], Decider] = {}
         path = dispatcher.switches.record
         self.recorder = None if path is None else Recorder(path)
         if self.recorder is not None:
@@ -85,12 +86,15 @@ class Service:
     ) -> Decider:
         """Prepare one choice; see :meth:`mla_tune.runtime.Dispatcher.resolve`. Here a miss keeps the incumbent.
 
-        Asked again for the same site, model and layer, it gives the same decider: a process counts each site once.
+        Asked again for the very same choice (site, model, layer, heads, engine and setting), it gives the same decider:
+        a process counts each choice once, and backends of other models, heads or settings have tables and limits of their
+        own.
         ``records``: False where another decider, or another rank, records the same forwards.
         """
-        for known in self.deciders:
-            if (known.resolved.site, known.resolved.model, known.resolved.layer) == (site, model, layer):
-                return known
+        key = (site, model, layer, h_q, engine, engine_setting)
+        known = self._by_choice.get(key)
+        if known is not None:
+            return known
         found = self.dispatcher.resolve(
             site,
             model=model,
@@ -103,6 +107,7 @@ class Service:
         record = self.recorder.site(found.site, model) if self.recorder is not None and records else None
         decider = Decider(found, record)
         self.deciders.append(decider)
+        self._by_choice[key] = decider
         return decider
 
     def prometheus_text(self) -> str:

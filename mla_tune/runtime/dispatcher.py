@@ -18,7 +18,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
@@ -26,9 +26,10 @@ from mla_tune.policy.decision import Choose, Explanation, Reason, compile_table,
 from mla_tune.policy.kernel_config import launches_of
 from mla_tune.policy.schema import Policy, Table, digest, parse_policy, read_policy_file
 from mla_tune.runtime.pins import pin_table, pinned_reason
-from mla_tune.runtime.switches import MODELLED_VARIABLE, POLICY_VARIABLE, Rule, Switches
+from mla_tune.runtime.serving import ENGINES, GpuKey, Serving, find_serving
+from mla_tune.runtime.switches import POLICY_VARIABLE, Rule, Switches
 from mla_tune.sites.engines import Engine, model_incumbent, table_engine
-from mla_tune.sites.provider import OWN, PROVIDERS
+from mla_tune.sites.provider import OWN
 from mla_tune.sites.site import FORWARD, LayerType, ModelConfig, SiteName
 from mla_tune.sites.site import model as find_model
 
@@ -82,8 +83,12 @@ class Dispatcher:
         digest: str = "",
         fallback: Fallback = None,
         switches: Switches | None = None,
+        serving: Serving | None = None,
     ) -> None:
-        """``policy`` from ``source``; None makes a dispatcher that answers the incumbent everywhere."""
+        """``policy`` from ``source``; None makes a dispatcher that answers the incumbent everywhere.
+
+        ``serving`` says which of its tables serve, and why not the others; all of them do without it.
+        """
         _check_fallback(fallback)
         self.policy = policy
         self.switches = Switches() if switches is None else switches
@@ -92,16 +97,27 @@ class Dispatcher:
         """The policy's file, or why there is none."""
         self.digest = digest
         """SHA-256 of the policy file, which ranks compare at start; empty without one."""
-        self.differences: tuple[str, ...] = ()
+        self.serving = serving
+        """What :meth:`for_this_gpu` found; None for a policy that was loaded as it is."""
+        self.differences = () if serving is None else serving.overridden
         """How this machine differs from the measured one, where :meth:`for_this_gpu` serves a named file all the same."""
         self._fallback = fallback
         self._fallbacks: list[str] = []
         self._lock = threading.Lock()
-        tables = () if policy is None else policy.tables
+        tables = () if policy is None else policy.tables if serving is None else serving.tables
+        self._left_out: dict[tuple[str, str, int | None, str, Engine], str] = {}
+        """Why tables of the policy do not serve."""
         self._tables = {(table.site, table.model, table.h_q, table.layer, table.engine): table for table in tables}
         if policy is None:
             self._note(source)
-        elif policy.evidence == "modelled":
+            return
+        self._left_out |= {
+            (table.site, table.model, table.h_q, table.layer, table.engine): group.reason
+            for group in (() if serving is None else serving.left_out)
+            if group.candidate is None
+            for table in group.tables
+        }
+        if policy.evidence == "modelled":
             _log.warning("%s is modelled: none of its thresholds was measured on %s", source, policy.gpu.sku)
         else:
             _log.info("%s is %s on %s", source, policy.evidence, policy.gpu.sku)
@@ -127,7 +143,15 @@ class Dispatcher:
     @property
     def decides_by(self) -> str:
         """Everything that decides, in one line: two processes with the same line answer alike; ranks compare it."""
-        return f"policy {self.digest or 'none'}, mode {self.switches.mode}"
+        line = f"policy {self.digest or 'none'}, mode {self.switches.mode}"
+        if self.serving is None or not self.serving.left_out:
+            return line
+        return f"{line}, without {'; '.join(map(str, self.serving.left_out))}"
+
+    @property
+    def summary(self) -> str:
+        """One line for a log: which file decides, how many tables serve of how many, and why not the others."""
+        return self.source if self.serving is None else self.serving.summary
 
     @classmethod
     def load(
@@ -148,17 +172,17 @@ class Dispatcher:
     def for_this_gpu(cls, *, fallback: Fallback = None, provider: str = OWN) -> Dispatcher:
         """The shipped policy of the GPU that this process sees, as the ``MLA_TUNE_*`` variables have it.
 
-        ``provider`` is whose kernels run around attention in this process: ``own``, or ``sglang``, for which a policy that
-        was measured with them is taken where one ships.
+        ``provider`` is whose kernels run around attention in this process, and who asks: ``own``, ``sglang`` or ``vllm``.
 
-        They are parsed here, once; :mod:`mla_tune.runtime.switches` lists them with their order. The SKU, its SM count and
-        the version of every installed kernel library must be those that were measured: limits belong to a build. For a file
-        that the user named in ``MLA_TUNE_POLICY`` they are only warned about. Raises :class:`UsageError`,
-        :class:`EnvironmentMismatchError` or :class:`PolicyError`, unless ``fallback`` is given.
+        They are parsed here, once; :mod:`mla_tune.runtime.switches` lists them with their order, and
+        :mod:`mla_tune.policy.search` the order of files. SKU, SM count and the builds that a table names must be those that
+        were measured; a table whose builds are not here is left out, alone. A file that the user named in
+        ``MLA_TUNE_POLICY`` serves all the same. One line says what serves. Raises :class:`UsageError`,
+        :class:`PolicyError`, or, where no table serves, :class:`EnvironmentMismatchError`, unless ``fallback`` is given.
         """
         _check_fallback(fallback)
-        if provider not in PROVIDERS:
-            raise UsageError(f"provider must be a known word: got {provider!r}; accepted: {', '.join(PROVIDERS)}")
+        if provider not in ENGINES:
+            raise UsageError(f"provider must be a known word: got {provider!r}; accepted: {', '.join(ENGINES)}")
         try:
             switches = Switches.from_environment(os.environ)
         except UsageError as error:
@@ -230,6 +254,11 @@ class Dispatcher:
         try:
             return self._tables[site, config.name, h_q, layer, engine]
         except KeyError:
+            left = self._left_out.get((site, config.name, h_q, layer, engine))
+            if left is not None:
+                raise PolicyError(
+                    f"{self.source} does not serve {site} of {config.name}, layer {layer}: {left}"
+                ) from None
             ours = [key[2:4] for key in self._tables if key[:2] == (site, config.name) and key[4] == engine]
             accepted = ", ".join(f"{layer} with h_q {heads}" for heads, layer in ours) or "no layer"
             of = "" if engine is Engine.SGLANG else f" in {engine}"
@@ -260,47 +289,38 @@ class Dispatcher:
 
     @classmethod
     def _for_gpu(cls, fallback: Fallback, switches: Switches, provider: str) -> Dispatcher:
-        """The policy that the user named, whatever differs; or the one that ships, if nothing does."""
+        """What :func:`find_serving` finds, said in one line."""
         from mla_tune.hardware.nvml import detect_gpu
-        from mla_tune.runtime.compatibility import mismatches
 
-        if switches.policy is not None:
-            named = switches.policy
-            dispatcher = cls._from_bytes(read_policy_file(named), named, fallback, switches)
-            _check_evidence(dispatcher, refused=switches.allow_modelled is False)
-            try:
-                dispatcher.differences = tuple(mismatches(dispatcher.policy, detect_gpu()))
-            except EnvironmentMismatchError as error:  # nobody can tell which GPU this is
-                dispatcher.differences = (str(error),)
-            for difference in dispatcher.differences:
-                _log.warning("%s is used because %s names it, but %s", named, POLICY_VARIABLE, difference)
-            return dispatcher
-        gpu = detect_gpu()
-        if gpu is None:
+        unknown: tuple[str, ...] = ()
+        try:
+            gpu = detect_gpu()
+        except EnvironmentMismatchError as error:  # nobody can tell which GPU this is
+            if switches.policy is None:
+                raise
+            gpu, unknown = None, (str(error),)
+        if gpu is None and switches.policy is None:
             raise EnvironmentMismatchError(
                 "for_this_gpu needs a visible NVIDIA GPU and its driver: got none; "
                 f"check CUDA_VISIBLE_DEVICES, or set {POLICY_VARIABLE} to a policy file"
             )
-        from mla_tune.policy.shipped import packaged_policy
-
-        file = packaged_policy(gpu.sku, provider)
-        dispatcher = cls._from_bytes(file.read_bytes(), str(file), fallback, switches)
-        mismatch = next(iter(mismatches(dispatcher.policy, gpu)), None)
-        if mismatch is not None:
-            step = f"sweep and fit on this machine, or set {POLICY_VARIABLE}={file} to use the file as it is"
-            raise EnvironmentMismatchError(f"{mismatch}; {step}")
-        _check_evidence(dispatcher, refused=not switches.allow_modelled)
-        return dispatcher
-
-
-def _check_evidence(dispatcher: Dispatcher, *, refused: bool) -> None:
-    """Raise :class:`EnvironmentMismatchError` for a policy that is not measured, where such are ``refused``."""
-    policy = dispatcher.policy
-    if refused and policy is not None and policy.evidence != "measured":
-        raise EnvironmentMismatchError(
-            f"a policy must be measured: got {dispatcher.source}, which is {policy.evidence} for {policy.gpu.sku}; "
-            f"sweep and fit on this machine, or set {MODELLED_VARIABLE}=1 to serve it"
+        serving = find_serving(None if gpu is None else GpuKey(gpu.sku, gpu.sm_count), provider, switches)
+        if not serving.tables:
+            named = f", or set {POLICY_VARIABLE} to a file to use it as it is"
+            raise EnvironmentMismatchError(f"{serving.summary}; run `mla-tune sweep` and `mla-tune fit` here{named}")
+        serving = replace(serving, overridden=(*unknown, *serving.overridden))
+        found = cls(
+            serving.policy,
+            source=str(serving.file),
+            digest=serving.digest,
+            fallback=fallback,
+            switches=switches,
+            serving=serving,
         )
+        # What does not serve is worth a warning where nobody would see the line otherwise.
+        quiet = serving.overridden or not (serving.complete or _log.isEnabledFor(logging.INFO))
+        _log.log(logging.WARNING if quiet else logging.INFO, "%s", serving.summary)
+        return found
 
 
 def _site_name(site: str) -> SiteName:

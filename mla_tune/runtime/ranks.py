@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import sys
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 from mla_tune.errors import EnvironmentMismatchError
 from mla_tune.runtime.dispatcher import Dispatcher
 from mla_tune.runtime.switches import RANKS_VARIABLE, RankMismatch
 
+_Value = TypeVar("_Value")
 PATIENCE_S = 120.0
 """How long a rank waits for the others to come here; they load the same model, which takes them about as long."""
 
@@ -46,7 +47,15 @@ def agree(dispatcher: Dispatcher, *, group: Any = None, engine: str = "") -> Dis
     return Dispatcher(None, source=reason, fallback="incumbent", switches=dispatcher.switches)
 
 
-def _gather(distributed: Any, ours: tuple[str, str, str], group: Any) -> list[tuple[str, str, str]]:
+def gather(value: _Value, *, group: Any = None) -> list[_Value]:
+    """Every rank's ``value``, by rank; a collective call of every rank of ``group``, as :func:`agree` is."""
+    distributed: Any = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return [value]
+    return _gather(distributed, value, group)
+
+
+def _gather(distributed: Any, ours: _Value, group: Any) -> list[_Value]:
     if distributed.get_backend(group) == "gloo":
         try:
             distributed.monitored_barrier(group, timeout=timedelta(seconds=PATIENCE_S), wait_all_ranks=True)

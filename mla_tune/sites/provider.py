@@ -11,6 +11,7 @@ import msgspec
 OWN = "own"
 """What ``--provider`` says for this project's kernels, which are the default; a site then has no provider."""
 SGLANG = "sglang"
+VLLM = "vllm"
 PROVIDERS = (OWN, SGLANG)
 """What a sweep can be asked for."""
 SGLANG_KERNEL = "sglang-kernel"

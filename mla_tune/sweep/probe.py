@@ -20,6 +20,8 @@ from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import CAPABILITY, Measurement, Outcome
 from mla_tune.sweep.attempt import attempt
 from mla_tune.sweep.grid import Point
+from mla_tune.sweep.outcomes import is_spoiled
+from mla_tune.sweep.runner import Sweep
 from mla_tune.sweep.worker.messages import NOTHING_ADDED, Added, Task
 from mla_tune.sweep.worker.process import WorkerProcess
 from mla_tune.sweep.worker.same_gpu import require_unchanged
@@ -42,6 +44,13 @@ class Bound:
     """Why ``fails_at`` failed, or why the search ended without it; empty where it reached the largest count."""
     tries: tuple[Try, ...]
     """Each in a fresh worker, in the order made."""
+    suspect: bool = False
+    """Whether it was searched because a sweep saw it fail, around that shape; then nothing above it was tried."""
+
+    @property
+    def cleared(self) -> bool:
+        """Whether what a sweep saw fail ran in a fresh process."""
+        return self.suspect and bool(self.tries) and self.fails_at is None and not self.reason
 
 
 Search = Generator[int, Outcome, tuple[int, int | None]]
@@ -68,7 +77,7 @@ def search(largest: int, runs: int = 0, fails: int | None = None) -> Search:
         elif outcome in CAPABILITY:
             tried[count] = False
             fails = count
-            runs = runs if runs < count and tried.get(runs, runs == 0) else 0
+            runs = runs if runs < count and tried.get(runs, True) else 0
         else:
             return max((c for c, ran in tried.items() if ran), default=0), None
         if fails is None:
@@ -79,11 +88,11 @@ def search(largest: int, runs: int = 0, fails: int | None = None) -> Search:
 
 
 def _between(runs: int, fails: int, tried: dict[int, bool]) -> int:
-    """The next count to try: an end that was only given, else the middle."""
-    if runs and runs not in tried:
-        return runs
+    """The next count to try: an end that was only given, first the failure, which may not occur again; else the middle."""
     if fails not in tried:
         return fails
+    if runs and runs not in tried:
+        return runs
     return (runs + fails) // 2
 
 
@@ -118,11 +127,13 @@ class Prober:
         note: Callable[[Try], None],
         known: Iterable[tuple[int, bool]] = (),
         deadline: float = float("inf"),
+        around: Shape | None = None,
     ) -> Bound:
         """Search up to ``largest`` query tokens, telling ``note`` of every try.
 
         ``known`` are counts that were seen to run or to fail: the search starts between them. At ``deadline``, by
-        ``time.monotonic()``, it ends where it is.
+        ``time.monotonic()``, it ends where it is. Tries have the requests and the context of ``around``, as far as their
+        query tokens allow; without it one request of 8K of context.
         """
         runs, fails = _start(known)
         asked = search(min(largest, max_query_tokens(site)), runs, fails)
@@ -130,20 +141,31 @@ class Prober:
         try:
             count = next(asked)
             while time.monotonic() < deadline:
-                tries[count] = self.attempt(site, candidate, count)
+                tries[count] = self.attempt(site, candidate, count, around)
                 note(tries[count])
                 count = asked.send(tries[count].outcome)
-            return Bound(
-                site, candidate, _largest_that_ran(tries), None, "the budget is used up", tuple(tries.values())
-            )
+            made = tuple(tries.values())
+            ran = _largest_that_ran(tries)
+            return Bound(site, candidate, ran, None, "the budget is used up", made, around is not None)
         except StopIteration as end:
             runs, fails = end.value
         reason = tries[fails].detail if fails is not None else next(reversed(tries.values())).detail
-        return Bound(site, candidate, runs, fails, reason, tuple(tries.values()))
+        return Bound(site, candidate, runs, fails, reason, tuple(tries.values()), around is not None)
 
-    def attempt(self, site: Site, candidate: str, num_qo_tokens: int) -> Try:
-        """Run and compare ``candidate`` once, in a worker of its own."""
-        point = Point(site, Shape(1, num_qo_tokens, max(num_qo_tokens, _CONTEXT)))
+    def support(self, sites: Iterable[Site]) -> dict[tuple[Site, str], str | None]:
+        """See :meth:`mla_tune.sweep.runner.Sweep.ask_support`."""
+        with Sweep(self._kind, self._timeout_s, self._added) as sweep:
+            return sweep.ask_support(sites)
+
+    def attempt(self, site: Site, candidate: str, num_qo_tokens: int, around: Shape | None = None) -> Try:
+        """Run and compare ``candidate`` once, in a worker of its own; once more where something else spoiled it."""
+        attempted = self._attempt(site, candidate, try_shape(num_qo_tokens, around))
+        if is_spoiled(attempted.outcome, attempted.detail):
+            return self._attempt(site, candidate, attempted.shape)
+        return attempted
+
+    def _attempt(self, site: Site, candidate: str, shape: Shape) -> Try:
+        point = Point(site, shape)
         worker = WorkerProcess(self._kind, self._added.module, self._jit_cache.name)
         try:
             require_unchanged(self.environment, worker.hello.environment)
@@ -151,6 +173,9 @@ class Prober:
         finally:
             worker.stop()
         if result.failure is not None:
+            if result.running is None and result.failure.outcome is not Outcome.TIMEOUT:
+                detail = f"building the inputs failed: {result.failure.detail}"
+                return Try(site, candidate, point.shape, Outcome.DISTURBED, " ".join(detail.split()))
             return Try(site, candidate, point.shape, result.failure.outcome, " ".join(result.failure.detail.split()))
         row = result.rows[0]
         return Try(site, candidate, point.shape, row.outcome, row.detail, row.first_call_s)
@@ -172,16 +197,11 @@ def known_counts(measurements: Iterable[Measurement], tries: Iterable[Try]) -> K
     return {key: sorted(counts.items()) for key, counts in known.items()}
 
 
-def unclosed(known: Known, tries: Iterable[Try]) -> Known:
-    """Those that were seen to run and, further up, to fail, without neighbours of which both were tried."""
-    tried = {(entry.site, entry.candidate, entry.shape.num_qo_tokens) for entry in tries}
-    found: Known = {}
-    for key, counts in known.items():
-        runs, fails = _start(counts)
-        closed = fails == runs + 1 and {(*key, runs), (*key, fails)} <= tried
-        if fails is not None and runs and not closed:
-            found[key] = counts
-    return found
+def try_shape(num_qo_tokens: int, around: Shape | None = None) -> Shape:
+    """The shape of a try at so many query tokens, with the requests and the context of ``around`` as far as they go."""
+    if around is None:
+        return Shape(1, num_qo_tokens, max(num_qo_tokens, _CONTEXT))
+    return Shape(min(around.num_reqs, num_qo_tokens), num_qo_tokens, max(num_qo_tokens, around.kv_tokens))
 
 
 def max_query_tokens(site: Site) -> int:

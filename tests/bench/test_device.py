@@ -15,11 +15,11 @@ from hypothesis import strategies as st
 
 from mla_tune.bench.environment import (
     detect_environment,
-    digest_library,
     kernel_libraries,
     processor_name,
 )
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
+from mla_tune.hardware.digests import digest_library
 from mla_tune.hardware.sku import sku_name
 from mla_tune.store.database import Database
 from mla_tune.store.export import read_export, write_export

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mla_tune.fit.acquire import SETTLED, _expected_loss, doubts
+from mla_tune.fit.acquire import SETTLED, Doubt, _expected_loss, doubts
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.observations import Observations, shares
 from mla_tune.fit.work import work
@@ -64,18 +64,23 @@ def seeds() -> set[tuple[Site, Shape]]:
 SITE_NAME = next(iter(SITES)).name
 
 
-def replayed() -> set[tuple[Site, Shape]]:
-    """The points of an adaptive sweep that can choose among the recorded ones only."""
+BUDGET = 217
+"""Points that the default budget of 90 s has time for: 181 took 75 s on an H200."""
+
+
+def replayed(most: int = BUDGET) -> set[tuple[Site, Shape]]:
+    """The points of an adaptive sweep that can choose among the recorded ones only, as far as the budget reaches."""
     points = seeds()
     while True:
         costs = costs_of(points)
-        added = set()
+        added: list[Doubt] = []
         for site, model in SITES.items():
             left = [shape for shape in everything().shapes(site, Role.FIT) if (site, shape) not in points]
-            added |= {(d.site, d.shape) for d in doubts(costs, model, site, left, DEFAULT.points_per_round)}
-        if not added:
+            added += doubts(costs, model, site, left, DEFAULT.points_per_round)
+        added.sort(key=lambda doubt: -doubt.expected_loss)
+        points |= {(doubt.site, doubt.shape) for doubt in added[: most - len(points)]}
+        if not added or len(points) >= most:
             return points
-        points |= added
 
 
 def slowdowns(costs: CostModel, model: ModelConfig, site: Site, shapes: list[Shape]) -> list[float]:
@@ -98,10 +103,11 @@ def test_a_few_adaptive_points_choose_right_almost_everywhere_else() -> None:
     found = []
     for site, model in SITES.items():
         found += slowdowns(costs, model, site, [s for s in everything().shapes(site) if (site, s) not in points])
-    assert len(points) < 220
+    assert len(points) <= BUDGET
     assert len(found) > 900
-    assert np.mean(found) <= 1.003
-    assert np.percentile(found, 99) <= 1.05
+    assert np.mean(found) <= 1.001
+    assert np.percentile(found, 99) <= 1.04
+    assert np.max(found) <= 1.10
 
 
 def test_the_same_measurements_ask_for_the_same_points() -> None:

@@ -153,6 +153,12 @@ def modelled_policy(*tables: Table, **changes: Any) -> Policy:
     return policy(*given, **{"gpu": target, "evidence": "modelled", "modelled": MODELLED, **changes})
 
 
+def anywhere(policy: Policy) -> Policy:
+    """``policy`` as if every kernel were this project's own: its tables depend on no build."""
+    tables = (msgspec.structs.replace(of, builds=(), candidate_builds=()) for of in policy.tables)
+    return msgspec.structs.replace(policy, tables=tuple(tables))
+
+
 def full_policy() -> Policy:
     """A table for every site, model, head count and layer, a dozen rows each: what one GPU's file holds."""
     row = table().rows[1]

@@ -13,7 +13,7 @@ from mla_tune.errors import MlaTuneError
 from mla_tune.policy.codec import read_yaml
 from mla_tune.policy.rules import problems
 from mla_tune.policy.schema import MAX_POLICY_BYTES, Limit, Policy, dump_policy, parse_policy
-from mla_tune.policy.shipped import packaged_policies
+from mla_tune.policy.search import packaged_policies
 from mla_tune.policy.text import read_written
 from mla_tune.runtime import Dispatcher
 from tests.policy.strategies import policy, table

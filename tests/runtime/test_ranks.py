@@ -102,6 +102,16 @@ def test_where_the_setting_says_so_all_four_keep_the_incumbent(policies: tuple[s
     assert len({str(answer[2]) for answer in answers}) == 1
 
 
+@pytest.mark.parametrize("saying", [0, 1])
+def test_one_rank_that_says_so_is_enough_for_all_to_keep_the_incumbent(
+    saying: int, policies: tuple[str, str], tmp_path: Path
+) -> None:
+    ranks = [{"MLA_TUNE_POLICY": policy} for policy in policies]
+    ranks[saying]["MLA_TUNE_RANKS"] = "incumbent"
+    answers = world(tmp_path, *ranks)
+    assert [answer[:2] for answer in answers] == [["sparse_fwd", "incumbent"]] * 2
+
+
 @pytest.mark.parametrize(
     "different",
     [{"MLA_TUNE_MODE": "pin:sparse_fwd"}, {"MLA_TUNE_POLICY": "/nonexistent"}, {"ENGINE": "SGLANG_X=0"}],

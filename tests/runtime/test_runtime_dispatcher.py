@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import logging
+import re
 import threading
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
 from mla_tune.hardware.nvml import GpuIdentity
-from mla_tune.policy.schema import Gpu, Library, Limit, Policy, PolicyEnvironment, digest, dump_policy, write_policy
-from mla_tune.policy.shipped import packaged_policies, packaged_policy
+from mla_tune.policy import search
+from mla_tune.policy.schema import Gpu, Limit, Policy, digest, dump_policy, write_policy
 from mla_tune.runtime.dispatcher import Dispatcher, Reason
 from mla_tune.sites.engines import Engine, model_incumbent
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
-from tests.policy.strategies import KEYS, full_policy, modelled_policy, policy, table
+from tests.policy.strategies import KEYS, anywhere, full_policy, modelled_policy, policy, table
 
 H200 = GpuIdentity("NVIDIA H200", "nvidia-h200", 132, "580.1")
 CHECKOUT = Path(__file__).parents[2]
@@ -31,23 +33,22 @@ def _no_override(monkeypatch: pytest.MonkeyPatch) -> None:
 def policy_file(tmp_path: Path) -> Path:
     """A valid policy with a table for everything."""
     path = tmp_path / "nvidia-h200.yaml"
-    write_policy(path, full_policy())
+    write_policy(path, anywhere(full_policy()))
     return path
 
 
 def see_gpu(monkeypatch: pytest.MonkeyPatch, gpu: GpuIdentity | None, shipped: Path) -> None:
     """Let this process see ``gpu`` and the policies in the folder ``shipped``."""
     monkeypatch.setattr("mla_tune.hardware.nvml.detect_gpu", lambda: gpu)
-    monkeypatch.setattr("mla_tune.policy.shipped._policy_files", lambda: sorted(shipped.glob("*.yaml")))
+    monkeypatch.setattr("mla_tune.policy.search._shipped_files", lambda: sorted(shipped.glob("*.yaml")))
 
 
-def with_library(library: str, version: str) -> Policy:
-    """A policy that was measured with one kernel library."""
-    libraries = (Library(name=library, version=version, sha256=""),)
-    environment = PolicyEnvironment(
-        driver="580.1", cuda="13.0", torch="2.11.0", triton="3.6.0", shared_memory_optin_bytes=0, libraries=libraries
-    )
-    return policy(environment=environment)
+def depending(*builds: str, **changes: Any) -> Policy:
+    """A policy whose one table depends on these builds."""
+    return policy(table(builds=tuple(sorted(builds))), **changes)
+
+
+INSTALLED = f"msgspec=={version('msgspec')}"
 
 
 @pytest.mark.parametrize("key", KEYS, ids=str)
@@ -101,7 +102,7 @@ def test_a_dispatcher_knows_its_file_and_its_digest(policy_file: Path) -> None:
     dispatcher = Dispatcher.load(policy_file)
     assert dispatcher.source == str(policy_file)
     assert dispatcher.digest == digest(policy_file.read_bytes())
-    assert dispatcher.policy == full_policy()
+    assert dispatcher.policy == anywhere(full_policy())
     assert dispatcher.fallbacks == ()
 
 
@@ -205,8 +206,8 @@ def test_an_unknown_fallback_word_is_refused_everywhere(policy_file: Path) -> No
 
 
 def test_an_unknown_provider_is_refused_with_those_there_are() -> None:
-    with pytest.raises(UsageError, match="provider must be a known word: got 'vllm'; accepted: own, sglang"):
-        Dispatcher.for_this_gpu(fallback="incumbent", provider="vllm")
+    with pytest.raises(UsageError, match="provider must be a known word: got 'trt'; accepted: own, sglang, vllm"):
+        Dispatcher.for_this_gpu(fallback="incumbent", provider="trt")
 
 
 def test_a_modelled_policy_says_so_at_load(caplog: pytest.LogCaptureFixture) -> None:
@@ -256,7 +257,7 @@ def test_the_shipped_policy_of_the_visible_gpu_is_taken(
 ) -> None:
     see_gpu(monkeypatch, H200, policy_file.parent)
     dispatcher = Dispatcher.for_this_gpu()
-    assert dispatcher.policy == full_policy()
+    assert dispatcher.policy == anywhere(full_policy())
     assert dispatcher.digest == digest(policy_file.read_bytes())
     assert caplog.records == []
 
@@ -265,7 +266,7 @@ def test_the_shipped_policy_of_the_visible_gpu_is_taken(
 def test_an_engine_is_served_by_what_was_measured_with_its_own_kernels_where_that_ships(
     provider: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    policies = {"own": policy(), "sglang": policy(provider="sglang@0.5.23")}
+    policies = {"own": anywhere(policy()), "sglang": anywhere(policy(provider="sglang@0.5.23"))}
     see_gpu(monkeypatch, H200, tmp_path)
     write_policy(tmp_path / "nvidia-h200.yaml", policies["own"])
     assert Dispatcher.for_this_gpu(provider=provider).policy == policies["own"]
@@ -277,7 +278,9 @@ def test_a_gpu_without_a_shipped_policy_names_those_there_are(
     monkeypatch: pytest.MonkeyPatch, policy_file: Path
 ) -> None:
     see_gpu(monkeypatch, GpuIdentity("NVIDIA L4", "nvidia-l4", 58, "580.1"), policy_file.parent)
-    with pytest.raises(PolicyError, match="got none for nvidia-l4; accepted: nvidia-h200;"):
+    with pytest.raises(
+        EnvironmentMismatchError, match=r"none is for nvidia-l4, in .* or among the shipped ones \(nvidia-h200\);"
+    ):
         Dispatcher.for_this_gpu()
     assert len(Dispatcher.for_this_gpu(fallback="incumbent").fallbacks) == 1
 
@@ -287,15 +290,17 @@ def test_a_gpu_without_a_shipped_policy_names_those_there_are(
     [
         (
             policy(gpu=Gpu(sku="nvidia-h200", sm_count=78)),
-            r"measured nvidia-h200 with 78 SMs: got nvidia-h200 with 132 SMs;",
+            r"must be nvidia-h200 with 78 SMs: got nvidia-h200 with 132 SMs;",
         ),
         (
             policy(gpu=Gpu(sku="nvidia-h20", sm_count=132)),
-            r"measured nvidia-h20 with 132 SMs: got nvidia-h200 with 132",
+            r"must be nvidia-h20 with 132 SMs: got nvidia-h200 with 132",
         ),
-        (with_library("msgspec", "0.0.1"), rf"msgspec must be the measured version 0\.0\.1: got {version('msgspec')};"),
+        (depending("msgspec==0.0.1"), rf"msgspec must be 0\.0\.1: got {re.escape(version('msgspec'))};"),
+        (depending(INSTALLED, "nowhere==1"), r"nowhere must be 1: it is not installed;"),
+        (depending(INSTALLED, "flash-mla==unknown"), r"flash-mla was measured in an unknown version;"),
     ],
-    ids=["SM count", "SKU", "kernel library"],
+    ids=["SM count", "SKU", "release", "missing", "unknown"],
 )
 def test_another_machine_than_the_measured_one_raises_or_falls_back(
     shipped: Policy, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -309,13 +314,10 @@ def test_another_machine_than_the_measured_one_raises_or_falls_back(
     assert dispatcher.policy is None
 
 
-@pytest.mark.parametrize("library", [("msgspec", version("msgspec")), ("sgl-flash-mla-not-installed", "1.0.0")])
-def test_the_measured_build_or_none_that_is_installed_is_accepted(
-    library: tuple[str, str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    write_policy(tmp_path / "nvidia-h200.yaml", with_library(*library))
+def test_the_measured_build_is_accepted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    write_policy(tmp_path / "nvidia-h200.yaml", depending(INSTALLED))
     see_gpu(monkeypatch, H200, tmp_path)
-    assert Dispatcher.for_this_gpu().policy == with_library(*library)
+    assert Dispatcher.for_this_gpu().policy == depending(INSTALLED)
 
 
 def test_a_policy_that_the_user_names_is_used_with_a_warning_about_what_differs(
@@ -324,7 +326,7 @@ def test_a_policy_that_the_user_names_is_used_with_a_warning_about_what_differs(
     see_gpu(monkeypatch, GpuIdentity("NVIDIA H20", "nvidia-h20", 78, "580.1"), policy_file.parent / "nothing")
     monkeypatch.setenv("MLA_TUNE_POLICY", str(policy_file))
     dispatcher = Dispatcher.for_this_gpu()
-    assert dispatcher.policy == full_policy()
+    assert dispatcher.policy == anywhere(full_policy())
     assert dispatcher.fallbacks == ()
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "got nvidia-h20 with 78 SMs" in caplog.text
@@ -358,6 +360,6 @@ def test_the_environment_is_not_read_after_load(monkeypatch: pytest.MonkeyPatch,
 
 
 def test_a_checkout_ships_the_policies_of_its_own_folder() -> None:
-    assert list(packaged_policies()) == sorted(path.stem for path in (CHECKOUT / "policies").glob("*.yaml"))
-    for name, file in packaged_policies().items():
-        assert packaged_policy(*name.split(".")).read_bytes() == file.read_bytes()
+    assert list(search.packaged_policies()) == sorted(path.stem for path in (CHECKOUT / "policies").glob("*.yaml"))
+    for name, file in search.packaged_policies().items():
+        assert search.policy_file(*name.split(".")).path == file

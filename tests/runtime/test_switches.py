@@ -16,7 +16,7 @@ from mla_tune.runtime.dispatcher import Dispatcher, Reason, Rule
 from mla_tune.runtime.switches import RankMismatch, Switches
 from mla_tune.sites.candidates import CANDIDATES
 from mla_tune.sites.site import SiteName
-from tests.policy.strategies import full_policy, modelled_policy, policy, table
+from tests.policy.strategies import anywhere, full_policy, modelled_policy, policy, table
 
 H200 = GpuIdentity("NVIDIA H200", "nvidia-h200", 132, "580.1")
 VARIABLES = ("POLICY", "MODE", "ALLOW_MODELLED", "RANKS", "RECORD")
@@ -29,9 +29,9 @@ def _clean(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(f"MLA_TUNE_{name}", raising=False)
     shipped = tmp_path / "shipped"
     shipped.mkdir()
-    write_policy(shipped / "nvidia-h200.yaml", full_policy())
+    write_policy(shipped / "nvidia-h200.yaml", anywhere(full_policy()))
     monkeypatch.setattr("mla_tune.hardware.nvml.detect_gpu", lambda: H200)
-    monkeypatch.setattr("mla_tune.policy.shipped._policy_files", lambda: sorted(shipped.glob("*.yaml")))
+    monkeypatch.setattr("mla_tune.policy.search._shipped_files", lambda: sorted(shipped.glob("*.yaml")))
 
 
 def rule(engine: str | None, **settings: str) -> Rule:
@@ -72,7 +72,7 @@ def test_a_modelled_policy_serves_where_it_is_allowed_or_named_and_not_forbidden
     allowed: str | None, named: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "shipped" / "nvidia-h200.yaml"
-    write_policy(path, modelled_policy(gpu=full_policy().gpu))
+    write_policy(path, anywhere(modelled_policy(gpu=full_policy().gpu)))
     if named:
         monkeypatch.setenv("MLA_TUNE_POLICY", str(path))
     if allowed is not None:
@@ -80,7 +80,10 @@ def test_a_modelled_policy_serves_where_it_is_allowed_or_named_and_not_forbidden
     if allowed in ("1", "true") or (named and allowed is None):
         assert Dispatcher.for_this_gpu().policy is not None
         return
-    with pytest.raises(EnvironmentMismatchError, match=r"must be measured: .* which is modelled for nvidia-h200"):
+    with pytest.raises(
+        EnvironmentMismatchError,
+        match=r"0 of 1 tables serve own; it is modelled, and must be measured; MLA_TUNE_ALLOW_MODELLED=1 serves it",
+    ):
         Dispatcher.for_this_gpu()
     assert Dispatcher.for_this_gpu(fallback="incumbent").policy is None
 

@@ -251,3 +251,24 @@ def test_a_candidate_during_which_workers_are_ended_again_and_again_is_left_for_
     assert {row.outcome for row in rows if row.candidate == "sparse_fwd"} == {Outcome.DISTURBED}
     assert report.restarts == 4  # two points, each tried twice
     assert [task.point.shape.num_qo_tokens for task in again] == counts
+
+
+class UnsupportedWorker(ScriptedWorker):
+    """A worker on a machine that can run nothing; being sent a task would mean that inputs are built."""
+
+    def support(self, pairs: tuple[tuple[Site, str], ...], timeout_s: float) -> tuple[str | None, ...]:
+        return ("this GPU is sm120",) * len(pairs)
+
+    def _script(self, task: Task) -> list[Message | str]:
+        raise AssertionError("inputs were built for what cannot run")
+
+
+def test_what_cannot_run_here_is_a_row_with_its_reason_before_any_inputs_are_built(tmp_path: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch, Database.open(tmp_path / "a.db") as database:
+        UnsupportedWorker.started = 0
+        patch.setattr(runner, "WorkerProcess", UnsupportedWorker)
+        with Sweep("cpu") as sweep:
+            report = sweep.run(database, [Point(SITE, Shape(1, 64, 8192))])
+        rows = database.measurements(CPU_ENVIRONMENT.id)
+    assert {(row.outcome, row.detail) for row in rows} == {(Outcome.UNSUPPORTED, "this GPU is sm120")}
+    assert (report.restarts, report.points, len(rows)) == (0, 1, len(names_at(SITE)))

@@ -12,7 +12,7 @@ from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import MODELS, Site, SiteName
 from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import CAPABILITY, Outcome
-from mla_tune.sweep.probe import Known, Prober, known_counts, max_query_tokens, search, unclosed
+from mla_tune.sweep.probe import Prober, known_counts, max_query_tokens, search, try_shape
 from mla_tune.sweep.worker.messages import Added
 
 LARGEST = 131072
@@ -54,8 +54,8 @@ def test_a_search_takes_one_try_for_each_doubling_and_each_halving(limit: int, h
     assert len(tried) <= 2 * LARGEST.bit_length()
 
 
-def test_a_search_that_is_told_the_neighbours_tries_just_these() -> None:
-    assert searched(14336, LARGEST, 14336, 14337, Outcome.CRASH) == (14336, 14337, [14336, 14337])
+def test_a_search_that_is_told_the_neighbours_tries_just_these_the_failure_first() -> None:
+    assert searched(14336, LARGEST, 14336, 14337, Outcome.CRASH) == (14336, 14337, [14337, 14336])
 
 
 @pytest.mark.parametrize("how", [Outcome.NO_MEMORY, Outcome.TIMEOUT, Outcome.UNSUPPORTED])
@@ -75,25 +75,12 @@ def attempt(count: int, outcome: Outcome) -> Try:
     return Try(SITE, "with_kvcache", Shape(1, count, 8192), outcome, "" if outcome is Outcome.OK else "reason")
 
 
-def still_open(*tries: Try) -> Known:
-    return unclosed(known_counts([], tries), tries)
-
-
-def test_only_a_candidate_that_failed_above_a_success_is_worth_a_search() -> None:
-    ok, crash = Outcome.OK, Outcome.CRASH
-    assert still_open(attempt(4, ok), attempt(8, ok)) == {}
-    assert still_open(attempt(4, crash)) == {}
-    assert still_open(attempt(4, ok), attempt(8, Outcome.NO_MEMORY)) == {}
-    key = (SITE, "with_kvcache")
-    assert still_open(attempt(8, crash), attempt(4, ok)) == {key: [(4, True), (8, False)]}
-    assert still_open(attempt(4, ok), attempt(5, crash), attempt(8, crash)) == {}
-
-
-def test_neighbours_that_a_sweep_measured_are_still_to_be_tried_in_processes_of_their_own() -> None:
-    ran, failed = attempt(4, Outcome.OK), attempt(5, Outcome.CRASH)
-    known = known_counts([], [ran, failed])
-    assert unclosed(known, [ran]) == unclosed(known, []) == known
-    assert unclosed(known, [ran, failed]) == {}
+def test_tries_around_a_suspect_have_its_requests_and_context_as_far_as_their_query_tokens_allow() -> None:
+    around = Shape(16, 4096, 1 << 21)
+    assert try_shape(4096, around) == around
+    assert try_shape(3, around) == Shape(3, 3, 1 << 21)
+    assert try_shape(3) == Shape(1, 3, 8192)
+    assert try_shape(9000) == Shape(1, 9000, 9000)
 
 
 def test_a_count_that_ever_failed_fails() -> None:

@@ -91,20 +91,27 @@ def _sweep_counts(reports: Sequence[Report], database: Path) -> dict[str, object
     }
 
 
-def sweep_reports(reports: Sequence[Report], bounds: Sequence[Bound], database: Path) -> None:
+def sweep_reports(measured: Measured) -> None:
     """What a sweep did, what it gave up, and how to go on where it did not finish, on standard error."""
-    counts = _sweep_counts(reports, database)
+    reports = measured.reports
+    counts = _sweep_counts(reports, measured.path)
     note(
         "{measured} points measured in {seconds} s, {known} known before; {failed_rows} rows without a timing, "
         "{restarts} worker restarts; stored in {database}".format(**counts)
     )
-    for given_up in reports[-1].given_up:
+    for given_up in dict.fromkeys(entry for report in reports for entry in report.given_up):
         note(f"{given_up.candidate} at {given_up.site}: {given_up.reason}")
-    for bound in bounds:
+    for line in dict.fromkeys(line for report in reports for line in report.recovered):
+        note(line)
+    for bound in measured.limits.bounds:
         note(_bound_text(bound))
+    for line in measured.suspects:
+        note(f"no limit yet: {line}; it is not chosen from there up; next: mla-tune probe --suspects")
+    for trouble in dict.fromkeys(trouble for report in reports for trouble in report.troubles):
+        note(f"spoiled from outside: {trouble}")
     if counts["disturbed"]:
         note(
-            f"{counts['disturbed']} points had no undisturbed samples: run the same command again when the GPU is free"
+            f"{counts['disturbed']} points were spoiled from outside: run the same command again when nothing disturbs it"
         )
     if counts["left"]:
         note(f"{counts['left']} points are left: run the same command again to go on")
@@ -117,7 +124,9 @@ def sweep_json(measured: Measured, repetitions: Sequence[Repetition], policy: Po
             {
                 **_sweep_counts(measured.reports, measured.path),
                 "given_up": [asdict(entry) for entry in measured.reports[-1].given_up],
-                "limits": [_bound_json(bound) for bound in measured.bounds],
+                "limits": [_bound_json(bound) for bound in measured.limits.bounds],
+                "suspects": list(measured.suspects),
+                "troubles": [trouble for report in measured.reports for trouble in report.troubles],
                 "repetitions": [_repetition_json(entry) for entry in repetitions],
                 "policy": policy_json(policy, policy_path) if policy else None,
             }
@@ -138,10 +147,13 @@ def tried(quiet: bool) -> Callable[[Try], None]:
 
 
 def bounds(found: Sequence[Bound], as_json: bool) -> None:
-    """How far each candidate goes, and what its first call costs at each size of shape."""
+    """How far each candidate goes, or why it was not tried, and what its first call costs at each size of shape."""
     if as_json:
         print(json.dumps([_bound_json(bound) for bound in found]))
         return
+    for bound in found:
+        if not bound.tries:
+            note(_bound_text(bound))
     table = RichTable("site", "candidate", "runs at", "fails at", "tries", "reason")
     for bound in found:
         fails_at = str(bound.fails_at) if bound.fails_at else "-"
@@ -168,7 +180,11 @@ def _first_calls(found: Sequence[Bound]) -> dict[str, float]:
 
 def _bound_text(bound: Bound) -> str:
     where = f"{bound.candidate} at {bound.site.key}"
+    if not bound.tries:
+        return f"{where}: {bound.reason}"
     if bound.fails_at is None:
+        if bound.cleared:
+            return f"{where}: ran in a fresh process at the {bound.runs_at} query tokens at which the sweep saw it fail"
         why = f" ({bound.reason})" if bound.reason else ""
         return f"{where}: no limit found, runs at {bound.runs_at} query tokens{why}"
     return f"{where}: runs at {bound.runs_at} query tokens, fails at {bound.fails_at}: {bound.reason}"
@@ -260,6 +276,13 @@ def validation(result: Validation, missed: Sequence[str], as_json: bool) -> None
                 f"tokens, {shape.kv_tokens} context tokens: {loss.choice}",
                 highlight=False,
             )
+    if result.unsure:
+        entry = max(result.unsure, key=lambda entry: entry.relative)
+        console.print(
+            f"unsure: {len(result.unsure)} points are not judged, a median there is known to worse than 5 %; the worst: "
+            f"{entry.candidate} to {entry.relative:.0%} at {entry.table}, {entry.shape.num_qo_tokens} query tokens",
+            highlight=False,
+        )
     console.print("goal met" if not missed else "goal missed", highlight=False)
 
 

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from mla_tune.cli.places import export_path
+from mla_tune.errors import GoalMissedError
 from mla_tune.hardware.sku import CPU
 from mla_tune.policy.schema import HeldOut, Policy, Row, Table
 from mla_tune.sites.engines import Engine
@@ -24,7 +25,7 @@ from mla_tune.sites.provider import OWN
 from mla_tune.sites.stages import KernelSource
 
 if TYPE_CHECKING:
-    from mla_tune.fit.evaluation import Weighted
+    from mla_tune.fit.evaluation import LostTable, Weighted
     from mla_tune.fit.explanation import Explanation
     from mla_tune.policy.decision import Explanation as Decision
     from mla_tune.store.database import EnvironmentSummary
@@ -78,7 +79,7 @@ def _barred(policy: Policy) -> Iterator[str]:
         for limit in table.limits:
             heads = f", {table.h_q} heads" if table.h_q else ""
             yield (
-                f"limit: {limit.candidate} ({table.site}{heads}) up to {limit.num_qo_tokens} query tokens, "
+                f"limit: {limit.candidate} ({table.site}, {table.layer}{heads}) up to {limit.num_qo_tokens} query tokens, "
                 f"fails at {limit.fails_at}"
             )
         if (cap := table.workspace_cap) is not None and cap.over:
@@ -169,7 +170,7 @@ def provenance(policy: Policy, source: str) -> None:
     )
 
 
-def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> None:
+def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: Sequence[str]) -> None:
     """Every rule over all attention layer types together, and what could not be judged."""
     if overall:
         console.print(
@@ -177,9 +178,26 @@ def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: int) -> No
         )
     for table in left_out:
         console.print(f"no table for {table}: no held-out point judges it yet; sweep again to go on", highlight=False)
-    if lost:
-        warn(
-            f"the policy that was there before had {lost} tables that this one lacks: sweep without filters to have them"
+    for line in lost:
+        warn(line)
+
+
+def unsettled(unsupported: Sequence[str], suspects: Sequence[str]) -> None:
+    """What could not run where it was swept, and which failures are no limits yet."""
+    for line in unsupported:
+        note(line)
+    for line in suspects:
+        note(f"no limit yet: {line}; it is not chosen from there up; next: mla-tune probe --suspects")
+
+
+def lost_points(found: Sequence[LostTable], *, strict: bool) -> None:
+    """Tables that lost their own held-out points. Raises :class:`GoalMissedError` for them where that is ``strict``."""
+    for entry in found:
+        warn(str(entry))
+    if found and strict:
+        raise GoalMissedError(
+            f"--strict accepts no table that loses its own held-out points: got {len(found)}; next: sweep again with a "
+            "larger --budget, or fit without --strict"
         )
 
 

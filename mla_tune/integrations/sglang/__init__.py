@@ -6,7 +6,7 @@ the policy is loaded when the backend is built, compared between ranks, and anno
 
 =====================  ====================================================================================
 DeepSeek-V4            ``DeepseekV4AttnBackend._use_sparse_prefill``, by layer type (:mod:`.v4_hooks`)
-V4's indexer           the schedule metadata of a prefill, when the user set no switch (:mod:`.v4_hooks`)
+V4's indexer           the schedule metadata of a prefill, when the user set no switch (:mod:`.indexer_hooks`)
 V3.2 with FP8 cache    ``DeepseekSparseAttnBackend.set_dsa_prefill_impl`` (:mod:`.dsa_hooks`)
 =====================  ====================================================================================
 
@@ -19,7 +19,7 @@ import logging
 import os
 
 from mla_tune.errors import UsageError
-from mla_tune.integrations.post_import import after_import
+from mla_tune.integrations.seams import after_import
 from mla_tune.runtime.switches import Switches
 
 _log = logging.getLogger("mla_tune")
@@ -49,9 +49,9 @@ def _hook_v4(module: object) -> None:
 
 
 def _hook_indexer(module: object) -> None:
-    from mla_tune.integrations.sglang import v4_hooks
+    from mla_tune.integrations.sglang import indexer_hooks
 
-    v4_hooks.hook_metadata(module)
+    indexer_hooks.hook_function(module)
 
 
 def _hook_dsa(module: object) -> None:
@@ -62,6 +62,6 @@ def _hook_dsa(module: object) -> None:
 
 def prometheus_text() -> str:
     """The counters of this process in Prometheus' text format; empty before a backend was built."""
-    from mla_tune.integrations.sglang.sglang_process import PROCESS
+    from mla_tune.integrations.sglang.sglang_state import PROCESS
 
     return "" if PROCESS.service is None else PROCESS.service.prometheus_text()

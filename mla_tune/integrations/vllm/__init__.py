@@ -18,11 +18,12 @@ import logging
 import os
 
 from mla_tune.errors import UsageError
-from mla_tune.integrations.post_import import after_import
+from mla_tune.integrations.seams import after_import
 from mla_tune.runtime.switches import Switches
 
 SPARSE_BACKEND = "vllm.v1.attention.backends.mla.flashmla_sparse"
 V4_BACKEND = "vllm.models.deepseek_v4.nvidia.flashmla"
+RUNNERS = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 
 _log = logging.getLogger("mla_tune")
 
@@ -46,6 +47,8 @@ def _register() -> None:
         return
     after_import(SPARSE_BACKEND, _hook_sparse)
     after_import(V4_BACKEND, _hook_v4)
+    for runner in RUNNERS:
+        after_import(runner, _hook_runner)
 
 
 # Imported where they are needed: a process without a backend never loads them, nor what a policy is read with.
@@ -63,8 +66,14 @@ def _hook_v4(module: object) -> None:
     prefill_hooks.hook_layer(module)
 
 
+def _hook_runner(module: object) -> None:
+    from mla_tune.integrations.vllm import vllm_state
+
+    vllm_state.hook_runner(module)
+
+
 def prometheus_text() -> str:
     """The counters of this process in Prometheus' text format; empty before a backend was built."""
-    from mla_tune.integrations.vllm.vllm_process import PROCESS
+    from mla_tune.integrations.vllm.vllm_state import PROCESS
 
     return "" if PROCESS.service is None else PROCESS.service.prometheus_text()

@@ -1,6 +1,6 @@
 """vLLM's hook for DeepSeek-V3.2 (DSA) with an FP8 cache: which kernels a batch with prefills takes.
 
-vLLM 0.33.0 decides once, by the query heads a rank (``MIN_HEADS_FOR_BF16_PREFILL``): with few, *mixed*, the KV-cache kernel
+vLLM decides once, by the query heads a rank (``MIN_HEADS_FOR_BF16_PREFILL``): with few, *mixed*, the KV-cache kernel
 for all tokens as one batch entry; else *separate*, a BF16 sparse prefill over dequantized rows beside the KV-cache kernel
 for the decodes. Its metadata builder says which in every batch, and its layers follow what the metadata says, so the
 policy may say it per batch.
@@ -15,12 +15,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from mla_tune.errors import EnvironmentMismatchError
-from mla_tune.integrations.engine_process import Once, matching_model, paged_limit
-from mla_tune.integrations.seams import Seam
-from mla_tune.integrations.vllm.vllm_process import PROCESS, capturing, records, user_setting
+from mla_tune.integrations.engine_process import (
+    UNBOUNDED,
+    Once,
+    Prepared,
+    matching_model,
+    paged_bytes,
+    paged_limit,
+    reserve,
+)
+from mla_tune.integrations.seams import Hook, Seam, argument
+from mla_tune.integrations.vllm.vllm_state import PROCESS, RELEASES, capturing, records, user_setting
 from mla_tune.runtime.counters import Reasons
-from mla_tune.runtime.decider import Decider
+from mla_tune.runtime.decider import Decider, Service
 from mla_tune.sites.candidates import PAGED
 from mla_tune.sites.engines import FEW_HEADS, Engine
 from mla_tune.sites.site import LayerType, SiteName
@@ -29,7 +36,10 @@ _CLASS = "FlashMLASparseMetadataBuilder"
 INIT = Seam(f"{_CLASS}.__init__", ("self", "kv_cache_spec", "layer_names", "vllm_config"))
 BUILD = Seam(f"{_CLASS}.build", ("self", "common_prefix_len", "common_attn_metadata", "fast_build"))
 SEPARATE = Seam(f"{_CLASS}._build_fp8_separate_prefill_decode", ("self", "common_attn_metadata", "metadata"))
-USES = (f"{_CLASS}._build_fp8_mixed_decode_prefill", "MIN_HEADS_FOR_BF16_PREFILL")
+_CONSTANT = "MIN_HEADS_FOR_BF16_PREFILL"
+HOOK = Hook(
+    "DeepSeek-V3.2's prefill attention", RELEASES, uses=(f"{_CLASS}._build_fp8_mixed_decode_prefill", _CONSTANT)
+)
 _STATE = "_mla_tune"
 
 
@@ -38,17 +48,17 @@ class MixedChoice:
 
     __slots__ = ("_decider", "_limit", "_once", "base")
 
-    def __init__(self, decider: Decider, *, base: bool) -> None:
-        self._decider: Decider | None = decider
+    def __init__(self, decider: Decider, *, base: bool, most_tokens: int = UNBOUNDED) -> None:
+        self._decider = decider
         self.base = base
         """Whether vLLM's own choice is the mixed batch."""
-        self._limit = paged_limit(decider)
+        self._limit = min(paged_limit(decider), most_tokens)
         self._once = Once("the choice of V3.2's kernels")
 
     def mixed(self, common: Any, metadata: Any) -> bool:
         """Whether this batch is mixed. ``common`` and ``metadata`` are vLLM's, the latter with its split. Never raises."""
         decider = self._decider
-        if decider is None or not metadata.num_prefills:
+        if not metadata.num_prefills or PROCESS.fabricating:
             return self.base
         try:
             reason = decider.kept or self._ruled_out(common, metadata)
@@ -58,7 +68,6 @@ class MixedChoice:
         # Whatever it is, it is ours, and the batch goes on.
         except Exception:
             self._once.report(decider.counters, Reasons.ERROR)
-            self._decider = None
         return self.base
 
     def _ruled_out(self, common: Any, metadata: Any) -> str | None:
@@ -81,66 +90,53 @@ class MixedChoice:
 
 def hook_builder(module: Any) -> None:
     """Take hold of the builder's class."""
-    few_heads = getattr(module, USES[1], None)
 
-    def around_init(original: Any) -> Any:
-        return _around_init(original, few_heads)
+    def around_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+        wrapped(*args, **kwargs)
+        prepare(instance, argument(args, kwargs, 2, "vllm_config"), getattr(module, _CONSTANT))
 
-    PROCESS.take(module, {INIT: around_init, BUILD: _around_build, SEPARATE: _around_separate}, USES)
-
-
-def _around_init(original: Any, few_heads: Any) -> Any:
-    def init(self: Any, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, kv_cache_spec, layer_names, vllm_config, *args, **kwargs)
-        try:
-            setattr(self, _STATE, _choice(self, vllm_config, few_heads))
-        except EnvironmentMismatchError:
-            raise  # ranks that would not decide alike must not serve
-        except Exception:  # ours, not the engine's: it serves as it would without us
-            PROCESS.log_failure("preparing the choice of DeepSeek-V3.2")
-
-    return init
+    PROCESS.hooks.take(module, HOOK, {INIT: around_init, BUILD: _around_build, SEPARATE: _around_separate})
 
 
-def _around_build(original: Any) -> Any:
-    def build(
-        self: Any, common_prefix_len: int, common_attn_metadata: Any, fast_build: bool = False, **kwargs: Any
-    ) -> Any:
-        choice: MixedChoice | None = self.__dict__.get(_STATE)
-        if choice is None or not choice.base:
-            return original(self, common_prefix_len, common_attn_metadata, fast_build, **kwargs)
-        self.fp8_use_mixed_batch = False  # leads to the function that decides; what it answers is what the batch gets
-        try:
-            return original(self, common_prefix_len, common_attn_metadata, fast_build, **kwargs)
-        finally:
-            self.fp8_use_mixed_batch = True
-
-    return build
+def _around_build(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    choice: MixedChoice | None = instance.__dict__.get(_STATE)
+    if choice is None or not choice.base:
+        return wrapped(*args, **kwargs)
+    instance.fp8_use_mixed_batch = False  # leads to the function that decides; what it answers is what the batch gets
+    try:
+        return wrapped(*args, **kwargs)
+    finally:
+        instance.fp8_use_mixed_batch = True
 
 
-def _around_separate(original: Any) -> Any:
-    def build_fp8_separate_prefill_decode(self: Any, common_attn_metadata: Any, metadata: Any) -> Any:
-        choice: MixedChoice | None = self.__dict__.get(_STATE)
-        if choice is None or not choice.mixed(common_attn_metadata, metadata):
-            return original(self, common_attn_metadata, metadata)
-        metadata.fp8_use_mixed_batch = True
-        return self._build_fp8_mixed_decode_prefill()
-
-    return build_fp8_separate_prefill_decode
+def _around_separate(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+    choice: MixedChoice | None = instance.__dict__.get(_STATE)
+    common, metadata = argument(args, kwargs, 0, "common_attn_metadata"), argument(args, kwargs, 1, "metadata")
+    if choice is None or not choice.mixed(common, metadata):
+        return wrapped(*args, **kwargs)
+    metadata.fp8_use_mixed_batch = True
+    return instance._build_fp8_mixed_decode_prefill()
 
 
-def _choice(builder: Any, vllm_config: Any, few_heads: Any) -> MixedChoice | None:
-    """What the policy decides for a builder; None where vLLM has no second path."""
-    setting = user_setting()
-    if few_heads != FEW_HEADS:
-        setting = f"{USES[1]}={few_heads}"
-    service = PROCESS.serve(setting or "")
+def prepare(builder: Any, vllm_config: Any, few_heads: Any) -> None:
+    """Give a builder that vLLM has made its choice; none where vLLM has no second path."""
+    setting = user_setting() if few_heads == FEW_HEADS else f"{_CONSTANT}={few_heads}"
+    found = PROCESS.prepare(
+        "the prefill attention of DeepSeek-V3.2",
+        setting or "",
+        lambda service: _resolved(service, builder, vllm_config, setting),
+    )
+    if found is not None:
+        choice = MixedChoice(found.deciders[0], base=builder.fp8_use_mixed_batch, most_tokens=found.most_tokens)
+        setattr(builder, _STATE, choice)
+
+
+def _resolved(service: Service, builder: Any, vllm_config: Any, setting: str | None) -> Prepared:
     layers = vllm_config.model_config.hf_text_config.num_hidden_layers
     kept = _no_second_path(builder, vllm_config)
     found = matching_model({LayerType.DSA: layers}, builder.topk_tokens, builder.num_heads)
     if kept is not None or isinstance(found, str):
-        PROCESS.announce([], [kept or str(found)])
-        return None
+        return Prepared(kept=(kept or str(found),))
     model, h_q = found
     decider = service.decider(
         SiteName.PREFILL_ATTENTION,
@@ -151,8 +147,13 @@ def _choice(builder: Any, vllm_config: Any, few_heads: Any) -> MixedChoice | Non
         engine_setting=setting,
         records=records(),
     )
-    PROCESS.announce([decider], [])
-    return MixedChoice(decider, base=builder.fp8_use_mixed_batch)
+    most_tokens = UNBOUNDED
+    if decider.serves and not builder.fp8_use_mixed_batch:  # vLLM has made room for its own choice
+        scheduler = getattr(vllm_config, "scheduler_config", None)
+        most = min(paged_limit(decider), getattr(scheduler, "max_num_batched_tokens", UNBOUNDED))
+        # One batch entry has up to two partial results a query: both sides of a split.
+        most_tokens = reserve(most, lambda tokens: paged_bytes(2 * tokens, h_q))
+    return Prepared((decider,), (), most_tokens)
 
 
 def _no_second_path(builder: Any, vllm_config: Any) -> str | None:

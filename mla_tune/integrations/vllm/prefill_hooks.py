@@ -1,14 +1,15 @@
 """vLLM's hook for DeepSeek-V4: prefill on the paged FP8 cache where the policy says so.
 
-vLLM 0.33.0 has one way to prefill: gather and dequantize the rows of some requests at a time, then FlashMLA's sparse
+vLLM has one way to prefill: gather and dequantize the rows of some requests at a time, then FlashMLA's sparse
 prefill. Its metadata builder prepares the other one all the same (the window of every prefill token as cache slots), and
 its FlashInfer backend and its own decodes show how the kernel is called. So a layer's ``_forward_prefill`` either runs as
 it is, or is replaced by that call; what counts as a decode and every buffer stay as they are.
 
 - Layer types choose for themselves, once per forward: they share nothing here.
 - Not replaced: images (wider windows), context parallelism, capture of a CUDA graph, caches that are not ``fp8_ds_mla``.
-- The kernel's buffers (float32, one partial output a query token) come from torch's allocator beyond what vLLM reserved.
-  Where they do not fit the original runs, then and for batches as large from then on.
+- The kernel's buffers (float32, one partial output a query token) come from torch's allocator. They are asked for in the
+  forward that vLLM measures its memory with, so that it leaves room for them. Where they do not fit all the same the
+  original runs, in that forward and on that rank; the choice stays, since the other ranks know nothing of it.
 """
 
 from __future__ import annotations
@@ -16,12 +17,27 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from mla_tune.errors import EnvironmentMismatchError
-from mla_tune.integrations.engine_process import Once, matching_model, paged_limit
-from mla_tune.integrations.seams import Seam
-from mla_tune.integrations.vllm.vllm_process import PROCESS, capturing, records, user_setting
+from mla_tune.integrations.engine_process import (
+    UNBOUNDED,
+    Once,
+    Prepared,
+    matching_model,
+    out_of_memory,
+    paged_bytes,
+    paged_limit,
+    reserve,
+)
+from mla_tune.integrations.seams import Hook, Seam, argument
+from mla_tune.integrations.vllm.vllm_state import (
+    PROCESS,
+    RELEASES,
+    capturing,
+    most_entries,
+    records,
+    user_setting,
+)
 from mla_tune.runtime.counters import Reasons
-from mla_tune.runtime.decider import Decider
+from mla_tune.runtime.decider import Decider, Service
 from mla_tune.sites.candidates import PAGED
 from mla_tune.sites.site import SWA_WINDOW, LayerType, ModelConfig, SiteName
 
@@ -31,7 +47,13 @@ PREFILL = Seam(
     f"{_CLASS}._forward_prefill",
     ("self", "q", "positions", "compressed_k_cache", "swa_k_cache", "output", "attn_metadata", "swa_metadata"),
 )
-USES = ("compute_global_topk_indices_and_lens", "flash_mla_with_kvcache")
+FORWARD_MQA = Seam(f"{_CLASS}.forward_mqa", ("self", "q", "kv", "positions", "output"))
+HOOK = Hook(
+    "DeepSeek-V4's prefill attention",
+    RELEASES,
+    uses=("compute_global_topk_indices_and_lens", "flash_mla_with_kvcache", "get_forward_context"),
+)
+_WHAT = "the prefill attention of DeepSeek-V4"
 _STATE = "_mla_tune"
 _LAYERS = {1: LayerType.SWA_ONLY, 4: LayerType.C4A, 128: LayerType.C128A}
 """By vLLM's compress ratio, which is 1 for layers that only have a window."""
@@ -53,16 +75,15 @@ class V4Choice:
 
     __slots__ = ("_decider", "_limit", "_once", "_ratio")
 
-    def __init__(self, decider: Decider, ratio: int) -> None:
-        self._decider: Decider | None = decider
+    def __init__(self, decider: Decider, ratio: int, most_tokens: int = UNBOUNDED) -> None:
+        self._decider = decider
         self._ratio = ratio
-        entries = PROCESS.most_entries
-        self._limit = paged_limit(decider) if entries is None else min(paged_limit(decider), entries)
+        self._limit = min(paged_limit(decider), most_tokens)
         self._once = Once("the prefill of DeepSeek-V4 on the paged cache")
 
     def plan(self, swa_metadata: Any) -> _Plan | None:
         """The plan of a forward, made when its first layer of this type asks; None leaves it to vLLM. Never raises."""
-        if self._decider is None:
+        if PROCESS.fabricating:
             return None
         plans = swa_metadata.__dict__.setdefault(_STATE, {})
         found: _Plan | None = plans.get(self._ratio)
@@ -93,67 +114,56 @@ class V4Choice:
             return Reasons.GATE
         return Reasons.PAST_LIMIT if swa_metadata.num_prefill_tokens > self._limit else None
 
-    def failed(self, reason: str, *, at: int | None = None) -> None:
-        """Count, and log once, a failure while its exception is handled; ``at``: only from so many query tokens up."""
-        if self._decider is not None:
-            self._once.report(self._decider.counters, reason)
-            self._limit, self._decider = (
-                (self._limit, None) if at is None else (min(self._limit, at - 1), self._decider)
-            )
+    def failed(self, reason: str) -> None:
+        """Count, and log once, a failure while its exception is handled."""
+        self._once.report(self._decider.counters, reason)
+
+    def reserve(self, h_q: int, most: int) -> None:
+        """Have the kernel's buffers for ``most`` query tokens in the memory that vLLM measures."""
+        if self._decider.serves:
+            reserve(min(most, self._limit), lambda tokens: paged_bytes(tokens, h_q))
 
 
 def hook_layer(module: Any) -> None:
     """Take hold of the layer's class."""
 
-    def around_prefill(original: Any) -> Any:
-        return _around_prefill(original, module)
+    def around_prefill(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        return _forward_prefill(module, wrapped, instance, args, kwargs)
 
-    PROCESS.take(module, {INIT: _around_init, PREFILL: around_prefill}, USES)
+    def around_forward(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> Any:
+        answer = wrapped(*args, **kwargs)
+        choice: V4Choice | None = instance.__dict__.get(_STATE)
+        if choice is not None and module.get_forward_context().attn_metadata is None:
+            choice.reserve(instance.padded_heads, instance.max_num_batched_tokens)
+        return answer
+
+    PROCESS.hooks.take(module, HOOK, {INIT: _around_init, PREFILL: around_prefill, FORWARD_MQA: around_forward})
 
 
-def _around_init(original: Any) -> Any:
-    def init(self: Any, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
+def _around_init(wrapped: Any, instance: Any, args: Any, kwargs: Any) -> None:
+    wrapped(*args, **kwargs)
+    prepare(instance, argument(args, kwargs, 0, "vllm_config"))
+
+
+def _forward_prefill(module: Any, wrapped: Any, layer: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+    choice: V4Choice | None = layer.__dict__.get(_STATE)
+    call = dict(zip(PREFILL.parameters[1:], args, strict=False)) | kwargs
+    plan = None if choice is None else choice.plan(call["swa_metadata"])
+    if choice is not None and plan is not None:
         try:
-            setattr(self, _STATE, _choice(self, kwargs["vllm_config"] if "vllm_config" in kwargs else args[0]))
-        except EnvironmentMismatchError:
-            raise  # ranks that would not decide alike must not serve
-        except Exception:  # ours, not the engine's: it serves as it would without us
-            PROCESS.log_failure("preparing the choices of DeepSeek-V4")
-
-    return init
-
-
-def _around_prefill(original: Any, module: Any) -> Any:
-    def forward_prefill(
-        self: Any,
-        q: Any,
-        positions: Any,
-        compressed_k_cache: Any,
-        swa_k_cache: Any,
-        output: Any,
-        attn_metadata: Any,
-        swa_metadata: Any,
-    ) -> None:
-        choice: V4Choice | None = self.__dict__.get(_STATE)
-        plan = None if choice is None else choice.plan(swa_metadata)
-        if choice is not None and plan is not None:
-            try:
-                _paged_prefill(
-                    module, self, plan, q, compressed_k_cache, swa_k_cache, output, attn_metadata, swa_metadata
-                )
-                return
-            # What fails before the kernel runs leaves nothing behind: the original writes the whole output.
-            except Exception as error:
-                memory = type(error).__name__ == "OutOfMemoryError"  # torch's; torch is not ours to import
-                plan.paged = False
-                choice.failed(
-                    Reasons.NO_MEMORY if memory else Reasons.ERROR,
-                    at=swa_metadata.num_prefill_tokens if memory else None,
-                )
-        original(self, q, positions, compressed_k_cache, swa_k_cache, output, attn_metadata, swa_metadata)
-
-    return forward_prefill
+            _paged_prefill(
+                module,
+                layer,
+                plan,
+                *(call[name] for name in ("q", "compressed_k_cache", "swa_k_cache", "output")),
+                *(call[name] for name in ("attn_metadata", "swa_metadata")),
+            )
+            return None
+        # What fails before the kernel runs leaves nothing behind: the original writes the whole output.
+        except Exception as error:
+            plan.paged = False  # for the rest of this forward
+            choice.failed(Reasons.NO_MEMORY if out_of_memory(error) else Reasons.ERROR)
+    return wrapped(*args, **kwargs)
 
 
 def _paged_prefill(
@@ -220,36 +230,49 @@ def _selection(module: Any, layer: Any, plan: _Plan, attn_metadata: Any, swa_met
     return slots, lengths
 
 
-_choices: dict[int, V4Choice] = {}
-"""By compress ratio: the layers of a model that are alike share one. Empty before the first layer is made."""
+_choices: dict[tuple[tuple[ModelConfig, int] | str, str | None], dict[int, V4Choice]] = {}
+"""By model with its heads, or why it has no choice, and setting; then by compress ratio: layers alike share one."""
 
 
-def _choice(layer: Any, vllm_config: Any) -> V4Choice | None:
-    """What the policy decides for a layer; None where vLLM has no second path, or the policy no such model."""
+def prepare(layer: Any, vllm_config: Any) -> None:
+    """Give a layer that vLLM has built its choice; none where vLLM has no second path, or the policy no such model."""
     setting = user_setting()
-    service = PROCESS.serve(setting or "")
     kept = _no_second_path(layer, vllm_config)
     found = _model(layer, vllm_config.model_config.hf_config)
-    if kept is not None or isinstance(found, str):
-        PROCESS.announce([], [kept or str(found)])
-        return None
+    key = (kept or found, setting)
+    choices = _choices.get(key)
+    if choices is None:
+        prepared = PROCESS.prepare(_WHAT, setting or "", lambda service: _resolved(service, *key))
+        choices = _choices[key] = {} if prepared is None else _by_ratio(prepared)
+    choice = choices.get(layer.compress_ratio)  # None: the window of a multi-token prediction, which no table covers
+    if choice is not None:
+        setattr(layer, _STATE, choice)
+
+
+def _resolved(service: Service, found: tuple[ModelConfig, int] | str, setting: str | None) -> Prepared:
+    if isinstance(found, str):
+        return Prepared(kept=(found,))
     model, h_q = found
-    if not _choices:
-        deciders = {
-            ratio: service.decider(
-                SiteName.PREFILL_ATTENTION,
-                model=model.name,
-                layer=layer_type,
-                h_q=h_q,
-                engine_setting=setting,
-                records=layer_type is model.layers[0][0] and records(),
-            )
-            for ratio, layer_type in _LAYERS.items()
-            if model.layer_count(layer_type)
-        }
-        _choices.update({ratio: V4Choice(decider, ratio) for ratio, decider in deciders.items()})
-        PROCESS.announce(list(deciders.values()), [])
-    return _choices.get(layer.compress_ratio)  # None: the window of a multi-token prediction, which no table covers
+    deciders = tuple(
+        service.decider(
+            SiteName.PREFILL_ATTENTION,
+            model=model.name,
+            layer=layer_type,
+            h_q=h_q,
+            engine_setting=setting,
+            records=layer_type is model.layers[0][0] and records(),
+        )
+        for layer_type in _LAYERS.values()
+        if model.layer_count(layer_type)
+    )
+    entries = most_entries(service.dispatcher)
+    return Prepared(deciders, (), UNBOUNDED if entries is None else entries)
+
+
+def _by_ratio(prepared: Prepared) -> dict[int, V4Choice]:
+    ratios = {layer_type: ratio for ratio, layer_type in _LAYERS.items()}
+    deciders = {ratios[LayerType(decider.resolved.layer)]: decider for decider in prepared.deciders}
+    return {ratio: V4Choice(decider, ratio, prepared.most_tokens) for ratio, decider in deciders.items()}
 
 
 def _model(layer: Any, config: Any) -> tuple[ModelConfig, int] | str:

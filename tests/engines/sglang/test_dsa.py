@@ -44,9 +44,7 @@ def dsa_backend(module: ModuleType, model_runner: Any = None, **changes: Any) ->
     if model_runner is None:
         config = SimpleNamespace(num_hidden_layers=61)
         model_runner = runner(model_config=SimpleNamespace(hf_text_config=config, num_attention_heads=128))
-    kind = module.DeepseekSparseAttnBackend
-    extend = module.ForwardMode.EXTEND
-    return constructed(kind, "mla_tune.integrations.sglang.dsa_hooks", model_runner, attributes | changes, extend)
+    return constructed(module.DeepseekSparseAttnBackend, model_runner, attributes | changes)
 
 
 def impl(backend: Any, forward: Any) -> str:
@@ -154,7 +152,48 @@ def test_a_model_of_the_same_layers_takes_the_tables_of_the_known_one(dsa: Modul
 def test_an_error_of_ours_leaves_the_engine_s_choice(dsa: ModuleType, caplog: pytest.LogCaptureFixture) -> None:
     backend = dsa_backend(dsa)
     forward = batch((50_000, 8192))
-    forward.extend_prefix_lens_cpu = ["not a length"]  # type: ignore[list-item]
+    forward.extend_prefix_lens_cpu = ["not a length"]
     for _ in range(2):
         assert impl(backend, forward) == "flashmla_kv"
     assert [record.levelname for record in caplog.records].count("ERROR") == 1
+
+
+def test_batches_without_a_request_are_neither_counted_nor_recorded(dsa: ModuleType) -> None:
+    class Sampling(list[int]):
+        """SGLang's sampling parameters, as far as they are asked for their number."""
+
+    made_up = {
+        "warm-up or capture": batch((50_000, 8192), rids=None),
+        "idle rank": batch((50_000, 8192), rids=[], sampling_info=Sampling()),
+        "replayed idle rank": batch((50_000, 8192), rids=None, sampling_info=Sampling()),
+    }
+    backend = dsa_backend(dsa)
+    counters = backend._mla_tune._decider.counters
+    for name, forward in made_up.items():
+        assert impl(backend, forward) == "flashmla_kv", name
+    assert (counters.lookups, counters.fallbacks) == (0, {})
+    replayed = batch((50_000, 8192), rids=None, sampling_info=Sampling([1]))  # of one request, in a prefill graph
+    assert impl(backend, replayed) == "flashmla_sparse"
+    assert counters.lookups == 1
+
+
+def test_backends_of_other_heads_or_with_the_users_own_setting_have_their_own_choice(dsa: ModuleType) -> None:
+    config = SimpleNamespace(num_hidden_layers=61)
+    model = SimpleNamespace(hf_text_config=config, num_attention_heads=128)
+    first = dsa_backend(dsa)
+    second = dsa_backend(dsa, runner(model_config=model), num_q_heads=64)
+    named = SimpleNamespace(dsa_prefill_backend="flashmla_kv")
+    third = dsa_backend(dsa, runner(model_config=model, server_args=named))
+    assert [made._mla_tune._decider.resolved.h_q for made in (first, second)] == [128, 64]
+    assert [made._mla_tune._decider.serves for made in (first, second, third)] == [True, True, False]
+    assert dsa_backend(dsa)._mla_tune._decider is first._mla_tune._decider, "and one of the same counts with the first"
+
+
+def test_a_choice_whose_rows_find_no_memory_stays_with_the_engine(dsa: ModuleType, serving: pytest.MonkeyPatch) -> None:
+    from mla_tune.integrations.sglang import dsa_hooks
+
+    serving.setattr(dsa_hooks, "reserve", lambda most, bytes_of: 100_000)
+    backend = dsa_backend(dsa)
+    assert impl(backend, batch((50_000, 8192))) == "flashmla_sparse"
+    assert impl(backend, batch((100_000, 8192))) == "flashmla_kv"
+    assert backend._mla_tune._decider.counters.fallbacks == {"no_memory": 1}

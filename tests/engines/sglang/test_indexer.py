@@ -8,8 +8,9 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+import wrapt
 
-from mla_tune.integrations.sglang import v4_hooks
+from mla_tune.integrations.sglang import indexer_hooks
 from tests.engines.sglang.conftest import batch, mixed_policy, rows, use_policy, v4_backend
 from tests.policy.strategies import table
 
@@ -43,7 +44,9 @@ def scheduled(v4: ModuleType, serving: pytest.MonkeyPatch, tmp_path: Path) -> li
 
     serving.setitem(sys.modules, "deep_gemm", SimpleNamespace(get_paged_mqa_logits_metadata=planner("deep_gemm")))
     dsv4 = sys.modules["sglang.kernels.ops.attention.dsv4"]
-    serving.setattr(dsv4, "get_paged_mqa_logits_metadata", v4_hooks._around_schedule(planner("jit")))
+    serving.setattr(
+        dsv4, "get_paged_mqa_logits_metadata", wrapt.FunctionWrapper(planner("jit"), indexer_hooks.around_schedule)
+    )
     return planned
 
 
@@ -55,7 +58,7 @@ def prepare(backend: Any, forward: Any, row_count: int) -> None:
     def build(self: Any, forward_batch: Any) -> None:
         get_paged_mqa_logits_metadata(torch.zeros(row_count, 1, dtype=torch.int32), 64, 132)
 
-    v4_hooks._around_prepare(build)(backend, forward)
+    indexer_hooks.around_prepare(lambda *args: build(backend, *args), backend, (forward,), {})
 
 
 def test_the_schedule_of_a_prefill_follows_the_policy(v4: ModuleType, scheduled: list[str]) -> None:
@@ -81,7 +84,7 @@ def test_outside_a_forward_the_engine_s_planner_is_the_one(v4: ModuleType, sched
 
     backend = v4_backend(v4)
     with pytest.raises(ZeroDivisionError):  # a failing forward leaves nothing behind
-        v4_hooks._around_prepare(lambda self, forward_batch: 1 / 0)(backend, batch((100_000, 64)))
+        indexer_hooks.around_prepare(lambda _: 1 / 0, backend, (batch((100_000, 64)),), {})
     get_paged_mqa_logits_metadata(None, 64, 132)
     assert scheduled == ["jit"]
 

@@ -25,6 +25,7 @@ def python(script: str, installed: Path, folder: Path, **variables: str) -> subp
 
 
 SPAWN = """
+import inspect
 import multiprocessing
 import sys
 
@@ -38,8 +39,8 @@ def child(results):
     early = BACKEND in sys.modules
     import importlib
 
-    method = importlib.import_module(BACKEND).DeepseekV4AttnBackend._use_sparse_prefill
-    results.put((early, method.__module__))
+    method = inspect.getattr_static(importlib.import_module(BACKEND).DeepseekV4AttnBackend, "_use_sparse_prefill")
+    results.put((early, method._self_wrapper.__module__))
 
 
 if __name__ == "__main__":
@@ -67,7 +68,7 @@ def test_spawned_children_get_the_hooks_and_a_process_without_a_backend_only_wha
     loaded = set(parent.split()[2:])
     assert parent.startswith("parent False")
     assert loaded <= {
-        *("mla_tune", "mla_tune.errors", "mla_tune.integrations", "mla_tune.integrations.post_import"),
+        *("mla_tune", "mla_tune.errors", "mla_tune.integrations", "mla_tune.integrations.seams"),
         *(
             "mla_tune.integrations.sglang",
             "mla_tune.sites.provider",
@@ -85,8 +86,8 @@ logging.basicConfig(level=logging.INFO, stream=sys.stdout, format="%(levelname)s
 from sglang.srt.plugins import load_plugins
 
 load_plugins()
-print("hooked", importlib.import_module(
-    "sglang.srt.layers.attention.deepseek_v4_backend").DeepseekV4AttnBackend._use_sparse_prefill.__module__)
+backend = importlib.import_module("sglang.srt.layers.attention.deepseek_v4_backend").DeepseekV4AttnBackend
+print("hooked", hasattr(backend._use_sparse_prefill, "_self_wrapper"))
 """
 
 
@@ -96,7 +97,7 @@ print("hooked", importlib.import_module(
 def test_off_means_that_nothing_is_hooked(variables: dict[str, str], installed: Path, tmp_path: Path) -> None:
     done = python(LOAD, installed, tmp_path, **variables)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("hooked sglang.srt.layers.attention.deepseek_v4_backend")
+    assert done.stdout.strip().endswith("hooked False")
     assert ("mla-tune is off in this process" in done.stdout) == ("SGLANG_PLUGINS" not in variables)
 
 
@@ -115,7 +116,7 @@ importlib.machinery.SourceFileLoader.get_code = moved
 """
     done = python(rename + LOAD, installed, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.strip().endswith("hooked sglang.srt.layers.attention.deepseek_v4_backend")
+    assert done.stdout.strip().endswith("hooked False")
     (warning,) = [line for line in done.stdout.split("\n") if line.startswith("WARNING mla_tune")]
     assert "takes (self, batch, num_qo_tokens), not (self, forward_batch, num_qo_tokens, ...)" in warning
-    assert f"this is sglang {version('sglang')}, tested with 0.5.23" in warning
+    assert f"this is sglang {version('sglang')}, tested with 0.5.22, 0.5.23" in warning

@@ -186,10 +186,12 @@ def test_an_error_of_ours_is_logged_once_counted_and_leaves_the_engine_s_choice(
 ) -> None:
     backend = v4_backend(v4)
     forward = batch((100_000, 64))
-    forward.extend_prefix_lens_cpu = ["not a length"]  # type: ignore[list-item]
+    forward.extend_prefix_lens_cpu = ["not a length"]
     assert backend._use_sparse_prefill(forward, num_qo_tokens=64) is True
-    assert backend._use_sparse_prefill(batch((100_000, 64)), num_qo_tokens=64) is True
+    assert backend._use_sparse_prefill(forward, num_qo_tokens=64) is True
     assert backend._mla_tune._counters.fallbacks["error"] == 2
+    assert backend._use_sparse_prefill(batch((100_000, 64)), num_qo_tokens=64) is True  # windows alone are sparse
+    assert answer(backend, batch((100_000, 64)), None, 4) is False, "no rank switches a choice off alone"
     assert [record.levelname for record in caplog.records].count("ERROR") == 1
 
 
@@ -230,7 +232,7 @@ def test_a_model_of_other_layers_is_left_alone_and_a_pruned_one_is_not(
 
 
 def test_a_draft_model_s_backend_is_left_alone(v4: ModuleType) -> None:
-    assert v4_backend(v4, runner(is_draft_worker=True))._mla_tune is None
+    assert "_mla_tune" not in vars(v4_backend(v4, runner(is_draft_worker=True)))
 
 
 def test_one_line_says_what_decides(v4: ModuleType, caplog: pytest.LogCaptureFixture) -> None:

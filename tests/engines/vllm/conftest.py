@@ -84,11 +84,11 @@ def _hooked() -> None:
     """The plugin's hooks on the installed release, whichever it is: scripts/engine-env may have made one of the newest."""
     from importlib.metadata import version
 
-    from mla_tune.integrations.vllm import plugin, vllm_process
+    from mla_tune.integrations.vllm import plugin, vllm_state
 
     release = version("vllm").partition("+")[0]
-    if release not in vllm_process.TESTED:
-        vllm_process.TESTED.append(release)
+    if release not in vllm_state.RELEASES:  # before a hook is imported, which reads it
+        vllm_state.RELEASES = (*vllm_state.RELEASES, release)
     plugin()
 
 
@@ -108,15 +108,14 @@ def v4(_hooked: None) -> ModuleType:
 def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> pytest.MonkeyPatch:
     """A fresh process as far as the plugin goes: no MLA_TUNE_* but a policy, one rank, nothing loaded yet."""
     from mla_tune.integrations.vllm import prefill_hooks
-    from mla_tune.integrations.vllm.vllm_process import PROCESS
+    from mla_tune.integrations.vllm.vllm_state import PROCESS
 
     for name in ("MODE", "ALLOW_MODELLED", "RANKS", "RECORD"):
         monkeypatch.delenv(f"MLA_TUNE_{name}", raising=False)
     monkeypatch.delenv("VLLM_BATCH_INVARIANT", raising=False)
     use_policy(monkeypatch, tmp_path, vllm_policy())
     monkeypatch.setattr(PROCESS, "service", None)
-    monkeypatch.setattr(PROCESS, "announced", False)
-    monkeypatch.setattr(PROCESS, "most_entries", None)
+    monkeypatch.setattr(PROCESS, "announced", set())
     monkeypatch.setattr(prefill_hooks, "_choices", {})
     caplog.set_level(logging.INFO, logger="mla_tune")
     return monkeypatch
@@ -158,7 +157,7 @@ def engine_table(engine: Engine, h_q: int, **changes: Any) -> Table:
 
 def counted() -> tuple[dict[str, int], dict[str, int]]:
     """What this process's deciders chose, and why they fell back, all together."""
-    from mla_tune.integrations.vllm.vllm_process import PROCESS
+    from mla_tune.integrations.vllm.vllm_state import PROCESS
 
     assert PROCESS.service is not None
     chosen: dict[str, int] = {}
@@ -169,3 +168,11 @@ def counted() -> tuple[dict[str, int], dict[str, int]]:
                 if count:
                     target[name] = target.get(name, 0) + count
     return chosen, fallbacks
+
+
+def made_by(construct: Any, made: Any) -> Any:
+    """Our wrapper of the constructor of ``made``, around ``construct`` in place of vLLM's own, which needs a GPU."""
+    import inspect
+
+    wrapper = inspect.getattr_static(type(made), "__init__")._self_wrapper
+    return lambda *args, **kwargs: wrapper(construct, made, args, kwargs)

@@ -16,6 +16,7 @@ from tests.engines.vllm.conftest import (
     CROSSOVER,
     counted,
     engine_table,
+    made_by,
     other_kernels,
     replaced,
     use_policy,
@@ -32,8 +33,6 @@ DECODE_THRESHOLD = 8
 def builder(module: ModuleType, heads: int = 128, config: Any = None, **changes: Any) -> Any:
     """A builder after its hooked constructor, of which what needs a GPU is set by hand."""
     import torch
-
-    from mla_tune.integrations.vllm import mixed_batch_hooks
 
     config = config or vllm_config()
     attributes = {
@@ -59,12 +58,9 @@ def builder(module: ModuleType, heads: int = 128, config: Any = None, **changes:
         "_prefill_backend": None,
     }
 
-    def construct(self: Any, kv_cache_spec: Any, layer_names: Any, vllm_config: Any, device: Any) -> None:
-        self.__dict__.update(attributes | changes)
-
     made = object.__new__(module.FlashMLASparseMetadataBuilder)
-    init = mixed_batch_hooks._around_init(construct, module.MIN_HEADS_FOR_BF16_PREFILL)
-    init(made, None, ["layer"], config, torch.device("cpu"))
+    construct = made_by(lambda *_: made.__dict__.update(attributes | changes), made)
+    construct(None, ["layer"], config, torch.device("cpu"))
     return made
 
 
@@ -190,7 +186,7 @@ def test_each_gate_alone_keeps_vllms_own_choice_and_is_named(
     said: str, config: dict[str, Any], changes: dict[str, Any], sparse: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
     made = builder(sparse, config=vllm_config(**config), **changes)
-    assert made._mla_tune is None
+    assert "_mla_tune" not in vars(made)
     assert said in caplog.messages[-1]
     assert kind(sparse, made, batch((5000, 20))) == "separate"
 
@@ -266,7 +262,7 @@ def test_kernels_that_were_not_measured_serve_only_a_policy_that_the_user_names(
     assert kind(sparse, builder(sparse), batch((5000, 20))) == "mixed"
     assert any("was measured with sgl-flash-mla 1.0.0" in line for line in caplog.messages)
 
-    from mla_tune.integrations.vllm.vllm_process import PROCESS
+    from mla_tune.integrations.vllm.vllm_state import PROCESS
     from mla_tune.runtime import Dispatcher
 
     serving.setattr(PROCESS, "service", None)

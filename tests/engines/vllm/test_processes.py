@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 SPAWN = """
+import inspect
 import multiprocessing
 import sys
 
@@ -26,8 +27,8 @@ def child(results):
     import importlib
 
     sparse, v4 = map(importlib.import_module, BACKENDS)
-    results.put((early, sparse.FlashMLASparseMetadataBuilder.build.__module__,
-                 v4.DeepseekV4FlashMLAAttention._forward_prefill.__module__))
+    results.put((early, *(inspect.getattr_static(owner, name)._self_wrapper.__module__ for owner, name in (
+        (sparse.FlashMLASparseMetadataBuilder, "build"), (v4.DeepseekV4FlashMLAAttention, "_forward_prefill")))))
 
 
 if __name__ == "__main__":
@@ -72,7 +73,7 @@ def test_spawned_children_get_the_hooks_and_a_process_without_a_backend_only_wha
             "mla_tune.runtime.switches",
             "mla_tune.integrations",
         ),
-        *("mla_tune.integrations.post_import", "mla_tune.integrations.vllm"),
+        *("mla_tune.integrations.seams", "mla_tune.integrations.vllm"),
     }
 
 
@@ -85,7 +86,7 @@ def test_off_means_that_nothing_waits_for_a_backend(variable: str, monkeypatch: 
     monkeypatch.delenv("MLA_TUNE_MODE", raising=False)
     monkeypatch.delenv("MLA_TUNE_POLICY", raising=False)
     vllm.plugin()
-    assert waits_for == [vllm.SPARSE_BACKEND, vllm.V4_BACKEND]
+    assert waits_for == [vllm.SPARSE_BACKEND, vllm.V4_BACKEND, *vllm.RUNNERS]
     waits_for.clear()
     monkeypatch.setenv(variable, "off")
     vllm.plugin()
@@ -108,6 +109,7 @@ class Builder:
     """The methods that the hooks replace, of a vLLM that is as expected."""
 
     def __init__(self, kv_cache_spec: object, layer_names: object, vllm_config: object, device: object) -> None: ...
+
     def build(self, common_prefix_len: int, common_attn_metadata: object, fast_build: bool = False) -> None: ...
     def _build_fp8_separate_prefill_decode(self, common_attn_metadata: object, metadata: object) -> None: ...
     def _build_fp8_mixed_decode_prefill(self) -> None: ...
@@ -134,7 +136,11 @@ class LesserBuilder(Builder):
     ("kind", "release", "said"),
     [
         (Builder, "0.33.0+cu130", None),
-        (Builder, "0.34.0", "vLLM 0.34.0 is not one that the hooks were tested with; tested with 0.33.0"),
+        (
+            Builder,
+            "0.34.0",
+            "vllm 0.34.0 is not a release that it is made for; this is vllm 0.34.0, tested with 0.31.0, 0.32.0, 0.33.0",
+        ),
         (OtherBuilder, "0.33.0", "its FlashMLASparseMetadataBuilder._build_fp8_separate_prefill_decode takes"),
         (LesserBuilder, "0.33.0", "it has no FlashMLASparseMetadataBuilder._build_fp8_mixed_decode_prefill"),
     ],
@@ -143,12 +149,10 @@ def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(
     kind: type, release: str, said: str | None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     from mla_tune.integrations import seams
-    from mla_tune.integrations.vllm import mixed_batch_hooks, vllm_process
+    from mla_tune.integrations.vllm import mixed_batch_hooks, vllm_state
 
-    monkeypatch.setattr(vllm_process, "TESTED", ["0.33.0"])
-    monkeypatch.setattr(vllm_process, "installed_version", lambda _: release)
     monkeypatch.setattr(seams, "installed_version", lambda _: release)
-    monkeypatch.setattr(vllm_process.PROCESS, "hooks", seams.Hooks("vllm", ("0.33.0",)))
+    monkeypatch.setattr(vllm_state.PROCESS, "hooks", seams.Hooks("vllm"))
     module = ModuleType("backend")
     copied: Any = type(kind.__name__, (), dict(vars(kind)) | {"_build_fp8_mixed_decode_prefill": _mixed(kind)})
     vars(module).update(FlashMLASparseMetadataBuilder=copied, MIN_HEADS_FOR_BF16_PREFILL=32)
@@ -157,7 +161,7 @@ def test_a_vllm_that_is_not_known_is_left_alone_with_one_warning(
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     if said is None:
         assert warnings == []
-        assert copied.build.__module__ == "mla_tune.integrations.vllm.mixed_batch_hooks"
+        assert copied.build.__wrapped__ is before["build"]
         return
     (warning,) = warnings
     assert said in warning

@@ -11,7 +11,7 @@ import pytest
 from mla_tune.bench.numerics import BF16_ATTENTION, mismatch
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import MODELS, LayerType, SiteName
-from tests.engines.vllm.conftest import counted, other_kernels, use_policy, vllm_config
+from tests.engines.vllm.conftest import counted, made_by, other_kernels, use_policy, vllm_config
 
 pytestmark = pytest.mark.usefixtures("serving")
 
@@ -22,8 +22,6 @@ FLASH = MODELS["deepseek-v4-flash"]
 def layer(module: ModuleType, layer_type: LayerType, config: Any = None, **changes: Any) -> Any:
     """A layer of V4-Flash after its hooked constructor; what that would load and allocate is left out."""
     import torch
-
-    from mla_tune.integrations.vllm import prefill_hooks
 
     attributes = {
         "compress_ratio": RATIOS[layer_type],
@@ -36,13 +34,14 @@ def layer(module: ModuleType, layer_type: LayerType, config: Any = None, **chang
         "topk_indices_buffer": torch.full((64, 512), -1, dtype=torch.int32),
     }
 
-    def construct(self: Any, vllm_config: Any) -> None:
-        torch.nn.Module.__init__(self)
-        for name, value in (attributes | changes).items():
-            setattr(self, name, value)
-
     made = object.__new__(module.DeepseekV4FlashMLAAttention)
-    prefill_hooks._around_init(construct)(made, vllm_config=config or vllm_config())
+
+    def construct(**_: Any) -> None:
+        torch.nn.Module.__init__(made)
+        for name, value in (attributes | changes).items():
+            setattr(made, name, value)
+
+    made_by(construct, made)(vllm_config=config or vllm_config())
     return made
 
 
@@ -270,7 +269,7 @@ def test_layers_of_a_type_share_one_decision_one_schedule_and_what_selects_alike
         assert counted()[0]["with_kvcache"] - before == 1
 
 
-def test_a_kernel_that_finds_no_memory_costs_nothing_but_that_and_larger_batches(
+def test_a_kernel_that_finds_no_memory_costs_that_forward_alone_since_other_ranks_know_nothing_of_it(
     v4: ModuleType, calls: list[str], serving: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -286,12 +285,64 @@ def test_a_kernel_that_finds_no_memory_costs_nothing_but_that_and_larger_batches
     assert forward.wrong(forward.run(made)) is None
     assert calls == ["sparse_fwd"]
     serving.setattr(v4, "flash_mla_with_kvcache", kernel)
-    for count, path in ((6, "sparse_fwd"), (5, "with_kvcache")):
+    for count in (6, 5):
         calls.clear()
         forward = Forward(LayerType.C4A, Shape(1, count, 300))
         assert forward.wrong(forward.run(made)) is None
-        assert calls == [path]
-    assert counted()[1] == {"no_memory": 1, "past_limit": 1}
+        assert calls == ["with_kvcache"]
+    assert counted()[1] == {"no_memory": 1}
+
+
+def test_what_the_kernel_needs_is_asked_for_while_vllm_measures_its_memory(
+    v4: ModuleType, serving: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from mla_tune.integrations.vllm import prefill_hooks
+
+    asked: list[int] = []
+    serving.setattr(prefill_hooks, "reserve", lambda most, bytes_of: asked.append(bytes_of(most)))
+    serving.setattr(v4, "get_forward_context", lambda: SimpleNamespace(attn_metadata=None))
+    serving.setattr(v4, "current_workspace_manager", Workspaces)
+    made = layer(v4, LayerType.C4A, max_model_len=4096)
+    query = torch.zeros((64, 64, 512), dtype=torch.bfloat16)
+    made.forward_mqa(query, query, torch.zeros(64), torch.empty_like(query))
+    assert asked[0] >= 64 * 64 * 513 * 4, "a float32 partial result of every head of every query"
+
+
+def test_forwards_of_vllms_own_making_are_neither_counted_nor_recorded(v4: ModuleType) -> None:
+    from mla_tune.integrations.vllm import vllm_state
+
+    made = layer(v4, LayerType.C4A)
+    metadata = Forward(LayerType.C4A, Shape(1, 20, 2100)).swa_metadata
+    assert vllm_state._around_dummy_run(lambda _: made._mla_tune.plan(metadata), None, (8,), {}) is None
+    assert counted() == ({}, {})
+    assert made._mla_tune.plan(metadata) is not None
+
+
+def test_the_runners_whose_dummy_forwards_are_marked_have_that_method() -> None:
+    import importlib.util
+
+    from mla_tune.integrations.vllm import RUNNERS
+
+    for name in RUNNERS:
+        source = Path(str(importlib.util.find_spec(name).origin)).read_text()  # type: ignore[union-attr]
+        assert "class GPUModelRunner" in source
+        assert "def _dummy_run(\n        self,\n        num_tokens: int," in source
+
+
+def test_a_second_model_in_the_process_has_tables_of_its_own(v4: ModuleType) -> None:
+    pro = SimpleNamespace(
+        index_topk=1024,
+        num_hidden_layers=61,
+        layer_types=["c128", *(["c4", "c128"] * 30)],
+        compress_rates={"c4": 4, "c128": 128},
+    )
+    layer(v4, LayerType.C4A)
+    config = vllm_config()
+    config.model_config.hf_config = pro
+    found = layer(v4, LayerType.C4A, config, padded_heads=128)._mla_tune._decider.resolved
+    assert (found.model, found.h_q) == ("deepseek-v4-pro", 128)
 
 
 def test_a_mistake_of_ours_costs_one_line_and_no_forward(
@@ -322,7 +373,7 @@ CP = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_si
 def test_each_gate_alone_keeps_vllms_own_path_and_is_named(
     said: str, config: dict[str, Any], changes: dict[str, Any], v4: ModuleType, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert layer(v4, LayerType.C4A, vllm_config(**config), **changes)._mla_tune is None
+    assert "_mla_tune" not in vars(layer(v4, LayerType.C4A, vllm_config(**config), **changes))
     assert said in caplog.messages[-1]
 
 
@@ -362,7 +413,7 @@ def test_kernels_that_were_not_measured_are_not_trusted_with_more_entries_than_o
     for policy, most in ((None, 32768), (other_kernels(), 11622)):
         if policy is not None:
             from mla_tune.integrations.vllm import prefill_hooks
-            from mla_tune.integrations.vllm.vllm_process import PROCESS
+            from mla_tune.integrations.vllm.vllm_state import PROCESS
 
             use_policy(serving, tmp_path, policy)
             serving.setattr(PROCESS, "service", None)

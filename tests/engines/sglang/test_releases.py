@@ -1,0 +1,104 @@
+"""What the plugin takes over in the installed release, told from that release's own code and its own argument parser.
+
+`check --all` runs this file, and the tests of each choice, with every release of sglang-releases.txt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from mla_tune.integrations.sglang import dsa_hooks, indexer_hooks, v4_hooks
+from mla_tune.integrations.sglang.sglang_state import PROCESS, RELEASES, V4_RELEASES
+from tests.engines.sglang.conftest import SCHEDULES, STUBS, V4
+
+ROOT = Path(__file__).parents[3]
+RELEASE = version("sglang")
+V3_2 = {
+    "architectures": ["DeepseekV32ForCausalLM"],
+    "model_type": "deepseek_v32",
+    "index_topk": 2048,
+    "index_n_heads": 64,
+    "index_head_dim": 128,
+    "num_hidden_layers": 61,
+    "num_attention_heads": 128,
+    "num_key_value_heads": 128,
+    "hidden_size": 7168,
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "q_lora_rank": 1536,
+    "vocab_size": 129280,
+    "max_position_embeddings": 163840,
+    "torch_dtype": "bfloat16",
+    "n_routed_experts": 256,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 2048,
+    "intermediate_size": 18432,
+    "first_k_dense_replace": 3,
+    "n_group": 8,
+    "topk_group": 4,
+    "n_shared_experts": 1,
+}
+PARSE = """
+import sys
+import torch
+
+torch.cuda.get_device_capability = lambda *_: (9, 0)  # Hopper: the one thing that the resolution asks a GPU
+from mla_tune.integrations.sglang.sglang_state import user_argument
+from sglang.srt.server_args import prepare_server_args
+
+for named in ([], ["flashmla_kv"], ["flashmla_sparse"], ["flashmla_auto"]):
+    flag = ["--dsa-prefill-backend", *named] if named else []
+    arguments = prepare_server_args(
+        ["--model-path", sys.argv[1], "--skip-tokenizer-init", "--kv-cache-dtype", "fp8_e4m3", "--page-size", "64",
+         "--device", "cuda", *flag])
+    if hasattr(arguments, "resolve_once"):  # from 0.5.19 on resolution is a step of its own
+        arguments.resolve_once()
+    name = "dsa_prefill_backend"
+    decided = [fields[name] for _, fields in arguments._resolved_overrides if name in fields]
+    print("arguments", *named, "resolved", *decided, "user", user_argument(arguments, name))
+"""
+
+
+def test_a_default_that_sglang_resolved_is_not_the_user_s_setting(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(V3_2))
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLA_TUNE_")}
+    environment |= {"PYTHONPATH": os.pathsep.join((str(ROOT), str(STUBS))), "TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-W", "ignore", "-c", PARSE, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [line for line in done.stdout.splitlines() if line.startswith("arguments")] == [
+        "arguments resolved flashmla_kv user None",
+        "arguments flashmla_kv resolved user flashmla_kv",
+        "arguments flashmla_sparse resolved user flashmla_sparse",
+        "arguments flashmla_auto resolved user flashmla_auto",
+    ]
+
+
+@pytest.mark.skipif(RELEASE not in RELEASES, reason="a release that the plugin leaves alone")
+def test_each_hook_takes_hold_in_the_releases_that_it_names_and_in_no_other(v4: ModuleType, dsa: ModuleType) -> None:
+    taken = {key.partition(":")[2] for key in PROCESS.hooks.taken}
+    assert {dsa_hooks.INIT.path, dsa_hooks.SET_IMPL.path} <= taken
+    assert {indexer_hooks.PREPARE.path, indexer_hooks.SCHEDULE.path} <= taken
+    attention = {v4_hooks.USE_SPARSE.path, v4_hooks.LAYER.path}
+    assert (attention & taken) == (attention if RELEASE in V4_RELEASES else set())
+    assert list(PROCESS.hooks.left) == ([] if RELEASE in V4_RELEASES else [v4_hooks.HOOK.choice])
+
+
+def test_who_plans_a_schedule_is_looked_up_where_the_hook_is(v4: ModuleType) -> None:
+    import inspect
+
+    from sglang.srt.layers.attention.dsv4 import metadata
+
+    source = inspect.getsource(metadata.PagedIndexerMetadata.__post_init__)
+    assert f"from {SCHEDULES} import" in source, "at every call, so that a wrapper in the package is what is called"
+    assert v4.__name__ == V4
