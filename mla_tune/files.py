@@ -7,6 +7,8 @@ import os
 import secrets
 from pathlib import Path
 
+_KEPT_BYTES = 200
+
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     """Replace the file at ``path`` by ``data``, durably, or leave everything as it was and raise ``OSError``.
@@ -17,7 +19,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise OSError(errno.EINVAL, "not a regular file", os.fspath(path))
-    temporary = target.with_name(f".{target.name[:200]}.{secrets.token_hex(4)}.tmp")
+    temporary = target.with_name(f".{_shortened(target.name)}.{secrets.token_hex(4)}.tmp")
     try:
         _write_synced(temporary, data)
         os.replace(temporary, target)
@@ -25,6 +27,11 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     _sync_folder(target.parent)
+
+
+def _shortened(name: str) -> str:
+    """As much of a file's name as leaves room for more: file systems count its bytes, of which a letter may have four."""
+    return os.fsencode(name)[:_KEPT_BYTES].decode(errors="ignore")
 
 
 def _write_synced(path: Path, data: bytes) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from mla_tune.bench.interference import Disturbance, NoWatch, Watch
+from mla_tune.notice import say_once
 
 MIN_SAMPLES = 6
 """Fewest samples whose range is a 95 % interval of the median: 1 - 2 * 0.5**6 = 0.97."""
@@ -22,6 +23,7 @@ HEAVY_ROUND_S = 0.02
 """A round that takes as long loads the GPU for a good part of the time over which its power is averaged (about 0.4 s on an
 H200): it meets the cap by itself, at once and after any rest."""
 _POLL_S = 0.02
+NO_TIME = Disturbance("the timer gave no time above 0 for work that ran")
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,15 +147,20 @@ def sample_rounds(
     watch: Watch | None = None,
     rest: Callable[[float], None] = time.sleep,
     clock: Callable[[], float] = time.perf_counter,
+    may_be_zero: Sequence[bool] = (),
 ) -> list[Sampled]:
     """Round-robin over ``takes``, each giving one sample in microseconds, until every median is known well enough.
 
     A round that ``watch`` says was disturbed goes into quarantine and is taken again after a rest. The power cap is
     given two rests to go away, or none where a round is long enough to meet it by itself; work that meets it all the
     same is timed under it, as it will be served under it.
+
+    Nothing runs in no time: a round in which a sample is not above 0 goes into quarantine too, unless ``may_be_zero`` says
+    of that work that its samples are differences.
     """
     if not takes:
         return []
+    may_be_zero = may_be_zero or [False] * len(takes)
     watch = watch or NoWatch()
     rounds = _Rounds(len(takes), effort.power_capped)
     watch.disturbance()  # what happened before the first round is none of its business
@@ -162,7 +169,11 @@ def sample_rounds(
         start = clock()
         samples = [take() for take in takes]
         took_s = clock() - start
-        if not rounds.add(samples, watch.disturbance(), took_s):
+        disturbance = watch.disturbance()
+        if any(not _is_a_time(sample, zero) for sample, zero in zip(samples, may_be_zero, strict=True)):
+            samples, disturbance = [_storable(sample) for sample in samples], NO_TIME
+            say_once(f"{NO_TIME.reason}: such rounds do not count")
+        if not rounds.add(samples, disturbance, took_s):
             if took_s < HEAVY_ROUND_S:
                 _rest(effort.rest_s, watch, rest)
             lost_s += clock() - start
@@ -171,6 +182,15 @@ def sample_rounds(
         elif rounds.taken >= MIN_SAMPLES and (clock() > deadline + lost_s or rounds.precise(effort.target)):
             break
     return rounds.results(effort.target)
+
+
+def _is_a_time(sample_us: float, may_be_zero: bool) -> bool:
+    return math.isfinite(sample_us) and (sample_us > 0 or (may_be_zero and sample_us == 0))
+
+
+def _storable(sample_us: float) -> float:
+    """What a quarantine can hold of a sample that no timer should give."""
+    return max(0.0, sample_us) if math.isfinite(sample_us) else 0.0
 
 
 def _rest(longest_s: float, watch: Watch, rest: Callable[[float], None]) -> None:

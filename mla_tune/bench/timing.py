@@ -52,7 +52,8 @@ class WallTimer:
 
     def measure(self, works: Sequence[Work], effort: Effort) -> list[Sampled]:
         """Samples of each work in microseconds."""
-        return sample_rounds([self._take(work) for work in works], effort, self._watch)
+        takes = [self._take(work) for work in works]
+        return sample_rounds(takes, effort, self._watch, may_be_zero=_differences(works))
 
     def _take(self, work: Work) -> Callable[[], float]:
         def take() -> float:
@@ -104,7 +105,7 @@ class GraphTimer:
         self._torch.cuda.synchronize()
         for take in takes:
             take()
-        return sample_rounds(takes, effort, self._watch)
+        return sample_rounds(takes, effort, self._watch, may_be_zero=_differences(works))
 
     def _capture(self, run: Run, pool: tuple[int, int]) -> Callable[[], float]:
         """A function that replays ``run`` once and gives its microseconds."""
@@ -129,6 +130,11 @@ class GraphTimer:
         if baseline is None:
             return run
         return lambda: max(0.0, run() - baseline())
+
+
+def _differences(works: Sequence[Work]) -> list[bool]:
+    """Of which works a sample is a difference, which may be 0."""
+    return [work.baseline is not None for work in works]
 
 
 def _external_event(torch_module: object) -> torch.cuda.Event:

@@ -10,6 +10,7 @@ from mla_tune import __version__
 from mla_tune.cli import (
     chunking,
     databases,
+    ensuring,
     machine,
     modelling,
     planning,
@@ -35,6 +36,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(sweeping.sweep)
+app.command()(ensuring.ensure)
 app.command()(policies.fit)
 app.command()(modelling.model)
 app.command()(policies.lookup)

@@ -36,6 +36,9 @@ TimeoutOption = Annotated[
 ]
 
 
+StrictOption = Annotated[
+    bool, typer.Option("--strict", help="Exit with an error where a table loses its own held-out points.")
+]
 OverlapOption = Annotated[
     int, typer.Option("--overlap", help="Percent of its selection that a query shares with the one before it.")
 ]

@@ -16,7 +16,7 @@ from mla_tune.cli.places import make_folder
 from mla_tune.errors import FitError, PolicyError, UsageError
 from mla_tune.fit.acquire import doubts
 from mla_tune.fit.costs import CostModel
-from mla_tune.fit.evaluation import Weighted, by_traffic
+from mla_tune.fit.evaluation import LostTable, Weighted, by_traffic
 from mla_tune.fit.objective import PLAIN, Objective, shape_weights
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.refine import crossover_shapes
@@ -226,6 +226,8 @@ class Fitted:
     """Failures that no probe has settled, in a line each."""
     weighted: Weighted | None
     """Every rule by the recorded traffic; None without any."""
+    lost_points: tuple[LostTable, ...] = ()
+    """Tables that keep the engine's default, because they lost their own held-out points."""
 
 
 def fit(
@@ -266,6 +268,7 @@ def fit(
         command=shlex.join(words),
     )
     objective = wishes.objective()
+    lost_points: list[LostTable] = []
     fitted = fit_policy(
         found.environment,
         rows,
@@ -274,6 +277,7 @@ def fit(
         first_call_bound_s=first_call_bound_s,
         objective=objective,
         tuned=found.tuned,
+        on_lost=lost_points.append,
     )
     policy = fitted.policy
     observations = Observations(rows, regime=Regime(policy.regime), architecture=architecture(policy.gpu.sku))
@@ -289,6 +293,7 @@ def fit(
         unsupported=tuple(missing_tables.reason_lines(missing_tables.unsupported_in(rows))),
         suspects=tuple(suspect_text(found) for found in suspects_of(Observations(rows, found.tries))),
         weighted=by_traffic(observations, policy, objective) if objective.traffic else None,
+        lost_points=tuple(lost_points),
     )
 
 

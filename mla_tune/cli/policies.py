@@ -14,6 +14,7 @@ from mla_tune.cli.options import (
     OverlapOption,
     PolicyOption,
     ProviderOption,
+    StrictOption,
     TrafficOption,
     byte_count,
     checked_overlap,
@@ -77,6 +78,7 @@ def fit(
             "--check", help="Policy file to make again by its own command and to compare; nothing is written."
         ),
     ] = None,
+    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
@@ -107,6 +109,7 @@ def fit(
         render.unsettled(fitted.unsupported, fitted.suspects)
         render.weighted(fitted.weighted)
         render.next_command(fitted.policy, target)
+    render.lost_points(fitted.lost_points, strict=strict)
 
 
 def _check(path: Path) -> None:

@@ -19,6 +19,7 @@ from mla_tune.cli.options import (
     OverlapOption,
     ProviderOption,
     SiteOption,
+    StrictOption,
     TimeoutOption,
     TrafficOption,
     checked_overlap,
@@ -64,6 +65,7 @@ def sweep(
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
     overlap: OverlapOption = 0,
     provider: ProviderOption = OWN,
+    strict: StrictOption = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print the plan and its estimated time, measure nothing.")
     ] = False,
@@ -97,6 +99,7 @@ def sweep(
             fits=not no_fit and not overlap,  # the committed policy is that of independent selections
             provider=provider,
             as_json=as_json,
+            strict=strict,
         )
     )
 
@@ -115,6 +118,8 @@ class _Request:
     provider: str
     """``own``, or the engine whose installed kernels are to run; its export and policy are files of their own."""
     as_json: bool
+    strict: bool
+    """Whether a table that loses its own held-out points is an error."""
 
     @property
     def export(self) -> Path:
@@ -159,6 +164,7 @@ def _sweep(request: _Request) -> None:
             repeats = [pipeline.compare(first, other) for other in others]
             device_output.sweep_json(first, repeats, fitted, policy)
     if request.as_json:
+        render.lost_points(fitted.lost_points if fitted else (), strict=request.strict)
         return
     if fitted:
         render.policy_summary(fitted.policy, fitted.evidence, policy, as_json=False)
@@ -168,6 +174,7 @@ def _sweep(request: _Request) -> None:
         device_output.repetition(pipeline.compare(first, other), other.path)
     if fitted:
         render.next_command(fitted.policy, policy)
+        render.lost_points(fitted.lost_points, strict=request.strict)
 
 
 def _tuned(measured: Measured) -> list[Tuned]:

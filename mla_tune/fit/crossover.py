@@ -101,8 +101,9 @@ def table_rows(costs: CostModel, scope: Scope, candidates: Candidates, objective
     cap = _cap(costs, scope, candidates, objective, (where, grid.tokens, measured))
     note = cap.note(*where) if cap else None
     if len(candidates.names) < 2 or not mask.any():
-        only = Row(choices=(Choice(candidate=candidates.names[0]),))
-        return FittedRows((only,), (RowEvidence(num_reqs_from=0, kv_tokens_from=0),), note)
+        return FittedRows(
+            (incumbent_row(candidates.names[0]),), (RowEvidence(num_reqs_from=0, kv_tokens_from=0),), note
+        )
     shapes = tuple(grid.shapes[index] for index in np.flatnonzero(mask))
     works = [grid.work(site) for site, _ in scope.parts]
     costs_us = np.stack([scope.predicted_us(costs, name, works)[mask] for name in candidates.names])
@@ -117,6 +118,11 @@ def table_rows(costs: CostModel, scope: Scope, candidates: Candidates, objective
     brackets = Brackets(candidates.names, costs, scope, shapes, np.log(costs_us), candidates.noise_band)
     found = list(_Rows(brackets, *first, measured.kv_tokens, cap).of(few_groups(cells), cells))
     return FittedRows(tuple(row for row, _ in found), tuple(evidence for _, evidence in found), note)
+
+
+def incumbent_row(incumbent: str) -> Row:
+    """The row that answers ``incumbent`` everywhere."""
+    return Row(choices=(Choice(candidate=incumbent),))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

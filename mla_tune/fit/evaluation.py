@@ -98,6 +98,39 @@ def held_out(observations: Observations, table: Table) -> HeldOut:
     return _summary(names, [point.slowdowns for point in points])
 
 
+@dataclass(frozen=True, slots=True)
+class LostTable:
+    """A table that chose worse at its own held-out points than one candidate everywhere would have."""
+
+    table: str
+    """As ``site, model, ...``."""
+    rule: str
+    """The rule that was better."""
+    factor: float
+    """Mean slowdown of the table over that of the rule."""
+    incumbent: str
+    """What is served instead: the engine's own choice."""
+
+    def __str__(self) -> str:
+        return (
+            f"{self.table}: at its held-out points it is {self.factor:.2f} times slower than {self.rule!r}; it keeps "
+            f"{self.incumbent}, the engine's default; next: sweep again with a larger --budget"
+        )
+
+
+def lost_table(table: Table, judged: HeldOut, noise_band: float) -> LostTable | None:
+    """How ``table`` loses its held-out points beyond the noise band; None where it does not."""
+    own, *others = judged.slowdown
+    best = min(others[: len(table.candidates)], key=lambda rule: rule.mean)  # one for each candidate comes first
+    factor = own.mean / best.mean
+    if factor <= 1 + noise_band:
+        return None
+    heads = [] if table.h_q is None else [f"h_q {table.h_q}"]
+    engine = [] if table.engine is Engine.SGLANG else [str(table.engine)]
+    name = ", ".join([table.site, table.model, *heads, table.layer, *engine])
+    return LostTable(name, best.rule, factor, table.incumbent)
+
+
 def overall(observations: Observations, tables: Iterable[Table]) -> HeldOut | None:
     """The judgement over all of SGLang's attention tables of one layer type, each point of each table with equal weight.
 

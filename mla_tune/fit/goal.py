@@ -11,6 +11,7 @@ from mla_tune.errors import FitError
 from mla_tune.fit.evaluation import is_single_layer_attention, rules, table_scope
 from mla_tune.fit.interval import noise_band
 from mla_tune.fit.observations import Observations
+from mla_tune.fit.scope import Scope
 from mla_tune.fit.winner import overlapping
 from mla_tune.policy.evidence import POLICY_RULE, PolicyEvidence
 from mla_tune.policy.schema import Policy, Table
@@ -47,6 +48,21 @@ class Loss:
     slowdown: float
 
 
+_UNSURE = 0.05
+"""Half-width of a median's interval, relative, from which on it decides nothing: the goal's p99 is a difference of 5 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class Unsure:
+    """A point that is not judged, since a median there is known too badly."""
+
+    table: str
+    shape: Shape
+    candidate: str
+    relative: float
+    """Half-width of its interval over its median."""
+
+
 @dataclass(frozen=True, slots=True)
 class Validation:
     """What a policy's choices cost on fresh points."""
@@ -59,6 +75,8 @@ class Validation:
     """Where the policy left the engine's own choice and lost to it beyond the noise band."""
     worst: tuple[Loss, ...]
     """The policy's five worst points, the worst first."""
+    unsure: tuple[Unsure, ...] = ()
+    """Points that were not judged."""
 
     def missed(self, goal: Goal) -> list[str]:
         """Each part of ``goal`` that was missed, with the figure; empty where it was met."""
@@ -77,7 +95,14 @@ def validate(observations: Observations, policy: Policy, evidence: PolicyEvidenc
 
     Raises :class:`FitError` if there is no such point: nothing passes on nothing.
     """
-    judged = [entry for table in policy.tables for entry in _judged(observations, table, evidence)]
+    found = [entry for table in policy.tables for entry in _judged(observations, table, evidence)]
+    judged = [entry for entry in found if isinstance(entry, _Judged)]
+    unsure = tuple(entry for entry in found if isinstance(entry, Unsure))
+    if unsure and not judged:
+        raise FitError(
+            f"a validation needs a point whose medians are known to {_UNSURE:.0%}: got none of {len(unsure)}; next: "
+            "validate again when nothing else runs on this machine"
+        )
     if not judged:
         raise FitError(
             "a validation needs a point at which every candidate of a table ran: got none; next: raise --points, or see "
@@ -90,6 +115,7 @@ def validate(observations: Observations, policy: Policy, evidence: PolicyEvidenc
         losses=tuple(_rule(name, [e.slowdowns[name] for e in judged if name in e.slowdowns]) for name in names),
         below_incumbent=tuple(Loss(e.table, e.shape, e.choice, e.over_incumbent) for e in judged if e.over_incumbent),
         worst=tuple(sorted((loss for loss in losses if loss.slowdown > 1), key=lambda loss: -loss.slowdown)[:5]),
+        unsure=unsure,
     )
 
 
@@ -103,21 +129,43 @@ class _Judged:
     """Cost of the choice over the incumbent's where that is beyond the noise band; 0 otherwise."""
 
 
-def _judged(observations: Observations, table: Table, evidence: PolicyEvidence | None) -> Iterator[_Judged]:
+def _unsure(
+    observations: Observations, scope: Scope, choice: str, fastest: str, shape: Shape
+) -> tuple[str, float] | None:
+    """Which of the two medians that decide is known too badly, and how badly.
+
+    None if both are known well enough, or if the choice misses the goal wherever in their intervals they lie.
+    """
+    ends = {name: scope.measured_interval(observations, name, shape) for name in (choice, fastest)}
+    mine, best = ends[choice], ends[fastest]
+    if mine is None or best is None or (best.high_us > 0 and mine.low_us / best.high_us > Goal().worst):
+        return None
+    for name, interval in (choice, mine), (fastest, best):
+        relative = (interval.high_us - interval.low_us) / (interval.high_us + interval.low_us)
+        if relative > _UNSURE:
+            return name, relative
+    return None
+
+
+def _judged(observations: Observations, table: Table, evidence: PolicyEvidence | None) -> Iterator[_Judged | Unsure]:
     if not is_single_layer_attention(table) or len(table.candidates) < 2:
         return
     scope = table_scope(table, observations.conditions)
     (site, _), *_ = scope.parts
     band = noise_band(evidence, table)
-    judged = rules(table)
+    judged_by = rules(table)
     label = f"{table.model} h_q {table.h_q} {table.layer}"
     for shape in observations.shapes(site):
         costs_us = {name: scope.measured_us(observations, name, shape) for name in table.candidates}
         ran = {name: us for name, us in costs_us.items() if us is not None}
         if len(ran) < len(costs_us):
             continue
-        picks = {name: rule(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) for name, rule in judged}
+        picks = {name: rule(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) for name, rule in judged_by}
         choice, fastest_us = picks[POLICY_RULE], min(ran.values())
+        fastest = min(ran, key=lambda name: ran[name])
+        if (unsure := _unsure(observations, scope, choice, fastest, shape)) is not None:
+            yield Unsure(label, shape, *unsure)
+            continue
         over = ran[choice] / ran[table.incumbent]
         clear = over > 1 + band and not overlapping(observations, scope, choice, table.incumbent, shape)
         slowdowns = {name: ran[pick] / fastest_us for name, pick in picks.items()}

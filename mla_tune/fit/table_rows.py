@@ -7,7 +7,7 @@ the limits (a failure that was seen must not be served).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
@@ -15,8 +15,8 @@ import msgspec
 
 from mla_tune.errors import FitError
 from mla_tune.fit.costs import CostModel
-from mla_tune.fit.crossover import Candidates, swept_shapes, table_rows
-from mla_tune.fit.evaluation import held_out, held_out_points, overall
+from mla_tune.fit.crossover import Candidates, incumbent_row, swept_shapes, table_rows
+from mla_tune.fit.evaluation import LostTable, held_out, held_out_points, lost_table, overall
 from mla_tune.fit.interval import LEAST_DIFFERENCE
 from mla_tune.fit.limits import is_unsafe, limits, suspects
 from mla_tune.fit.objective import PLAIN, Objective, require_regime, require_traffic
@@ -25,7 +25,7 @@ from mla_tune.fit.scope import Scope, scopes
 from mla_tune.fit.table_builds import builds_of
 from mla_tune.fit.training import measured_range
 from mla_tune.hardware.sku import Environment
-from mla_tune.policy.evidence import PolicyEvidence, TableEvidence
+from mla_tune.policy.evidence import PolicyEvidence, RowEvidence, TableEvidence
 from mla_tune.policy.kernel_config import kernel_configs
 from mla_tune.policy.schema import Gpu, Ineligible, Library, Limit, Policy, PolicyEnvironment, Source, Table
 from mla_tune.sites.engines import Engine, engine_choice
@@ -37,6 +37,10 @@ FIRST_CALL_BOUND_S = 1.0
 """Longest first call on a new shape that a served candidate may cost: a request that waits for it misses any deadline."""
 _MOST_NOISE_BAND = 0.99
 """Where timings scatter by their own size nothing can win; a policy still has to hold a number below 1."""
+
+
+OnLost = Callable[[LostTable], None]
+"""Is told of a table that lost its own held-out points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,10 +68,13 @@ def fit_policy(
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
     objective: Objective = PLAIN,
     tuned: Iterable[Tuned] = (),
+    on_lost: OnLost = lambda _: None,
 ) -> FittedPolicy:
     """The policy that ``measurements`` of one environment, and a probe's ``tries`` there, support.
 
     ``tuned`` are the launch parameters that the measurements were taken with; the policy carries them.
+
+    ``on_lost`` is told of tables that keep the engine's default because they lost their own held-out points.
 
     A site, or a model, that was not swept has no table; nor has one whose incumbent never ran, since there is nothing
     to switch from; nor a mix of layer types that share no points; nor a site without a held-out point to judge it by
@@ -76,7 +83,7 @@ def fit_policy(
     costs = CostModel(environment, measurements, tries, objective.regime)
     require_regime(costs.observations)
     conditions = costs.observations.conditions
-    fitted = (fit_table(costs, scope, first_call_bound_s, objective) for scope in scopes(conditions))
+    fitted = (fit_table(costs, scope, first_call_bound_s, objective, on_lost) for scope in scopes(conditions))
     found = [entry for entry in fitted if entry is not None]
     tables = tuple(entry.table for entry in found)
     if not tables:
@@ -125,13 +132,27 @@ def fit_table(
     scope: Scope,
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
     objective: Objective = PLAIN,
+    on_lost: OnLost = lambda _: None,
 ) -> FittedTable | None:
-    """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points."""
+    """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points.
+
+    One that loses its own held-out points keeps the engine's default, and ``on_lost`` is told.
+    """
     found = unjudged_table(costs, scope, first_call_bound_s, objective)
     if found is None or not held_out_points(costs.observations, found.table):
         return None
     judged = held_out(costs.observations, found.table)
-    return replace(found, evidence=msgspec.structs.replace(found.evidence, held_out=judged))
+    lost = lost_table(found.table, judged, found.evidence.noise_band)
+    if lost is None:
+        return replace(found, evidence=msgspec.structs.replace(found.evidence, held_out=judged))
+    on_lost(lost)
+    kept = msgspec.structs.replace(found.table, rows=(incumbent_row(found.table.incumbent),))
+    evidence = msgspec.structs.replace(
+        found.evidence,
+        rows=(RowEvidence(num_reqs_from=0, kv_tokens_from=0),),
+        held_out=held_out(costs.observations, kept),
+    )
+    return FittedTable(kept, evidence)
 
 
 def unjudged_table(

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from mla_tune.errors import UsageError
+from mla_tune.notice import say_once
 from mla_tune.sites.candidates import candidate_at, names_at
 from mla_tune.sites.launch_parameters import Launches
 from mla_tune.sites.provider import OWN, Provider
-from mla_tune.sites.site import PLAIN, Conditions
-from mla_tune.store.measurement import Measurement
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import PLAIN, Conditions, SiteName
+from mla_tune.store.measurement import PER_FORWARD_TOTAL, PER_LAYER_TOTAL, Measurement
 from mla_tune.store.outside_cause import judged_again
 from mla_tune.store.tuned import Tuned, launches_from
 
@@ -21,10 +23,31 @@ def usable(
 
     Where there is no top-k nothing overlaps, so these count whatever the overlap. What was measured before a kernel was
     tuned, or tuned again, says nothing of how it will run; a stage that runs none of our kernels is not concerned.
-    A failure that did not come from the candidate comes as ``disturbed``: see :mod:`mla_tune.store.outside_cause`.
+    A failure that did not come from the candidate comes as ``disturbed``: see :mod:`mla_tune.store.outside_cause`. Where a
+    whole path took no time (a broken timer, which sampling refuses since 0.3.0) nothing of that candidate's counts there,
+    which is said once.
     """
     launches = launches_from(tuned)
-    return tuple(judged_again(m) for m in measurements if conditions.at(m.site) == m.site and _current(m, launches))
+    found = [judged_again(m) for m in measurements if conditions.at(m.site) == m.site and _current(m, launches)]
+    timeless = {_timing(m): m for m in found if _is_timeless(m)}
+    if timeless:
+        first = min(timeless.values(), key=lambda m: m.key)
+        say_once(
+            f"{len(timeless)} whole paths took 0 us and are left out, as the timer was broken: the first is {first.label}; "
+            "next: sweep into a new database"
+        )
+    return tuple(m for m in found if _timing(m) not in timeless)
+
+
+def _timing(measurement: Measurement) -> tuple[str, Shape, str, str]:
+    """What one timer gave of one candidate."""
+    return (measurement.site.key, measurement.shape, measurement.candidate, measurement.regime)
+
+
+def _is_timeless(measurement: Measurement) -> bool:
+    """Whether it is a whole path that took no time. A stage that is timed as a difference may take none."""
+    whole = PER_FORWARD_TOTAL if measurement.site.name is SiteName.INDEXER_METADATA else PER_LAYER_TOTAL
+    return measurement.part == whole and measurement.latency_us is not None and measurement.latency_us <= 0
 
 
 def stored_provider(measurements: Iterable[Measurement], word: str) -> Provider | None:

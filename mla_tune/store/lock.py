@@ -49,7 +49,10 @@ def _acquire(path: Path, database: Path) -> int:
                     f"a database takes one sweep at a time: {database} is in use by process {holder}; "
                     "wait until it ends, or name another database with --db"
                 ) from None
-            raise StoreError(f"a sweep must be able to lock its database: {path}: {error.strerror}") from None
+            raise StoreError(
+                f"a sweep must be able to lock its database: {path}: {error.strerror}; name another with --db, on a file "
+                "system that has locks"
+            ) from None
         if _is_there(path, descriptor):
             return descriptor
         os.close(descriptor)  # its last holder removed it between our two calls: what we locked is nobody's any more

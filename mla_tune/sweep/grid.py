@@ -122,7 +122,7 @@ def cpu_grid() -> Grid:
         query_tokens=(1, 4, 16, 64),
         seeds=(
             (1, 8 * _K, (1, 4, 16, 64)),
-            (1, _K, (4,)),
+            (1, _K, (4, 64)),
             (1, 32 * _K, (1, 16)),
             (4, 2 * _K, (8, 64)),
             (4, 16 * _K, (4,)),
@@ -177,10 +177,19 @@ def seed_points(grid: Grid, models: Iterable[ModelConfig], names: Iterable[SiteN
         dense_query_tokens=(),
         prompt=0,
         chunks=(),
-        indexer_contexts=(grid.dense_context,),
         indexer_query_tokens=grid.indexer_seeds,
+        max_attention_flops=float("inf"),
     )
-    return sorted(grid_points(few, models, names, seed), key=lambda point: point.role is Role.HELD_OUT)
+    points = [
+        point if point.role is Role.HELD_OUT else replace(point, shape=_affordable(grid, point.site, point.shape))
+        for point in grid_points(few, models, names, seed)
+    ]
+    unique = {
+        (point.site, point.shape): point
+        for point in points
+        if attention_flops(point.site, point.shape) <= grid.max_attention_flops
+    }
+    return sorted(unique.values(), key=lambda point: point.role is Role.HELD_OUT)
 
 
 def validation_points(grid: Grid, models: Iterable[ModelConfig], seed: int, count: int) -> list[Point]:
@@ -244,6 +253,12 @@ def _attention_points(grid: Grid, models: list[ModelConfig], seed: int) -> list[
             rows += [((index + 0.5) / len(turns), row) for index, row in enumerate(turns)]
         points += [point for _, row in sorted(rows, key=lambda row: row[0]) for point in row]
     return [p for p in points if attention_flops(p.site, p.shape) <= grid.max_attention_flops]
+
+
+def _affordable(grid: Grid, site: Site, shape: Shape) -> Shape:
+    """``shape``, with as many query tokens as the grid's bound allows: seeds reach as far as any judge does."""
+    share = grid.max_attention_flops / max(attention_flops(site, shape), 1.0)
+    return shape if share >= 1 else replace(shape, num_qo_tokens=max(shape.num_reqs, int(shape.num_qo_tokens * share)))
 
 
 def _mixed(shapes: list[Shape], seed: int) -> list[Shape]:

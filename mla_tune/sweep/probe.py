@@ -24,6 +24,7 @@ from mla_tune.sweep.outcomes import is_spoiled
 from mla_tune.sweep.runner import Sweep
 from mla_tune.sweep.worker.messages import NOTHING_ADDED, Added, Task
 from mla_tune.sweep.worker.process import WorkerProcess
+from mla_tune.sweep.worker.same_gpu import require_unchanged
 
 _CONTEXT = 8192
 """Context tokens of a try, where it has no more query tokens than that: limits are a matter of query tokens."""
@@ -167,6 +168,7 @@ class Prober:
         point = Point(site, shape)
         worker = WorkerProcess(self._kind, self._added.module, self._jit_cache.name)
         try:
+            require_unchanged(self.environment, worker.hello.environment)
             result = attempt(worker, Task(point, (candidate,), timed=False), self._timeout_s)
         finally:
             worker.stop()

@@ -25,6 +25,7 @@ from mla_tune.sweep.grid import Point
 from mla_tune.sweep.outcomes import Failure, FailureTracker, GivenUp, failures, is_spoiled, was_skipped
 from mla_tune.sweep.worker.messages import NOTHING_ADDED, TIMING, Added, Offer, Task
 from mla_tune.sweep.worker.process import WorkerProcess
+from mla_tune.sweep.worker.same_gpu import require_unchanged
 
 TIMEOUT_S = 300.0
 """Longest that one point may take, compilation included. DeepGEMM compiles for 17 s; the slowest point takes three."""
@@ -302,6 +303,7 @@ class Sweep:
         self._worker.stop()
         self._restarts += 1
         self._worker = WorkerProcess(self._kind, self._added.module)
+        require_unchanged(self.environment, self._worker.hello.environment)
 
 
 def launch_digests(point: Point, launches: Launches) -> dict[str, str]:

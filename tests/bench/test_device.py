@@ -3,8 +3,10 @@
 import platform
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,11 @@ from mla_tune.bench.environment import (
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
 from mla_tune.hardware.digests import digest_library
 from mla_tune.hardware.sku import sku_name
+from mla_tune.store.database import Database
+from mla_tune.store.export import read_export, write_export
+from tests.driver_stand_in import H200, H200_NVL, Gpu
+from tests.driver_stand_in import install as install_driver
+from tests.store.strategies import ENVIRONMENT, timing
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 trees = st.dictionaries(st.sampled_from(("a.so", "b.so", "sub/a.so", "sub/c.so")), st.binary(max_size=64), min_size=1)
@@ -67,6 +74,43 @@ def test_the_cpu_environment_names_the_processor_and_the_threads_and_has_no_kern
     assert environment.cuda == (torch.version.cuda or "")
     assert environment.torch == torch.__version__
     assert environment.libraries == ()
+
+
+def torch_on(gpu: Gpu) -> SimpleNamespace:
+    """``torch.cuda`` in a process that computes on ``gpu``."""
+    device = SimpleNamespace(
+        name=gpu.name, uuid=gpu.uuid, multi_processor_count=132, shared_memory_per_block_optin=232448
+    )
+    return SimpleNamespace(
+        is_available=lambda: True,
+        is_initialized=lambda: True,
+        current_device=lambda: 0,
+        get_device_properties=lambda index: device,
+    )
+
+
+@pytest.mark.parametrize(
+    "products", [(H200, H200_NVL), (H200, Gpu(watts=500)), (H200, Gpu(mode=2)), (H200, Gpu(mib=71885))]
+)
+def test_two_products_of_one_chip_and_sm_count_are_two_environments(
+    products: tuple[Gpu, Gpu], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for gpu in products:
+        install_driver(monkeypatch, gpu)
+        monkeypatch.setattr(torch, "cuda", torch_on(gpu))
+        environment = detect_environment(gpu=True)
+        assert (environment.product, environment.power_limit_w) == (gpu.name, gpu.watts)
+        assert (environment.memory_gib, environment.driver) == (round(gpu.mib / 1024), "580.159.04")
+        found.append(environment)
+    assert found[0].id != found[1].id
+
+
+def test_a_driver_version_that_nobody_tells_costs_that_reading_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_driver(monkeypatch, H200, fails="nvmlSystemGetDriverVersion=999")
+    monkeypatch.setattr(torch, "cuda", torch_on(H200))
+    environment = detect_environment(gpu=True)
+    assert (environment.sku, environment.driver, environment.power_limit_w) == ("nvidia-h200", "unknown", 700)
 
 
 def test_detecting_the_same_machine_twice_gives_the_same_id() -> None:
@@ -121,6 +165,50 @@ def test_a_library_without_metadata_is_listed_under_its_projects_name(site: Path
     install(site, "deep_gemm")
     (library,) = kernel_libraries()
     assert (library.name, library.version) == ("deep-gemm", "unknown")
+
+
+def left_behind(site: Path, name: str, version: str, stated: str | None) -> None:
+    """A folder of metadata as an upgrade that broke off leaves it: empty, or of another release."""
+    folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
+    folder.mkdir(parents=True)
+    if stated is not None:
+        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\n{stated}")
+
+
+@pytest.mark.parametrize(
+    "stated", [None, "", "Version: \n", "Version: 0.9.0\n"], ids=["no file", "no version", "empty", "2nd"]
+)
+def test_a_version_that_nobody_can_tell_is_said_before_anything_is_measured(
+    stated: str | None, site: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mla_tune.notice._said", set())
+    install(site, "flash_mla", *(("sgl-flash-mla", "1.0.0") if stated and "0.9" in stated else ()))
+    left_behind(site, "sgl-flash-mla", "0.9.0", stated)
+    for _ in range(2):
+        (library,) = kernel_libraries()
+        assert (library.name, library.version) == ("sgl-flash-mla", "unknown")
+    (line,) = caplog.messages
+    assert line.startswith(f"sgl-flash-mla in {site / 'flash_mla'} must have one readable version")
+    with Database.open(site / "a.db") as database:  # and storing and exporting it works
+        environment = replace(ENVIRONMENT, libraries=(library,))
+        database.record(environment, [timing()])
+        write_export(site / "a.jsonl", environment, database.measurements(environment.id))
+    assert read_export(site / "a.jsonl").environment == environment
+
+
+def test_an_unreadable_folder_beside_the_right_metadata_changes_nothing(
+    site: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    install(site, "flash_mla", "sgl-flash-mla", "1.0.0")
+    left_behind(site, "sgl-flash-mla", "0.9.0", None)
+    (library,) = kernel_libraries()
+    assert (library.name, library.version) == ("sgl-flash-mla", "1.0.0")
+    assert caplog.messages == []
+
+
+def test_a_folder_that_an_uninstall_left_is_no_library(site: Path) -> None:
+    (site / "flash_mla" / "__pycache__").mkdir(parents=True)
+    assert kernel_libraries() == ()
 
 
 def test_metadata_without_the_module_is_no_library(site: Path) -> None:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.bench.interference import Disturbance
-from mla_tune.bench.sampling import MIN_SAMPLES, Effort, Sampled, Summary, sample_rounds, summarize
+from mla_tune.bench.sampling import MIN_SAMPLES, NO_TIME, Effort, Sampled, Summary, sample_rounds, summarize
 
 ENDLESS_S = 3600.0
 BUSY = Disturbance("another process used the GPU: pid 482")
@@ -204,6 +204,37 @@ def test_disturbances_do_not_shorten_the_time_for_undisturbed_samples() -> None:
     calm, _ = sampled([], effort, round_s=0.1)
     late, _ = sampled([BUSY] * 5, effort, round_s=0.1)
     assert len(late.samples_us) == len(calm.samples_us) > MIN_SAMPLES
+
+
+@pytest.mark.parametrize("broken", [0.0, -0.0, -3.5, float("nan"), float("inf"), float("-inf")])
+def test_a_whole_path_that_took_no_time_is_no_evidence(
+    broken: float, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mla_tune.notice._said", set())
+    effort = Effort(target=0.0, max_samples=8, seconds=0.0, patience_s=0.0)
+    good, bad = sample_rounds([lambda: 5.0, lambda: broken], effort, rest=lambda _: None)
+    assert good.samples_us == bad.samples_us == ()
+    for taken in (good, bad):  # a row that a database takes
+        (reason, samples), *_ = taken.quarantined
+        assert reason == NO_TIME.reason
+        assert all(sample >= 0 and sample < float("inf") for sample in samples)
+    assert caplog.messages == [f"{NO_TIME.reason}: such rounds do not count"]
+
+
+def test_a_timer_that_stands_still_for_a_moment_costs_those_rounds() -> None:
+    samples = iter([5.0, 0.0, 6.0, -1.0, *[7.0] * 40])
+    effort = Effort(target=0.0, max_samples=8, seconds=ENDLESS_S, patience_s=ENDLESS_S)
+    (taken,) = sample_rounds([lambda: next(samples)], effort, rest=lambda _: None)
+    assert taken.samples_us == (5.0, 6.0, *[7.0] * 6)
+    assert taken.quarantined == ((NO_TIME.reason, (0.0, 0.0)),)
+
+
+def test_a_difference_may_be_zero_and_not_less() -> None:
+    effort = Effort(target=0.0, max_samples=8, seconds=ENDLESS_S, patience_s=0.0)
+    (taken,) = sample_rounds([lambda: 0.0], effort, may_be_zero=[True])
+    assert taken.samples_us == (0.0,) * 8
+    (taken,) = sample_rounds([lambda: -1.0], effort, rest=lambda _: None, may_be_zero=[True])
+    assert taken.samples_us == ()
 
 
 def test_nothing_to_time_gives_nothing() -> None:

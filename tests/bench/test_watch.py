@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -32,16 +33,11 @@ RECOVERING = [(1350, 4), (1815, 4), (1965, 4), (1980, 0), (1980, 0)]
 
 def found(readings: Iterable[Reading]) -> list[str | None]:
     """The reason of each reading's disturbance, in turn."""
-    left = iter(readings)
+    taken = list(readings)
+    left = iter(taken)
     watch = ClockWatch(lambda: next(left))
-    reasons: list[str | None] = []
-    for _ in range(1000):
-        try:
-            disturbance = watch.disturbance()
-        except StopIteration:
-            return reasons
-        reasons.append(disturbance.reason if disturbance else None)
-    return reasons
+    disturbances = [watch.disturbance() for _ in taken]
+    return [disturbance.reason if disturbance else None for disturbance in disturbances]
 
 
 @pytest.mark.parametrize("reasons", [0, IDLE, FIXED_CLOCKS, IDLE | FIXED_CLOCKS])
@@ -96,6 +92,33 @@ def test_without_a_driver_nothing_is_reported() -> None:
     assert NoWatch().disturbance() is None
 
 
+def test_a_driver_that_fails_in_the_middle_is_said_once_and_belongs_to_no_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mla_tune.notice._said", set())
+    readings = [FULL] * 20 + [Reading(500, 0)]
+
+    def read() -> Reading:
+        if len(readings) in (3, 4):  # it comes back
+            readings.pop(0)
+            raise RuntimeError("Unknown Error")
+        return readings.pop(0)
+
+    watch = ClockWatch(read)
+    assert [watch.disturbance() for _ in range(20)] == [None] * 20
+    assert watch.disturbance() is not None
+    (line,) = caplog.messages
+    assert "nobody watches what disturbs the samples: RuntimeError: Unknown Error" in line
+
+
+@given(st.lists(st.sampled_from([FULL, Reading(None, 0), Reading(1980, None), Reading(None, None)]), max_size=40))
+def test_a_reading_without_a_part_is_judged_by_the_others(readings: list[Reading]) -> None:
+    assert found(readings) == [None] * len(readings)
+    assert found([*readings, Reading(None, 0x20)])[-1] == "throttled: thermal slowdown"
+    assert found([FULL] * 20 + [*readings, Reading(900, None)])[-1] is not None
+    assert found([*readings, Reading(None, None, (5,))])[-1] == "another process used the GPU: pid 5"
+
+
 class Driver:
     """The calls of ``pynvml`` that a reader makes, over processes and utilization as told."""
 
@@ -110,22 +133,30 @@ class Driver:
     def __init__(self, pids: list[int]) -> None:
         self.pids = pids
         self.used: dict[int, int] | None = {}
+        self.used_s_ago = 0.0
+        self.broken: set[str] = set()
+
+    def answer(self, function: str, value: Any) -> Any:
+        if function in self.broken:
+            raise self.NVMLError("Not Supported")
+        return value
 
     def nvmlInit(self) -> None: ...  # noqa: N802
 
     def nvmlDeviceGetClockInfo(self, gpu: object, kind: int) -> int:  # noqa: N802
-        return 1980
+        return int(self.answer("clock", 1980))
 
     def nvmlDeviceGetCurrentClocksThrottleReasons(self, gpu: object) -> int:  # noqa: N802
-        return 0
+        return int(self.answer("reasons", 0))
 
     def nvmlDeviceGetComputeRunningProcesses(self, gpu: object) -> list[SimpleNamespace]:  # noqa: N802
-        return [SimpleNamespace(pid=pid) for pid in self.pids]
+        return list(self.answer("processes", [SimpleNamespace(pid=pid) for pid in self.pids]))
 
     def nvmlDeviceGetProcessUtilization(self, gpu: object, since_us: int) -> list[SimpleNamespace]:  # noqa: N802
         if self.used is None:
             raise self.NVMLError("not supported")
-        if not self.used:
+        at_us = (time.time() - self.used_s_ago) * 1e6
+        if not self.used or at_us <= since_us:  # as the driver does: it gives what is younger
             raise self.NVMLError_NotFound("no samples")
         return [SimpleNamespace(pid=pid, smUtil=percent) for pid, percent in self.used.items()]
 
@@ -165,15 +196,100 @@ def test_another_process_is_busy_when_it_is_new_and_then_while_it_does_work(
     assert read().busy_pids == ()
 
 
-def test_where_the_driver_numbers_processes_otherwise_only_newcomers_are_others(
+def test_work_of_long_ago_is_none(seconds: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = Driver([os.getpid(), 11])
+    driver.used = {os.getpid(): 90, 11: 80}
+    read = reader(driver, seconds, monkeypatch).read
+    assert read().busy_pids == (11,)
+    driver.used_s_ago = 10.0
+    assert read().busy_pids == ()
+
+
+def test_where_the_driver_numbers_processes_otherwise_newcomers_are_others_and_so_is_the_second_that_works(
     seconds: list[float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Driver([900_001, 900_002])
-    driver.used = {900_001: 50, 900_002: 50}
+    driver.used = {900_001: 50}
     read = reader(driver, seconds, monkeypatch).read
-    assert read().busy_pids == ()
+    assert read().busy_pids == ()  # one of the two works: this process
+    driver.used = {900_001: 50, 900_002: 50}
+    assert read().busy_pids == (900_001, 900_002)
+    driver.used = {900_001: 50, 900_002: 0}
     driver.pids.append(900_003)
-    assert read().busy_pids == (900_003,)
+    assert read() == Reading(1980, 0, (900_003,))
+
+
+def test_alone_under_another_number_this_process_disturbs_nobody(
+    seconds: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver([900_001])
+    driver.used = {900_001: 99}
+    assert reader(driver, seconds, monkeypatch).read() == Reading(1980, 0)
+
+
+@pytest.mark.parametrize("own", [os.getpid(), 57])
+def test_use_told_in_another_pid_namespace_than_the_processes_is_unknown_and_not_idle(
+    own: int, seconds: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mla_tune.notice._said", set())
+    driver = Driver([own, 11])
+    driver.used = {31_337: 60, 31_399: 30}
+    read = reader(driver, seconds, monkeypatch).read
+    found = read()
+    assert (11 in found.busy_pids, found.certain) == (True, False)
+    disturbance = ClockWatch(read).disturbance()
+    assert disturbance is not None
+    assert disturbance.reason.startswith("another process may have used the GPU: pid ")
+    (line,) = caplog.messages
+    assert "whether others work is unknown" in line
+
+
+def test_a_list_without_even_this_process_is_said(
+    seconds: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("mla_tune.notice._said", set())
+    assert reader(Driver([]), seconds, monkeypatch).read() == Reading(1980, 0)
+    assert ["others are not seen" in line for line in caplog.messages] == [True]
+
+
+@pytest.mark.parametrize(
+    ("broken", "left"),
+    [
+        ({"clock"}, Reading(None, 0)),
+        ({"reasons"}, Reading(1980, None)),
+        ({"processes"}, Reading(1980, 0)),
+        ({"clock", "reasons", "processes"}, Reading(None, None)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("from_the_start", [True, False])
+def test_a_reading_that_the_driver_refuses_costs_that_reading_and_is_said_once(
+    broken: set[str],
+    left: Reading,
+    from_the_start: bool,
+    seconds: list[float],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("mla_tune.notice._said", set())
+    driver = Driver([os.getpid()])
+    driver.broken = broken if from_the_start else set()
+    read = reader(driver, seconds, monkeypatch).read
+    driver.broken = broken
+    assert [read() for _ in range(3)] == [left] * 3
+    refused = [line for line in caplog.messages if "(Not Supported)" in line]
+    assert len(refused) == len(broken)
+    driver.broken = set()
+    assert read() == Reading(1980, 0)
+
+
+def test_a_function_that_the_library_lacks_costs_its_reading(
+    seconds: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = Driver([os.getpid(), 11])
+    for name in ("CurrentClocksThrottleReasons", "ProcessUtilization"):
+        monkeypatch.delattr(Driver, f"nvmlDeviceGet{name}")
+    assert reader(driver, seconds, monkeypatch).read() == Reading(1980, None, (11,), certain=False)
 
 
 BUSY_LOOP = """

@@ -16,6 +16,7 @@ from mla_tune.fit.observations import Observations
 from mla_tune.policy.codec import digest, load_policy
 from mla_tune.policy.evidence import PolicyEvidence, load_evidence
 from mla_tune.policy.schema import Choice, Policy, Row
+from mla_tune.sites.shape import Shape
 from mla_tune.store.measurement import Measurement, Role
 from tests.fit.recorded import recorded
 
@@ -97,3 +98,44 @@ def test_every_slowdown_is_at_least_one() -> None:
     for loss in validate(Observations([*slower, *rest]), committed()).losses:
         assert 1 <= loss.mean <= loss.worst
         assert loss.p99 <= loss.worst
+
+
+def blurred(shape: Shape, factor: float, slower: float = 1.0) -> list[Measurement]:
+    """The fresh points with the intervals of one shape's ``sparse_fwd`` timings wider by ``factor`` to both sides."""
+
+    def blur(row: Measurement) -> Measurement:
+        if row.shape != shape or row.candidate != "sparse_fwd" or row.latency_us is None:
+            return row
+        us = row.latency_us * slower
+        return replace(row, latency_us=us, ci_low_us=us / factor, ci_high_us=us * factor)
+
+    return [blur(row) for row in fresh()]
+
+
+def test_a_point_whose_median_is_unsure_is_named_and_decides_nothing() -> None:
+    policy = always("sparse_fwd")
+    shape = judged(policy).worst[0].shape
+    well = judged(policy)
+    for rows, unsure in ((blurred(shape, 1.02), False), (blurred(shape, 50.0), True)):
+        found = validate(Observations(rows), policy)
+        assert bool(found.unsure) is unsure
+        assert found.points + len(found.unsure) == well.points
+        assert {(entry.shape, entry.candidate) for entry in found.unsure} <= {(shape, "sparse_fwd")}
+    assert all(entry.relative > 0.05 for entry in found.unsure)
+
+
+def test_an_unsure_median_saves_no_choice_that_misses_the_goal_wherever_it_lies() -> None:
+    policy = always("sparse_fwd")
+    found = judged(policy).worst[0]
+    assert found.slowdown > 10
+    again = validate(Observations(blurred(found.shape, 1.2)), policy)
+    assert again.worst[0].slowdown == pytest.approx(found.slowdown)
+
+
+def test_a_validation_of_which_every_median_is_unsure_gives_no_verdict() -> None:
+    rows = [
+        row if row.latency_us is None else replace(row, ci_low_us=row.latency_us / 50, ci_high_us=row.latency_us * 50)
+        for row in fresh()
+    ]
+    with pytest.raises(FitError, match="a validation needs a point whose medians are known to 5%"):
+        validate(Observations(rows), committed())

@@ -40,6 +40,14 @@ def test_a_symbolic_link_stays_one_and_its_target_is_replaced(tmp_path: Path) ->
     assert (tmp_path / "target").read_bytes() == b"new"
 
 
+@pytest.mark.parametrize("name", ["x" * 255, "目" * 85, "é" * 127 + "x", "x" + "é" * 127, "\N{GRINNING FACE}" * 63])
+def test_a_name_as_long_as_the_file_system_takes_is_written(name: str, tmp_path: Path) -> None:
+    write_atomically(tmp_path / name, b"old")
+    write_atomically(tmp_path / name, b"new")
+    assert (tmp_path / name).read_bytes() == b"new"
+    assert os.listdir(tmp_path) == [name]
+
+
 @pytest.mark.parametrize("name", ["folder", "pipe"])
 def test_what_is_not_a_regular_file_is_left_alone(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()

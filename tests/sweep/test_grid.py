@@ -189,3 +189,19 @@ def test_more_points_are_estimated_to_take_longer(grid: Grid) -> None:
     for kind in ("cpu", "cuda"):
         part, whole = estimated_seconds(points[:20], kind), estimated_seconds(points, kind)
         assert 0 == estimated_seconds([], kind) < part < whole
+
+
+@grids
+def test_seeds_span_the_range_that_held_out_points_are_drawn_from(grid: Grid) -> None:
+    """An answer outside of what was measured is the engine's default: no judge may ask there."""
+    fit: dict[str, list[Point]] = defaultdict(list)
+    judges: dict[str, list[Point]] = defaultdict(list)
+    for point in seed_points(grid, MODELS.values(), SiteName, SEED):
+        (judges if point.role is Role.HELD_OUT else fit)[point.site.key].append(point)
+    assert fit.keys() >= judges.keys() != set()
+    for key, points in judges.items():
+        for axis in ("num_reqs", "num_qo_tokens", "kv_tokens"):
+            seeded = [getattr(point.shape, axis) for point in fit[key]]
+            asked = [getattr(point.shape, axis) for point in points]
+            assert min(seeded) <= min(asked), (key, axis)
+            assert max(seeded) >= max(asked), (key, axis)

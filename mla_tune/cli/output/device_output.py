@@ -275,6 +275,13 @@ def validation(result: Validation, missed: Sequence[str], as_json: bool) -> None
                 f"tokens, {shape.kv_tokens} context tokens: {loss.choice}",
                 highlight=False,
             )
+    if result.unsure:
+        entry = max(result.unsure, key=lambda entry: entry.relative)
+        console.print(
+            f"unsure: {len(result.unsure)} points are not judged, a median there is known to worse than 5 %; the worst: "
+            f"{entry.candidate} to {entry.relative:.0%} at {entry.table}, {entry.shape.num_qo_tokens} query tokens",
+            highlight=False,
+        )
     console.print("goal met" if not missed else "goal missed", highlight=False)
 
 

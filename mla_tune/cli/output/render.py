@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 
 from mla_tune.cli.places import export_path
+from mla_tune.errors import GoalMissedError
 from mla_tune.hardware.sku import CPU
 from mla_tune.policy.codec import SCHEMA_VERSION, written_tokens
 from mla_tune.policy.evidence import HeldOut, PolicyEvidence, RowEvidence, TableEvidence
@@ -27,7 +28,7 @@ from mla_tune.sites.provider import OWN
 from mla_tune.sites.stages import KernelSource
 
 if TYPE_CHECKING:
-    from mla_tune.fit.evaluation import Weighted
+    from mla_tune.fit.evaluation import LostTable, Weighted
     from mla_tune.fit.explanation import Explanation
     from mla_tune.policy.decision import Explanation as Decision
     from mla_tune.store.database import EnvironmentSummary
@@ -207,6 +208,17 @@ def unsettled(unsupported: Sequence[str], suspects: Sequence[str]) -> None:
         note(line)
     for line in suspects:
         note(f"no limit yet: {line}; it is not chosen from there up; next: mla-tune probe --suspects")
+
+
+def lost_points(found: Sequence[LostTable], *, strict: bool) -> None:
+    """Tables that lost their own held-out points. Raises :class:`GoalMissedError` for them where that is ``strict``."""
+    for entry in found:
+        warn(str(entry))
+    if found and strict:
+        raise GoalMissedError(
+            f"--strict accepts no table that loses its own held-out points: got {len(found)}; next: sweep again with a "
+            "larger --budget, or fit without --strict"
+        )
 
 
 def weighted(judged: Weighted | None) -> None:

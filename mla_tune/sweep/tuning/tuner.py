@@ -21,6 +21,7 @@ from mla_tune.store.tuned import Tuned
 from mla_tune.sweep.tuning.study import Asked, Search, open_search, study_storage
 from mla_tune.sweep.worker.messages import Lost, Trial, Tried
 from mla_tune.sweep.worker.process import WorkerProcess
+from mla_tune.sweep.worker.same_gpu import require_unchanged
 
 TRIAL_TIMEOUT_S = 60.0
 """Longest trial: a compilation takes seconds, building 2M rows and their reference two more."""
@@ -180,6 +181,7 @@ class Tuner:
             tried = Tried(Outcome.RUNTIME_ERROR, lost) if lost else Tried(Outcome.TIMEOUT, timeout)
         self._worker.stop()
         self._worker = WorkerProcess(self._kind, self._added)
+        require_unchanged(self.environment, self._worker.hello.environment)
         return tried
 
 

@@ -106,6 +106,8 @@ class Hello:
 
     environment: Environment
     regimes: tuple[Regime, ...]
+    gpu_uuid: str = ""
+    """``GPU-...``; empty for the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,6 +137,13 @@ class Lost:
 
     measurements: tuple[Measurement, ...]
     detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """At any time: what the user should know. The parent says it (:mod:`mla_tune.notice`); it is no answer."""
+
+    line: str
 
 
 Message = Hello | Refused | Offer | Support | Entering | Done | Lost | Tried

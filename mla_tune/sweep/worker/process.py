@@ -12,6 +12,7 @@ import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
@@ -19,10 +20,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
+from mla_tune.hardware.nvml import detect_gpu
+from mla_tune.notice import say_once
 from mla_tune.sites.site import Site
 from mla_tune.sweep.worker.messages import (
     Hello,
     Message,
+    Notice,
     Offer,
     Refused,
     Support,
@@ -31,10 +35,14 @@ from mla_tune.sweep.worker.messages import (
     Trial,
     Wanted,
 )
+from mla_tune.sweep.worker.same_gpu import require_same_gpu
 
 START_TIMEOUT_S = 180.0
 """Longest wait for a new worker: importing torch and creating a CUDA context on a cold machine takes tens of seconds."""
 STOP_TIMEOUT_S = 5.0
+_LONGEST_FOLDER_BYTES = 103 - len("/pymp-xxxxxxxx/listener-xxxxxxxx")
+"""A socket's path has at most 103 bytes on every system (107 on Linux), and multiprocessing adds this much to a folder."""
+_SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run/shm")
 _KEPT_CHARACTERS = 200
 """Characters of a dead worker's output that a measurement keeps."""
 
@@ -46,7 +54,7 @@ class WorkerProcess:
         """Start it and wait until it is ready; ``added`` names a module with further candidates.
 
         What a kernel library compiles goes to a folder of its own, or to ``jit_cache``, which stays. Raises
-        :class:`EnvironmentMismatchError` if the device cannot be used.
+        :class:`EnvironmentMismatchError` if the device cannot be used, or is another GPU than this process sees.
         """
         self._kind = kind
         handle, name = tempfile.mkstemp(prefix="mla-tune-worker-", suffix=".log")
@@ -58,10 +66,12 @@ class WorkerProcess:
         self._connection, theirs = context.Pipe()
         self._process = context.Process(target=_enter, args=(theirs, kind, name, cache, added), daemon=True)
         try:
-            with _ctrl_c_held_back():
+            with _ctrl_c_held_back(), _short_temporary_folder():
                 self._process.start()
             theirs.close()
             self.hello = self._greeting()
+            if kind == "cuda":
+                require_same_gpu(detect_gpu(), self.hello)
         except BaseException:  # Ctrl-C too must leave neither the process nor its file behind
             self.stop()
             Path(name).unlink(missing_ok=True)
@@ -78,10 +88,13 @@ class WorkerProcess:
 
     def receive(self, timeout_s: float) -> Message | None:
         """Its next message; None if none comes within ``timeout_s``. Raises ``EOFError`` or ``OSError`` if it is dead."""
-        if not self._connection.poll(max(0.0, timeout_s)):
-            return None
-        message: Message = self._connection.recv()
-        return message
+        deadline = time.monotonic() + timeout_s
+        while self._connection.poll(max(0.0, deadline - time.monotonic())):
+            message: Message | Notice = self._connection.recv()
+            if not isinstance(message, Notice):
+                return message
+            say_once(message.line)
+        return None
 
     def offer(self, name: str, timeout_s: float) -> Offer:
         """The kernels of engine ``name`` as they can run here. Raises :class:`EnvironmentMismatchError` if they cannot."""
@@ -155,6 +168,38 @@ def _ctrl_c_held_back() -> Iterator[None]:
             signal.signal(signal.SIGINT, handler or signal.SIG_DFL)
     for number in pressed[:1]:
         signal.raise_signal(number)
+
+
+@contextmanager
+def _short_temporary_folder() -> Iterator[None]:
+    """Start the server of workers in here: it listens on a socket in the temporary folder, whose path may be too long.
+
+    Schedulers and CI give a job a folder of its own below a long path. Everything but the socket stays there.
+    """
+    usual, named = tempfile.gettempdir(), tempfile.tempdir
+    if len(os.fsencode(usual)) <= _LONGEST_FOLDER_BYTES:
+        yield
+        return
+    folders = (*_SHORT_FOLDERS, os.environ.get("XDG_RUNTIME_DIR", ""))
+    short = next((folder for folder in folders if folder and _can_hold_a_socket(folder)), None)
+    if short is None:
+        raise MlaTuneError(
+            f"a worker's socket must have a path of at most 103 bytes: the temporary folder {usual} is too long, and none "
+            f"of {', '.join(filter(None, folders))} is writable; set TMPDIR to a shorter path"
+        )
+    tempfile.tempdir = short
+    try:
+        yield
+    finally:
+        tempfile.tempdir = named
+
+
+def _can_hold_a_socket(folder: str) -> bool:
+    return (
+        len(os.fsencode(folder)) <= _LONGEST_FOLDER_BYTES
+        and os.path.isdir(folder)
+        and os.access(folder, os.W_OK | os.X_OK)
+    )
 
 
 def _enter(connection: Connection, kind: str, log: str, jit_cache: str, added: str) -> None:

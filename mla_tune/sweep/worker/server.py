@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib
+import logging
 import os
 import signal
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 
 from mla_tune.bench.environment import detect_environment
 from mla_tune.errors import MlaTuneError
+from mla_tune.hardware.nvml import uuid_in_use
 from mla_tune.kernels import binding
 from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.adapters.sglang_kernels import Missing
@@ -28,6 +30,7 @@ from mla_tune.sweep.worker.messages import (
     Entering,
     Hello,
     Lost,
+    Notice,
     Offer,
     Refused,
     Support,
@@ -50,6 +53,7 @@ def serve(connection: Connection, kind: str, added: str) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     _end_with_the_server()
     _ask_to_be_killed_first()
+    _send_notices(connection)
     try:
         if added:
             importlib.import_module(added)
@@ -60,8 +64,21 @@ def serve(connection: Connection, kind: str, added: str) -> None:
         connection.send(Refused(str(error).strip().splitlines()[0]))
         return
     with suppress(EOFError, ConnectionError):  # the parent has closed its end: nobody wants the rest
-        connection.send(Hello(environment, measurer.regimes))
+        connection.send(Hello(environment, measurer.regimes, (kind == "cuda" and uuid_in_use()) or ""))
         _answer_tasks(connection, measurer, trials)
+
+
+def _send_notices(connection: Connection) -> None:
+    """Send warnings of ours to the parent: what this process prints goes to a file that nobody reads while it lives."""
+
+    class Sender(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            with suppress(OSError):  # the parent has closed its end
+                connection.send(Notice(" ".join(record.getMessage().split())))
+
+    ours = logging.getLogger("mla_tune")
+    ours.addHandler(Sender(logging.WARNING))
+    ours.propagate = False
 
 
 def _answer_tasks(connection: Connection, measurer: PointMeasurer, trials: KernelTrials) -> None:
