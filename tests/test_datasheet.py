@@ -8,7 +8,7 @@ from dataclasses import fields
 import pytest
 
 from mla_tune.errors import UsageError
-from mla_tune.hardware.datasheet import DATASHEETS, SM100, Datasheet, Figure, datasheet
+from mla_tune.hardware.datasheet import DATASHEETS, SM100, Datasheet, Figure, datasheet, same_figures
 from mla_tune.hardware.sku import SKUS
 
 ALL = pytest.mark.parametrize("sheet", DATASHEETS, ids=lambda sheet: str(sheet.sku))
@@ -64,6 +64,13 @@ def test_the_tensor_figure_is_one_that_the_clock_allows(sheet: Datasheet) -> Non
     per_clock = 8192 if sheet.architecture == SM100 else 4096
     peak = sheet.sm_count.value * per_clock * sheet.boost_clock_mhz.value * 1e6 / 1e12
     assert 0.2 < sheet.bf16_tflops.value / peak <= 1
+
+
+@ALL
+def test_products_with_the_same_figures_are_the_same_for_each_of_them(sheet: Datasheet) -> None:
+    group = same_figures(sheet.sku)
+    assert group[0] == sheet
+    assert all(set(same_figures(other.sku)) == set(group) for other in group)
 
 
 def test_an_unknown_product_is_refused_with_the_known_ones() -> None:

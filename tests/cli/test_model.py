@@ -62,6 +62,16 @@ def test_several_gpus_are_modelled_at_once_and_figures_of_them_are_checked(
     assert len(found["checks"]) == sum(figure.sku == "nvidia-b200" for figure in PUBLISHED)
 
 
+def test_products_with_the_same_figures_share_the_policy_of_the_first_that_was_asked_for(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["model", "--to", "h100", "--to", "h800", "--json"]) == 0
+    (found,) = json.loads(capsys.readouterr().out)["policies"]
+    assert found["gpu"] == {"sku": "nvidia-h100", "sm_count": 132, "also": ["nvidia-h800"]}
+    assert load_policy(H100).gpu.skus == ("nvidia-h100", "nvidia-h800")
+    assert not Path("policies/nvidia-h800.yaml").exists()
+
+
 def test_check_alone_prints_every_published_figure_and_writes_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
