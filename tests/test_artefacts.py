@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from mla_tune.cli import run
-from mla_tune.fit.costs import CostModel
 from mla_tune.fit.evaluation import overall
-from mla_tune.fit.modelled import model_policy
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.usable import usable
-from mla_tune.hardware.datasheet import datasheet
+from mla_tune.hardware.datasheet import same_figures
 from mla_tune.hardware.sku import SKUS
 from mla_tune.integrations.sglang.sglang_state import RELEASES
-from mla_tune.policy.schema import dump_policy, load_policy
+from mla_tune.policy.codec import digest, load_policy
+from mla_tune.policy.evidence import load_evidence
+from mla_tune.policy.search import policy_file
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.site import MODELS, SiteName
 from mla_tune.store.export import export_lines, export_sha256, read_export
@@ -55,62 +55,46 @@ def test_what_sglang_is_served_by_was_measured_with_a_release_that_the_plugin_se
 
 
 def test_every_product_that_mla_tune_knows_has_a_policy() -> None:
-    assert {sku.name for sku in SKUS} <= set(_skus(POLICIES))
+    assert {sku.name for sku in SKUS} <= {sku for path in POLICIES for sku in load_policy(path).gpu.skus}
 
 
-SAME_FIGURES = {"nvidia-h800": "nvidia-h100", "nvidia-b300": "nvidia-b200", "nvidia-gb300": "nvidia-gb200"}
-"""Products that differ from another in nothing that scales a curve: their policies differ in the name."""
+def test_a_product_without_a_file_of_its_own_is_served_by_one_that_names_it_and_models_the_same_figures() -> None:
+    for sku in {sku.name for sku in SKUS}:
+        policy = load_policy(str(policy_file(sku).path))
+        assert sku in policy.gpu.skus
+        if policy.evidence == "modelled":
+            assert set(policy.gpu.skus) == {sheet.sku for sheet in same_figures(sku)}
 
 
-@pytest.mark.parametrize("path", MODELLED, ids=_skus(MODELLED))
-def test_the_committed_modelled_policy_is_rebuilt_byte_for_byte(
-    path: Path, h200_costs: CostModel, everything: bool
-) -> None:
-    sku, committed = path.stem, load_policy(path)
-    assert export_sha256(H200) == committed.source.sha256
-    assert committed.source.command == (
-        f"mla-tune model --from nvidia-h200 --to {sku} --measurements db/nvidia-h200.jsonl --out policies/{sku}.yaml"
-    )
-    twin = ROOT / "policies" / f"{SAME_FIGURES.get(sku, sku)}.yaml"
-    if twin in MODELLED and twin != path:
-        assert _scaling_figures(sku) == _scaling_figures(twin.stem)
-        assert path.read_bytes() == twin.read_bytes().replace(twin.stem.encode(), sku.encode())
-    else:
-        skip_if_rebuilt(path, H200, everything=everything)
-        assert path.read_bytes() == dump_policy(model_policy(h200_costs, datasheet(sku), committed.source))
+@pytest.mark.parametrize("path", POLICIES, ids=_skus(POLICIES))
+def test_a_committed_policy_names_an_export_as_it_is_and_a_command_that_holds_for_any_name(path: Path) -> None:
+    policy = load_policy(path)
+    assert policy.source.sha256 == export_sha256(ROOT / policy.source.file)
+    words = policy.source.command.split()
+    assert words[:2] == ["mla-tune", "model" if path in MODELLED else "fit"]
+    assert "--out" not in words
+    assert load_evidence(path, digest(path.read_bytes())) is not None
 
 
-def _scaling_figures(sku: str) -> tuple[object, ...]:
-    sheet = datasheet(sku)
-    figures = (sheet.sm_count, sheet.boost_clock_mhz, sheet.memory_bandwidth_gbps, sheet.bf16_tflops, sheet.l2_bytes)
-    return (sheet.architecture, sheet.shared_memory_optin_bytes.value, *(figure.value for figure in figures))
+@pytest.mark.parametrize("path", POLICIES, ids=_skus(POLICIES))
+def test_the_committed_policy_is_rebuilt_byte_for_byte_without_torch(path: Path, everything: bool) -> None:
+    skip_if_rebuilt(path, ROOT / load_policy(path).source.file, everything=everything)
+    words = ["fit", "--check", path.relative_to(ROOT).as_posix()]
+    script = f"import sys; from mla_tune.cli import run; sys.exit(run({words}) or 'torch' in sys.modules)"
+    checked = subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=False, capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("path", MODELLED, ids=_skus(MODELLED))
 def test_a_modelled_policy_has_the_tables_of_the_measured_one_and_says_first_that_it_is_modelled(path: Path) -> None:
     modelled, measured = load_policy(path), load_policy(ROOT / "policies" / "nvidia-h200.yaml")
-    assert [(t.site, t.model, t.h_q, t.layer, t.incumbent) for t in modelled.tables] == [
-        (t.site, t.model, t.h_q, t.layer, t.incumbent) for t in measured.tables
-    ]
+    assert [(t.key, t.incumbent) for t in modelled.tables] == [(t.key, t.incumbent) for t in measured.tables]
     assert path.read_text().splitlines()[1].startswith("# WARNING: modelled, not measured")
-    assert all(entry.relative > 0 for table in modelled.tables for entry in table.uncertainty)
-    assert modelled.modelled is not None
-    assert modelled.modelled.scaled_from.sku == "nvidia-h200"
-
-
-@pytest.mark.parametrize("export", EXPORTS, ids=_skus(EXPORTS))
-def test_the_committed_policy_is_rebuilt_byte_for_byte_without_torch(
-    export: Path, tmp_path: Path, everything: bool
-) -> None:
-    committed = ROOT / "policies" / f"{export.stem}.yaml"
-    skip_if_rebuilt(committed, export, everything=everything)
-    (tmp_path / "db").mkdir()
-    (tmp_path / "db" / export.name).write_bytes(export.read_bytes())
-    command = load_policy(committed).source.command.split()
-    assert command[0] == "mla-tune"
-    script = f"import sys; from mla_tune.cli import run; sys.exit(run({command[1:]}) or 'torch' in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
-    assert (tmp_path / "policies" / committed.name).read_bytes() == committed.read_bytes()
+    assert modelled.scaled_from == "nvidia-h200"
+    stated = load_evidence(path, digest(path.read_bytes()))
+    assert stated is not None
+    assert stated.modelled is not None
+    assert all(entry.relative > 0 for table in stated.tables for entry in table.uncertainty)
 
 
 @pytest.mark.parametrize("export", EXPORTS, ids=_skus(EXPORTS))
@@ -134,7 +118,8 @@ def test_the_h200_was_measured_at_both_sites_with_every_model_head_count_and_lay
 def test_readme_states_the_table_that_the_committed_measurements_give() -> None:
     export = read_export(H200)
     rows = usable(export.measurements, export.tuned)
-    judged = overall(Observations(rows), load_policy(ROOT / "policies" / "nvidia-h200.yaml"))
+    judged = overall(Observations(rows), load_policy(ROOT / "policies" / "nvidia-h200.yaml").tables)
+    assert judged is not None
     stated = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", README, re.MULTILINE)
     expected = [
         (rule.rule, *(f"{value:.3f}" for value in (rule.geomean, rule.mean, rule.p95, rule.worst)))

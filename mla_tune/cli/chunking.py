@@ -74,7 +74,7 @@ def chunks(
     # Smaller chunks have no token for each of the prompts.
     tried = [size for size in CHUNK_SIZES if size >= at_a_time] or [CHUNK_SIZES[-1]]
     sizes = [chunk_size(found.pricer, size, offered.forwards(found.pricer, size), rest_us) for size in tried]
-    advice = advise(sizes, found.pricer.tables.attention.noise_band)
+    advice = advise(sizes, found.pricer.tables.noise_band)
     said = f"{model}, h_q {found.pricer.tables.attention.h_q}, {found.sku}: {offered.label}"
     traffic_output.chunk_sizes(sizes, advice, said, as_json)
 

@@ -12,11 +12,11 @@ import typer
 from mla_tune.cli.options import JsonOption
 from mla_tune.cli.places import export_path, make_folder, policy_path
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, UsageError
-from mla_tune.hardware.datasheet import DATASHEETS, Datasheet
+from mla_tune.hardware.datasheet import DATASHEETS, Datasheet, same_figures
 
 if TYPE_CHECKING:
     from mla_tune.fit.costs import CostModel
-    from mla_tune.policy.schema import Policy
+    from mla_tune.fit.table_rows import FittedPolicy
 
 
 def model(
@@ -37,7 +37,7 @@ def model(
 ) -> None:
     """Model the policy of a GPU that nobody measured, with a stated uncertainty, and check it by published figures."""
     measured = _with_datasheet("--from", source)
-    targets = [_with_datasheet("--to", word) for word in dict.fromkeys(to or ())]
+    targets = _without_twins([_with_datasheet("--to", word) for word in dict.fromkeys(to or ())])
     _check_wishes(measured, targets, out, check)
     export = measurements or export_path(measured.sku)
     paths = [out or policy_path(target.sku) for target in targets]
@@ -46,18 +46,27 @@ def model(
     from mla_tune.cli.output import model_output
     from mla_tune.fit.published import PUBLISHED
     from mla_tune.fit.published_check import check as check_figures
-    from mla_tune.policy.schema import write_policy
+    from mla_tune.policy.codec import write_policy
 
     costs = _costs(export, measured.sku)
     for path in paths:
         make_folder(path)
     policies = []
     for target, path in zip(targets, paths, strict=True):
-        policies.append(_policy(costs, export, target, path))
-        write_policy(path, policies[-1])
-    told = {target.sku for target in targets}
+        policies.append(_policy(costs, export, target))
+        write_policy(path, policies[-1].policy, policies[-1].evidence)
+    told = {sku for fitted in policies for sku in fitted.policy.gpu.skus}
     figures = [figure for figure in PUBLISHED if check or figure.sku in told]
     model_output.modelled(list(zip(policies, paths, strict=True)), check_figures(costs, figures), as_json)
+
+
+def _without_twins(targets: list[Datasheet]) -> list[Datasheet]:
+    """``targets`` less those whose figures are those of one before: its policy serves them too."""
+    kept: list[Datasheet] = []
+    for target in targets:
+        if not any(target in same_figures(other.sku) for other in kept):
+            kept.append(target)
+    return kept
 
 
 def _with_datasheet(option: str, word: str) -> Datasheet:
@@ -109,14 +118,14 @@ def _costs(export: Path, sku: str) -> CostModel:
     return CostModel(found.environment, usable(found.measurements, found.tuned), found.tries)
 
 
-def _policy(costs: CostModel, export: Path, target: Datasheet, path: Path) -> Policy:
+def _policy(costs: CostModel, export: Path, target: Datasheet) -> FittedPolicy:
     """The modelled policy, with the command that makes it again."""
     from mla_tune.fit.modelled import model_policy
     from mla_tune.policy.schema import Source
     from mla_tune.store.export import export_sha256
 
     words = ["mla-tune", "model", "--from", costs.environment.sku, "--to", target.sku]
-    words += ["--measurements", export.as_posix(), "--out", path.as_posix()]
+    words += ["--measurements", export.as_posix()]
     return model_policy(
         costs,
         target,
@@ -126,4 +135,5 @@ def _policy(costs: CostModel, export: Path, target: Datasheet, path: Path) -> Po
             measurements=costs.observations.measurements,
             command=shlex.join(words),
         ),
+        same_figures(target.sku)[1:],
     )

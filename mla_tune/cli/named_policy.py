@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING
 
 from mla_tune.cli.places import export_path, policy_path, policy_sku
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, StoreError
-from mla_tune.policy.schema import Policy, Table, parse_policy, read_policy_file
+from mla_tune.policy.codec import digest, parse_policy, read_policy_file
+from mla_tune.policy.evidence import PolicyEvidence, load_evidence
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.policy.search import policy_file
 from mla_tune.runtime.dispatcher import Dispatcher
 from mla_tune.sites.provider import OWN, Provider
@@ -22,14 +24,26 @@ if TYPE_CHECKING:
 
 def named_policy(path: Path | None, gpu: str) -> tuple[Policy, str]:
     """The policy that the options name, and what to call it in messages."""
+    file, name = _named_file(path, gpu)
+    return parse_policy(read_policy_file(file), name), name
+
+
+def named_evidence(path: Path | None, gpu: str) -> PolicyEvidence | None:
+    """What stands beside the policy that the options name. Raises :class:`PolicyError` for what is another's."""
+    file, _ = _named_file(path, gpu)
+    return load_evidence(file, digest(read_policy_file(file)))
+
+
+def _named_file(path: Path | None, gpu: str) -> tuple[Path, str]:
+    """The file that the options name, and what to call it in messages."""
     if path is not None:
-        return parse_policy(read_policy_file(path), str(path)), str(path)
+        return path, str(path)
     sku = policy_sku(gpu)
     local = policy_path(sku)
     if local.is_file():
-        return parse_policy(read_policy_file(local), str(local)), str(local)
-    found = policy_file(sku).path
-    return parse_policy(found.read_bytes(), found.name), found.name
+        return local, str(local)
+    found = Path(str(policy_file(sku).path))
+    return found, found.name
 
 
 def policy_conditions(policy: Policy) -> Conditions:
@@ -49,7 +63,7 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
     from mla_tune.store.measurement import Regime
 
     conditions = policy_conditions(policy)
-    measured_sku = policy.modelled.scaled_from.sku if policy.modelled else policy.gpu.sku
+    measured_sku = policy.scaled_from or policy.gpu.sku
     export = measurements or export_path(measured_sku, conditions.provider.name if conditions.provider else OWN)
     if measurements is None and not export.is_file():
         raise StoreError(
@@ -67,7 +81,7 @@ def measured_costs(policy: Policy, name: str, measurements: Path | None) -> Cost
         render.warn(f"{name} was not fitted from {export} as it is now: the costs below may not be why it chose")
     rows = usable(found.measurements, found.tuned, conditions)
     costs = CostModel(environment, rows, regime=Regime(policy.regime))
-    if not policy.modelled:
+    if policy.scaled_from is None:
         return costs
     from mla_tune.fit.modelled import ModelledCosts
     from mla_tune.hardware.datasheet import datasheet
@@ -83,6 +97,14 @@ class Evidence:
     policy: str
     """Name of the policy, for messages."""
     sku: str
+    stated: PolicyEvidence | None
+    """What stands beside the policy."""
+
+    def noise_band(self, table: Table) -> float:
+        """Relative difference below which two candidates of ``table`` count as equal."""
+        from mla_tune.fit.interval import noise_band
+
+        return noise_band(self.stated, table)
 
 
 def evidence(model: str, h_q: int | None, gpu: str, policy: Path | None, measurements: Path | None) -> Evidence:
@@ -90,9 +112,11 @@ def evidence(model: str, h_q: int | None, gpu: str, policy: Path | None, measure
 
     Raises :class:`PolicyError` where the policy lacks a table that a whole forward needs.
     """
+    from mla_tune.fit.interval import noise_band
     from mla_tune.replay.prices import Pricer, Tables
 
     loaded, name = named_policy(policy, gpu)
+    stated = named_evidence(policy, gpu)
     dispatcher, config = Dispatcher(loaded, source=name), find_model(model)
 
     def table(site: SiteName, layer: str) -> Table:
@@ -103,9 +127,11 @@ def evidence(model: str, h_q: int | None, gpu: str, policy: Path | None, measure
         return found
 
     attention = SiteName.PREFILL_ATTENTION
+    whole = table(attention, FORWARD)
     tables = Tables(
-        attention=table(attention, FORWARD),
+        attention=whole,
         layers=tuple(table(attention, layer) for layer in config.site_layers(attention)),
         metadata=table(SiteName.INDEXER_METADATA, FORWARD),
+        noise_band=noise_band(stated, whole),
     )
-    return Evidence(Pricer(measured_costs(loaded, name, measurements), tables), name, loaded.gpu.sku)
+    return Evidence(Pricer(measured_costs(loaded, name, measurements), tables), name, loaded.gpu.sku, stated)

@@ -16,7 +16,7 @@ from mla_tune.cli.places import make_folder
 from mla_tune.errors import FitError, PolicyError, UsageError
 from mla_tune.fit.acquire import doubts
 from mla_tune.fit.costs import CostModel
-from mla_tune.fit.evaluation import LostTable, Weighted, by_traffic, is_single_layer_attention, overall
+from mla_tune.fit.evaluation import LostTable, Weighted, by_traffic
 from mla_tune.fit.objective import PLAIN, Objective, shape_weights
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.refine import crossover_shapes
@@ -27,7 +27,9 @@ from mla_tune.fit.usable import stored_provider, usable
 from mla_tune.fit.work import Array
 from mla_tune.hardware.datasheet import architecture
 from mla_tune.hardware.sku import Environment
-from mla_tune.policy.schema import HeldOut, Policy, Source, Table, load_policy, write_policy
+from mla_tune.policy.codec import load_policy, write_policy
+from mla_tune.policy.evidence import PolicyEvidence
+from mla_tune.policy.schema import Policy, Source, Table
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.served_shapes import Shape as Recorded
 from mla_tune.sites.served_shapes import read_traffic
@@ -213,8 +215,7 @@ class Fitted:
     """A policy that was written, and what its tables do not say."""
 
     policy: Policy
-    overall: HeldOut | None
-    """Every rule over all attention tables of one layer type together; None where no table has two candidates."""
+    evidence: PolicyEvidence
     left_out: tuple[str, ...]
     """Tables that the policy lacks although their incumbent ran: no held-out point can judge them."""
     lost: tuple[str, ...]
@@ -252,7 +253,7 @@ def fit(
             f"next: mla-tune sweep --overlap {overlap}"
         )
     missing_tables.require_attention(rows)
-    words = ["mla-tune", "fit", "--measurements", measurements.as_posix(), "--out", out.as_posix()]
+    words = ["mla-tune", "fit", "--measurements", measurements.as_posix()]
     if first_call_bound_s != FIRST_CALL_BOUND_S:
         words += ["--first-call-bound", repr(first_call_bound_s)]
     words += wishes.words()
@@ -268,7 +269,7 @@ def fit(
     )
     objective = wishes.objective()
     lost_points: list[LostTable] = []
-    policy = fit_policy(
+    fitted = fit_policy(
         found.environment,
         rows,
         found.tries,
@@ -278,15 +279,15 @@ def fit(
         tuned=found.tuned,
         on_lost=lost_points.append,
     )
+    policy = fitted.policy
     observations = Observations(rows, regime=Regime(policy.regime), architecture=architecture(policy.gpu.sku))
     missing_tables.require_attention(rows, policy)
     make_folder(out)
     before = _tables(out)
-    write_policy(out, policy)
-    comparable = any(is_single_layer_attention(t) and len(t.candidates) > 1 for t in policy.tables)
+    write_policy(out, policy, fitted.evidence)
     return Fitted(
         policy=policy,
-        overall=overall(observations, policy) if comparable else None,
+        evidence=fitted.evidence,
         left_out=tuple(left_out(rows, policy)),
         lost=missing_tables.lost_tables(before, policy, rows),
         unsupported=tuple(missing_tables.reason_lines(missing_tables.unsupported_in(rows))),

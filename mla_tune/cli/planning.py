@@ -50,7 +50,7 @@ def plan(
     found = evidence(model, h_q, gpu, policy, measurements)
     tables = _tables(found, layer)
     drawn = draw_batches(mix, batches, seed, found.pricer.model.max_context)
-    planners = [(Planner(found.pricer.costs, table), layers) for table, layers in tables]
+    planners = [(Planner(found.pricer.costs, table, found.noise_band(table)), layers) for table, layers in tables]
     predicted = outlooks(planners, drawn)
     taken = list(_measured(found, tables, predicted, gpu, seed, as_json)) if measure else None
     if taken is not None and all(t.best_us is None for timed in taken for t in timed or ()):

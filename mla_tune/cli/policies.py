@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import measured_costs, named_policy
+from mla_tune.cli.named_policy import measured_costs, named_evidence, named_policy
 from mla_tune.cli.options import (
     OverlapOption,
     PolicyOption,
@@ -73,9 +73,18 @@ def fit(
     overlap: OverlapOption = 0,
     provider: ProviderOption = OWN,
     strict: StrictOption = False,
+    check: Annotated[
+        Path | None,
+        typer.Option(
+            "--check", help="Policy file to make again by its own command and to compare; nothing is written."
+        ),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
+    if check is not None:
+        _check(check)
+        return
     if not first_call_bound >= 0:
         raise UsageError(
             f"--first-call-bound must be seconds, at least 0: got {first_call_bound}; accepted: 1.0, or inf"
@@ -94,13 +103,29 @@ def fit(
     overlap = checked_overlap(overlap)
     target = out or policy_path(read_export(source).environment.sku, provider, overlap)
     fitted = pipeline.fit(source, target, first_call_bound, overlap, provider=provider, wishes=wishes)
-    render.policy_summary(fitted.policy, target, as_json)
+    render.policy_summary(fitted.policy, fitted.evidence, target, as_json)
     if not as_json:
-        render.judgement(fitted.overall, fitted.left_out, fitted.lost)
+        render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
         render.unsettled(fitted.unsupported, fitted.suspects)
         render.weighted(fitted.weighted)
         render.next_command(fitted.policy, target)
     render.lost_points(fitted.lost_points, strict=strict)
+
+
+def _check(path: Path) -> None:
+    """Raises :class:`PolicyError` for a policy that its command does not make again, after the lines that differ."""
+    from mla_tune.cli.output.render import note
+    from mla_tune.cli.rebuilding import differences
+
+    found = differences(path)
+    for line in found:
+        note(line)
+    if found:
+        raise PolicyError(
+            f"{path} must be what its command makes of its measurements: {len(found)} lines differ; fit it again, or take "
+            "back what changed the fit"
+        )
+    print(f"{path} is what its command makes of its measurements, byte for byte")
 
 
 def lookup(
@@ -147,7 +172,7 @@ def explain(
 
     table = _require_table(resolved.table, name)
     costs = measured_costs(loaded, name, measurements)
-    render.explanation(explain_choice(costs, table, shape), table, as_json)
+    render.explanation(explain_choice(costs, table, shape), table, named_evidence(policy, gpu), as_json)
 
 
 def show(
@@ -159,9 +184,10 @@ def show(
     from mla_tune.cli.output import render
 
     loaded, name = named_policy(policy, gpu)
-    render.policy_summary(loaded, Path(name), as_json)
+    stated = named_evidence(policy, gpu)
+    render.policy_summary(loaded, stated, Path(name), as_json)
     if not as_json:
-        render.held_out(loaded)
+        render.held_out(stated)
         render.provenance(loaded, name)
 
 

@@ -162,13 +162,13 @@ def _sweep(request: _Request) -> None:
     finally:
         if request.as_json:
             repeats = [pipeline.compare(first, other) for other in others]
-            device_output.sweep_json(first, repeats, fitted.policy if fitted else None, policy)
+            device_output.sweep_json(first, repeats, fitted, policy)
     if request.as_json:
         render.lost_points(fitted.lost_points if fitted else (), strict=request.strict)
         return
     if fitted:
-        render.policy_summary(fitted.policy, policy, as_json=False)
-        render.judgement(fitted.overall, fitted.left_out, fitted.lost)
+        render.policy_summary(fitted.policy, fitted.evidence, policy, as_json=False)
+        render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
         render.weighted(fitted.weighted)
     for other in others:
         device_output.repetition(pipeline.compare(first, other), other.path)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import named_policy, policy_conditions
+from mla_tune.cli.named_policy import named_evidence, named_policy, policy_conditions
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
     GpuOption,
@@ -46,6 +46,7 @@ def validate(
         raise UsageError(f"--points must be a number of shapes: got {points}; accepted: 1 to {_MOST_POINTS}")
     positive_seconds("--timeout", timeout)
     loaded, _ = named_policy(policy, device.sku)
+    stated = named_evidence(policy, device.sku)
     models = chosen_models(model)
     from mla_tune.fit.goal import Goal
     from mla_tune.fit.goal import validate as judge
@@ -57,7 +58,7 @@ def validate(
     conditions = policy_conditions(loaded)
     drawn = validation_points(grid, models, seed, points)
     wanted = [replace(point, site=conditions.at(point.site)) for point in drawn]
-    result = judge(_measured(device.kind, path, wanted, timeout, loaded.regime, as_json), loaded)
+    result = judge(_measured(device.kind, path, wanted, timeout, loaded.regime, as_json), loaded, stated)
     missed = result.missed(Goal())
     device_output.validation(result, missed, as_json)
     if missed:

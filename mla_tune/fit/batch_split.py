@@ -73,13 +73,13 @@ class Plan:
 class Planner:
     """Plans forwards for one attention table: one layer type, or the whole mix of a model's layers."""
 
-    def __init__(self, costs: CostModel, table: Table) -> None:
-        """Raises :class:`UsageError` for a table that does not choose attention."""
+    def __init__(self, costs: CostModel, table: Table, noise_band: float) -> None:
+        """``noise_band`` is what a split must win by. Raises :class:`UsageError` for a table that chooses no attention."""
         if table.site != SiteName.PREFILL_ATTENTION:
             raise UsageError(f"a batch is planned for {SiteName.PREFILL_ATTENTION}: got a table of {table.site}")
         self.layer = table.layer
         self._costs, self._scope = costs, table_scope(table, costs.observations.conditions)
-        self._names, self._noise_band = table.candidates, table.noise_band
+        self._names, self._noise_band = table.candidates, noise_band
         self._limits = {limit.candidate: limit.num_qo_tokens for limit in table.limits}
 
     def plan(self, requests: Sequence[Request]) -> Plan:

@@ -21,7 +21,6 @@ from mla_tune.fit.work import Array, Work
 from mla_tune.fit.workspace_bytes import forward_bytes, workspace
 from mla_tune.policy.evidence import WorkspaceCap
 from mla_tune.policy.schema import Range, Row
-from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.shape import selection_width
 from mla_tune.sites.site import SWA_WINDOW, LayerType, Site
 
@@ -111,12 +110,7 @@ class CappedCells:
 
         Thresholds are those that are served, in exact integers; they never fall along a row.
         """
-        lines = [
-            Threshold.through(
-                (row.kv_tokens_from, kv_end), (c.num_qo_tokens_from, c.num_qo_tokens_to or c.num_qo_tokens_from)
-            )
-            for c in row.choices
-        ]
+        lines = [choice.threshold for choice in row.choices]
         barred = np.asarray(self.barred[groups.start : groups.stop].any(axis=0))
         for index, (start, end) in enumerate(zip(self.frame.kv_starts, self.frame.kv_ends, strict=True)):
             low, high = max(int(start), row.kv_tokens_from), min(int(end), kv_end - 1)

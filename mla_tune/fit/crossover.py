@@ -2,8 +2,7 @@
 
 Every shape of the training grid is charged to its cell: the slowdown of each candidate there. A candidate other than the
 incumbent counts as slower by the noise band, or by the error of the predictions where that is larger, so that it is
-chosen only where its win is beyond doubt. Thresholds minimize the mean of that charge; a slowdown that would be felt
-counts more than its size.
+chosen only where its win is beyond doubt. Thresholds minimize the mean of that charge.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ from functools import reduce
 
 import numpy as np
 
+from mla_tune.fit.brackets import Brackets
 from mla_tune.fit.cap import CappedCells, Frame, capped_cells, level_bands
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.limits import Suspect
@@ -26,29 +26,21 @@ from mla_tune.fit.training import (
     IntArray,
     bin_middle,
     bin_start,
-    cells_of,
     group_start,
     measured_range,
     training_grid,
 )
-from mla_tune.fit.winner import overlapping
-from mla_tune.fit.witness import Ends, Witnesses
 from mla_tune.fit.work import Array
-from mla_tune.policy.evidence import WorkspaceCap
-from mla_tune.policy.schema import Choice, Ineligible, Limit, Range, Row
+from mla_tune.policy.evidence import LimitEvidence, RowEvidence, WorkspaceCap
+from mla_tune.policy.schema import Choice, Ineligible, Range, Row
+from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import SiteName
 from mla_tune.store.measurement import Role
 
 _WORTH = 1e-3
-"""A step or threshold that changes the mean charge of a table's shapes by less is dropped. On 3000 random shapes at each of
-four of an H200's tables, by their cost curves: 1e-3 keeps 40 rows, of which 0.18 % of the shapes lose more than 10 %; 4e-3
-keeps 15, and 0.40 % do. A lookup takes as many comparisons as the logarithm of the rows."""
-_FELT_SLOWDOWN = 1.04
-_FELT_WEIGHT = 20.0
-"""Beyond 1.04 each further unit of slowdown counts 21 times: a table answers for its worst shapes as well as its mean."""
-_MEASURED_WEIGHT = 4
-"""Predicted shapes that a measured one outweighs: the sum is an estimate, and where a timing contradicts it, that wins."""
+"""A step or threshold that changes the mean charge of a table's shapes by less is dropped; README.md beside this file has
+what other values give on held-out points."""
 _MAX_CHARGE = 1000.0
 """Charge of a candidate that fails; bounds the sums to 64-bit integers."""
 
@@ -60,7 +52,7 @@ class Candidates:
     names: tuple[str, ...]
     incumbent: str
     noise_band: float
-    limits: tuple[Limit, ...]
+    limits: tuple[LimitEvidence, ...]
     ineligible: tuple[Ineligible, ...]
     suspects: tuple[Suspect, ...] = ()
 
@@ -78,7 +70,7 @@ class Candidates:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Charged:
-    """The training shapes inside the swept ranges, with predicted costs; measured ones count several times."""
+    """The training shapes inside the swept ranges, with predicted costs."""
 
     tokens: tuple[int, ...]
     """Query tokens of the columns."""
@@ -89,86 +81,103 @@ class _Charged:
     """(num_candidates, num_shapes); infinite past a limit."""
 
 
-def table_rows(
-    costs: CostModel, scope: Scope, candidates: Candidates, objective: Objective = PLAIN
-) -> tuple[tuple[Row, ...], WorkspaceCap | None]:
-    """Rows of the table of ``scope``, and what a cap on workspace meant; the incumbent alone where none can be compared."""
+@dataclass(frozen=True, slots=True)
+class FittedRows:
+    """The rows of one table with their evidence."""
+
+    rows: tuple[Row, ...]
+    evidence: tuple[RowEvidence, ...]
+    cap: WorkspaceCap | None
+    """What a cap on workspace meant."""
+
+
+def table_rows(costs: CostModel, scope: Scope, candidates: Candidates, objective: Objective = PLAIN) -> FittedRows:
+    """Rows of the table of ``scope``; the incumbent alone where none can be compared."""
     swept = swept_shapes(costs, scope, candidates.names)
+    measured = measured_range(swept)
     grid = training_grid(scope.model.max_context, costs.environment.sm_count)
     mask = grid.inside(swept)
     where = grid.bins[mask], grid.columns[mask], grid.groups[mask]
-    cap = _cap(costs, scope, candidates, objective, (where, grid.tokens, measured_range(swept)))
+    cap = _cap(costs, scope, candidates, objective, (where, grid.tokens, measured))
     note = cap.note(*where) if cap else None
     if len(candidates.names) < 2 or not mask.any():
-        return (incumbent_row(candidates.names[0]),), note
+        return FittedRows(
+            (incumbent_row(candidates.names[0]),), (RowEvidence(num_reqs_from=0, kv_tokens_from=0),), note
+        )
+    shapes = tuple(grid.shapes[index] for index in np.flatnonzero(mask))
     works = [grid.work(site) for site, _ in scope.parts]
     costs_us = np.stack([scope.predicted_us(costs, name, works)[mask] for name in candidates.names])
-    measured = _measured(costs, scope, candidates, swept)
-    charged = _with_measured(_Charged(grid.tokens, *where, costs_us.copy()), measured)
-    # Predicted or measured, what may not serve costs without bound.
+    charged = _Charged(grid.tokens, *where, costs_us.copy())
     tokens = np.array(charged.tokens)[charged.columns]
     for index, name in enumerate(candidates.names):
         charged.costs_us[index, tokens > candidates.largest(name)] = np.inf
-    weights = _weights(charged, scope, objective, measured_range(swept))
-    kv_end = measured_range(swept).kv_tokens[1] + 1
-    cells = _cells(charged, _handicaps(costs, scope, candidates), weights, kv_end)
+    weights = _weights(charged, scope, objective, measured)
+    cells = _cells(charged, _handicaps(costs, scope, candidates), weights, measured.kv_tokens)
     cells = cap.charged(cells) if cap else cells
-    groups = few_groups(cells)
-    predicted = [grid.shapes[index] for index in np.flatnonzero(mask)], costs_us
-    witnesses = Witnesses.of(costs, scope, candidates.names, predicted, measured)
     first = int(charged.bins.min()), int(charged.groups.min())
-    rows = _Rows(witnesses, candidates.noise_band, *first, kv_end, cap)
-    return rows.of(groups, cells), note
+    brackets = Brackets(candidates.names, costs, scope, shapes, np.log(costs_us), candidates.noise_band)
+    found = list(_Rows(brackets, *first, measured.kv_tokens, cap).of(few_groups(cells), cells))
+    return FittedRows(tuple(row for row, _ in found), tuple(evidence for _, evidence in found), note)
 
 
 def incumbent_row(incumbent: str) -> Row:
     """The row that answers ``incumbent`` everywhere."""
-    only = Choice(num_qo_tokens_from=0, candidate=incumbent)
-    return Row(num_reqs_from=0, kv_tokens_from=0, choices=(only,))
+    return Row(choices=(Choice(candidate=incumbent),))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Rows:
     """Makes the rows of a table from its bands."""
 
-    witnesses: Witnesses
-    noise_band: float
+    brackets: Brackets
     first_bin: int
     first_group: int
-    kv_end: int
-    """Context tokens at which the table ends."""
+    kv_tokens: tuple[int, int]
+    """Least and most context tokens that the table serves."""
     cap: CappedCells | None
 
-    def of(self, groups: Sequence[tuple[int, tuple[Band, ...]]], cells: Sequence[Cells]) -> tuple[Row, ...]:
+    def of(
+        self, groups: Sequence[tuple[int, tuple[Band, ...]]], cells: Sequence[Cells]
+    ) -> Iterator[tuple[Row, RowEvidence]]:
         """``groups`` as :func:`few_groups` gave them for ``cells``, those of each range of requests."""
-        rows: list[Row] = []
         for index, (group, bands) in enumerate(groups):
             members = range(group, groups[index + 1][0] if index + 1 < len(groups) else len(cells))
-            requests = (
-                group_start(self.first_group + group) if index else 0,
-                group_start(self.first_group + members.stop) if members.stop < len(cells) else None,
-            )
+            reqs_from = group_start(self.first_group + group) if index else 0
+            reqs_end = group_start(self.first_group + members.stop) if members.stop < len(cells) else None
             for band in bands:
-                rows += self._of_band(band, requests, members, cells, last=band is bands[-1])
-        return tuple(rows)
+                for row, end in self._of_band(band, reqs_from, members, cells, last=band is bands[-1]):
+                    yield row, self.brackets.row(row, reqs_end, end)
 
     def _of_band(
-        self, band: Band, requests: Ends, members: range, cells: Sequence[Cells], *, last: bool
-    ) -> Iterator[Row]:
-        """The row of one band. Where its slanted thresholds cut into cells that a cap bars, rows of level ones instead."""
-        end = self.kv_end if last else bin_start(self.first_bin + band.end_bin)
-        row = self._row(band, requests, end)
+        self, band: Band, reqs_from: int, members: range, cells: Sequence[Cells], *, last: bool
+    ) -> Iterator[tuple[Row, int]]:
+        """The row of one band, and the context tokens at which it ends.
+
+        Where its slanted thresholds cut into cells that a cap bars, rows of level ones instead.
+        """
+        end = self.kv_tokens[1] + 1 if last else bin_start(self.first_bin + band.end_bin)
+        row = self._row(band, reqs_from, end)
         if self.cap is None or not self.cap.breaks(row, end, members):
-            yield row
+            yield row, end
             return
         together = reduce(Cells.__add__, [cells[member] for member in members])
         for level in level_bands(together, band):
             inner = level.end_bin < band.end_bin
-            yield self._row(level, requests, bin_start(self.first_bin + level.end_bin) if inner else end)
+            level_end = bin_start(self.first_bin + level.end_bin) if inner else end
+            yield self._row(level, reqs_from, level_end), level_end
 
-    def _row(self, band: Band, requests: Ends, end: int) -> Row:
+    def _row(self, band: Band, reqs_from: int, end: int) -> Row:
         start = bin_start(self.first_bin + band.first_bin) if band.first_bin else 0
-        return self.witnesses.row(band.segments, requests, (start, end), self.noise_band)
+        # A line is named at contexts that the table serves: the first row begins below them, the last ends behind.
+        ends = max(start, self.kv_tokens[0]), min(end, self.kv_tokens[1])
+        choices = (
+            Choice(
+                threshold=Threshold.through(ends, (segment.first, segment.last)),
+                candidate=self.brackets.names[segment.candidate],
+            )
+            for segment in band.segments
+        )
+        return Row(num_reqs_from=reqs_from, kv_tokens_from=start, choices=tuple(choices))
 
 
 def _cap(
@@ -196,22 +205,6 @@ def _weights(charged: _Charged, scope: Scope, objective: Objective, measured: Ra
     return cell_weights(recorded, (charged.bins, charged.columns, charged.groups), charged.tokens)
 
 
-def _with_measured(charged: _Charged, measured: list[tuple[Shape, Array]]) -> _Charged:
-    """``charged`` and the whole-path timings of the fit points, each for :data:`_MEASURED_WEIGHT` predicted shapes."""
-    if not measured:
-        return charged
-    shapes = [shape for shape, _ in measured for _ in range(_MEASURED_WEIGHT)]
-    costs_us = np.stack([us for _, us in measured for _ in range(_MEASURED_WEIGHT)], axis=1)
-    bins, columns, groups = cells_of(shapes, charged.tokens)
-    return _Charged(
-        tokens=charged.tokens,
-        bins=np.concatenate([charged.bins, bins.clip(charged.bins.min(), charged.bins.max())]),
-        columns=np.concatenate([charged.columns, columns]),
-        groups=np.concatenate([charged.groups, groups.clip(charged.groups.min(), charged.groups.max())]),
-        costs_us=np.concatenate([charged.costs_us, costs_us], axis=1),
-    )
-
-
 def swept_shapes(costs: CostModel, scope: Scope, names: Sequence[str]) -> list[Shape]:
     """Fit shapes at which at least one candidate ran at every site of the scope, sorted."""
     observations = costs.observations
@@ -229,27 +222,27 @@ def _handicaps(costs: CostModel, scope: Scope, candidates: Candidates) -> Array:
     return np.array([1 + d * (name != candidates.incumbent) for name, d in zip(candidates.names, doubt, strict=True)])
 
 
-def _cells(charged: _Charged, handicaps: Array, weights: Array, kv_end: int) -> list[Cells]:
+def _cells(charged: _Charged, handicaps: Array, weights: Array, kv_tokens: tuple[int, int]) -> list[Cells]:
     """Charges of every cell, one grid for each range of requests.
 
-    ``handicaps`` is (num_candidates,), ``weights`` (num_shapes,). The first row of a table starts at no context at all, and
-    the last ends at ``kv_end``, whatever their bins do.
+    ``handicaps`` is (num_candidates,), ``weights`` (num_shapes,). The first bin of a table starts at the least context that
+    it serves, and the last ends at the most, whatever bins do elsewhere.
     """
     competing = charged.costs_us * handicaps[:, None]
     with np.errstate(invalid="ignore"):  # where every candidate is past its limit: infinity over infinity
         slowdowns = np.nan_to_num(competing / competing.min(axis=0), nan=_MAX_CHARGE, posinf=_MAX_CHARGE)
-    felt = slowdowns - 1 + _FELT_WEIGHT * np.maximum(slowdowns - _FELT_SLOWDOWN, 0)
     lowest, highest = int(charged.bins.min()), int(charged.bins.max())
     bins = range(lowest, highest + 1)
-    starts = [0, *(bin_start(index) for index in bins[1:]), kv_end]
-    middles = [min(bin_middle(index), kv_end - 1) for index in bins]
+    starts = [min(kv_tokens[0], bin_middle(lowest)), *(bin_start(index) for index in bins[1:])]
+    starts.append(max(kv_tokens[1], starts[-1] + 1))
+    middles = [min(bin_middle(index), starts[-1]) for index in bins]
     found = []
     for group in range(int(charged.groups.min()), int(charged.groups.max()) + 1):
         here = charged.groups == group
         where = charged.bins[here] - lowest, charged.columns[here]
         found.append(
             Cells(
-                costs=_summed(felt[:, here], weights[here], *where, (len(bins), len(charged.tokens))),
+                costs=_summed(slowdowns[:, here] - 1, weights[here], *where, (len(bins), len(charged.tokens))),
                 counts=np.bincount(where[0], weights[here], len(bins)),
                 tokens=np.array(charged.tokens, dtype=np.int64),
                 starts=np.array(starts, dtype=np.int64),
@@ -269,23 +262,3 @@ def _summed(charges: Array, weights: Array, bins: IntArray, columns: IntArray, s
     for index in range(len(charges)):
         np.add.at(cells[:, index], (bins, columns), units[index])
     return cells
-
-
-def _measured(
-    costs: CostModel, scope: Scope, candidates: Candidates, swept: Sequence[Shape]
-) -> list[tuple[Shape, Array]]:
-    """Fit shapes at which every candidate ran, with the measured cost of each.
-
-    One that cannot be told from the incumbent there costs at least as much: what is ambiguous is no reason to switch.
-    None where the costs are modelled: what was measured is another GPU's.
-    """
-    if costs.modelled:
-        return []
-    points = []
-    for shape in swept:
-        row = [scope.measured_us(costs.observations, name, shape) for name in candidates.names]
-        if None not in row:
-            us = np.array(row, dtype=np.float64)
-            alike = [overlapping(costs.observations, scope, candidates.incumbent, n, shape) for n in candidates.names]
-            points.append((shape, np.where(alike, np.maximum(us, us[0]), us)))
-    return points

@@ -15,9 +15,9 @@ from mla_tune.errors import FitError
 from mla_tune.fit.objective import Objective, inside, shares_near
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import Scope, scope
-from mla_tune.policy.decision import decide
-from mla_tune.policy.rules import POLICY_RULE
-from mla_tune.policy.schema import HeldOut, Policy, Slowdown, Table
+from mla_tune.policy.decision import Decision
+from mla_tune.policy.evidence import POLICY_RULE, HeldOut, Slowdown
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.candidates import DEEP_GEMM, JIT, SPARSE_FWD, WITH_KVCACHE
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.shape import Shape
@@ -43,11 +43,7 @@ class HeldOutPoint:
 
 def rules(table: Table) -> tuple[tuple[str, Rule], ...]:
     """Name and choice of every rule that is judged: the policy, then the baselines that the table can express."""
-
-    def policy(num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
-        return decide(table, num_qo_tokens, kv_tokens, num_reqs).candidate
-
-    found: list[tuple[str, Rule]] = [(POLICY_RULE, policy)]
+    found: list[tuple[str, Rule]] = [(POLICY_RULE, Decision(table).choose)]
     found += [(f"always {name}", _always(name)) for name in table.candidates]
     return (*found, *_hand_written(table))
 
@@ -122,12 +118,12 @@ class LostTable:
         )
 
 
-def lost_table(table: Table) -> LostTable | None:
-    """How ``table``, judged, loses its held-out points beyond its noise band; None where it does not."""
-    own, *others = table.held_out.slowdown
+def lost_table(table: Table, judged: HeldOut, noise_band: float) -> LostTable | None:
+    """How ``table``, by its judgement, loses its held-out points beyond its noise band; None where it does not."""
+    own, *others = judged.slowdown
     best = min(others[: len(table.candidates)], key=lambda rule: rule.mean)  # one for each candidate comes first
     factor = own.mean / best.mean
-    if factor <= 1 + table.noise_band:
+    if factor <= 1 + noise_band:
         return None
     heads = [] if table.h_q is None else [f"h_q {table.h_q}"]
     engine = [] if table.engine is Engine.SGLANG else [str(table.engine)]
@@ -135,16 +131,16 @@ def lost_table(table: Table) -> LostTable | None:
     return LostTable(name, best.rule, factor, table.incumbent)
 
 
-def overall(observations: Observations, policy: Policy) -> HeldOut:
+def overall(observations: Observations, tables: Iterable[Table]) -> HeldOut | None:
     """The judgement over all of SGLang's attention tables of one layer type, each point of each table with equal weight.
 
-    Raises :class:`FitError` if there is no such table with two candidates.
+    None if there is no such table with two candidates.
     """
-    tables = [t for t in policy.tables if is_single_layer_attention(t) and len(t.candidates) > 1]
-    if not tables:
-        raise FitError("an overall judgement needs an attention table with two candidates: got none; next: sweep both")
-    slowdowns = [point.slowdowns for table in tables for point in held_out_points(observations, table)]
-    return _summary([name for name, _ in rules(tables[0])], slowdowns)
+    judged = [table for table in tables if is_single_layer_attention(table) and len(table.candidates) > 1]
+    if not judged:
+        return None
+    slowdowns = [point.slowdowns for table in judged for point in held_out_points(observations, table)]
+    return _summary([name for name, _ in rules(judged[0])], slowdowns)
 
 
 @dataclass(frozen=True, slots=True)

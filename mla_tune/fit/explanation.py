@@ -10,8 +10,8 @@ from mla_tune.fit.costs import CostModel, StageCost
 from mla_tune.fit.observations import shares
 from mla_tune.fit.scope import Scope, scope
 from mla_tune.fit.work import work
-from mla_tune.policy.decision import Explanation as Decision
-from mla_tune.policy.decision import decide
+from mla_tune.policy.decision import Decision
+from mla_tune.policy.decision import Explanation as Reached
 from mla_tune.policy.schema import Table
 from mla_tune.sites.candidates import stages
 from mla_tune.sites.shape import Shape
@@ -38,8 +38,8 @@ class Explanation:
     """A table's answer at one shape, with the evidence."""
 
     shape: Shape
-    decision: Decision
-    """The candidate, the rule that led to it, its row, threshold and bracket."""
+    decision: Reached
+    """The candidate, the rule that led to it, its row and threshold."""
     unit: str
     """What the times are for: ``layer`` or ``forward``."""
     candidates: tuple[CandidateExplanation, ...]
@@ -56,7 +56,7 @@ def explain(costs: CostModel, table: Table, shape: Shape) -> Explanation:
     explained = (_candidate(costs, where, name, shape) for name in table.candidates)
     return Explanation(
         shape=shape,
-        decision=decide(table, shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs),
+        decision=Decision(table).explain(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs),
         unit="forward" if table.layer == FORWARD else "layer",
         candidates=tuple(sorted(explained, key=lambda c: (c.total_us, c.candidate))),
     )

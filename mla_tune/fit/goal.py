@@ -9,10 +9,11 @@ import numpy as np
 
 from mla_tune.errors import FitError
 from mla_tune.fit.evaluation import is_single_layer_attention, rules, table_scope
+from mla_tune.fit.interval import noise_band
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import Scope
 from mla_tune.fit.winner import overlapping
-from mla_tune.policy.rules import POLICY_RULE
+from mla_tune.policy.evidence import POLICY_RULE, PolicyEvidence
 from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.shape import Shape
 
@@ -87,12 +88,14 @@ class Validation:
         return found
 
 
-def validate(observations: Observations, policy: Policy) -> Validation:
+def validate(observations: Observations, policy: Policy, evidence: PolicyEvidence | None = None) -> Validation:
     """Judge every attention table of one layer type at every shape of ``observations`` where all its candidates ran.
+
+    A loss counts beyond the noise band that ``evidence`` has of the table; without it beyond what two timings differ by.
 
     Raises :class:`FitError` if there is no such point: nothing passes on nothing.
     """
-    found = [entry for table in policy.tables for entry in _judged(observations, table)]
+    found = [entry for table in policy.tables for entry in _judged(observations, table, evidence)]
     judged = [entry for entry in found if isinstance(entry, _Judged)]
     unsure = tuple(entry for entry in found if isinstance(entry, Unsure))
     if unsure and not judged:
@@ -144,25 +147,27 @@ def _unsure(
     return None
 
 
-def _judged(observations: Observations, table: Table) -> Iterator[_Judged | Unsure]:
+def _judged(observations: Observations, table: Table, evidence: PolicyEvidence | None) -> Iterator[_Judged | Unsure]:
     if not is_single_layer_attention(table) or len(table.candidates) < 2:
         return
     scope = table_scope(table, observations.conditions)
     (site, _), *_ = scope.parts
+    band = noise_band(evidence, table)
+    judged = rules(table)
     label = f"{table.model} h_q {table.h_q} {table.layer}"
     for shape in observations.shapes(site):
         costs_us = {name: scope.measured_us(observations, name, shape) for name in table.candidates}
         ran = {name: us for name, us in costs_us.items() if us is not None}
         if len(ran) < len(costs_us):
             continue
-        picks = {name: rule(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) for name, rule in rules(table)}
+        picks = {name: rule(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) for name, rule in judged}
         choice, fastest_us = picks[POLICY_RULE], min(ran.values())
         fastest = min(ran, key=lambda name: ran[name])
         if (unsure := _unsure(observations, scope, choice, fastest, shape)) is not None:
             yield Unsure(label, shape, *unsure)
             continue
         over = ran[choice] / ran[table.incumbent]
-        clear = over > 1 + table.noise_band and not overlapping(observations, scope, choice, table.incumbent, shape)
+        clear = over > 1 + band and not overlapping(observations, scope, choice, table.incumbent, shape)
         slowdowns = {name: ran[pick] / fastest_us for name, pick in picks.items()}
         yield _Judged(label, shape, choice, slowdowns, over if clear else 0.0)
 

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from mla_tune.policy.evidence import PolicyEvidence
+from mla_tune.policy.schema import Table
+
 LEAST_DIFFERENCE = 0.01
 """Two timings of the same kernel in two processes differ by up to this, however tight the interval of each is."""
+
+
+def noise_band(evidence: PolicyEvidence | None, table: Table) -> float:
+    """Relative difference below which two candidates of ``table`` count as equal; the least one without evidence."""
+    found = evidence.of(table) if evidence else None
+    return found.noise_band if found else LEAST_DIFFERENCE
 
 
 @dataclass(frozen=True, slots=True)

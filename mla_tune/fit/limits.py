@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from mla_tune.fit.observations import Observations
-from mla_tune.policy.schema import Limit
+from mla_tune.policy.evidence import LimitEvidence
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
 from mla_tune.store.measurement import Outcome
@@ -34,7 +34,7 @@ class Suspect:
     """What the failure said, in one line."""
 
 
-def limits(observations: Observations, sites: Iterable[Site], candidates: Iterable[str]) -> tuple[Limit, ...]:
+def limits(observations: Observations, sites: Iterable[Site], candidates: Iterable[str]) -> tuple[LimitEvidence, ...]:
     """The proven bound of each candidate: the lowest that a probe found at any of ``sites``.
 
     The newest try at a shape counts, since it replaces the one before. A candidate that failed at its smallest count has no
@@ -93,7 +93,7 @@ class _Evidence:
             if row.outcome is Outcome.WRONG_RESULT or not any(_covers(other, shape) for other in ran):
                 yield shape, row.detail
 
-    def limit(self) -> Limit | None:
+    def limit(self) -> LimitEvidence | None:
         """The pair of neighbours at the lowest count that failed in a fresh process; None if it has none."""
         if not self._proven:
             return None
@@ -101,7 +101,7 @@ class _Evidence:
         fails_at = shape.num_qo_tokens
         if not any(passed.num_qo_tokens == fails_at - 1 for passed in self._passed):
             return None
-        return Limit(
+        return LimitEvidence(
             candidate=self._candidate,
             num_qo_tokens=fails_at - 1,
             fails_at=fails_at,

@@ -8,7 +8,7 @@ at which anything failed: above, the incumbent stays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import msgspec
@@ -18,17 +18,11 @@ from mla_tune.fit.costs import CandidateCosts, CostModel, PathCosts
 from mla_tune.fit.limits import suspects
 from mla_tune.fit.scaling import ScaledStage, Scaling, scale_stage
 from mla_tune.fit.scope import Scope, scopes
-from mla_tune.fit.table_rows import policy_environment, unjudged_table
+from mla_tune.fit.table_rows import FIRST_CALL_BOUND_S, FittedPolicy, FittedTable, policy_environment, unjudged_table
 from mla_tune.fit.work import work
 from mla_tune.hardware.datasheet import Datasheet, datasheet
-from mla_tune.policy.evidence import Modelled, ScaledFrom, StageUncertainty, Uncertainty
-from mla_tune.policy.schema import (
-    SCHEMA_VERSION,
-    Gpu,
-    Policy,
-    Source,
-    Table,
-)
+from mla_tune.policy.evidence import Modelled, PolicyEvidence, StageUncertainty, Uncertainty
+from mla_tune.policy.schema import Gpu, Policy, Source
 from mla_tune.sites.site import Site
 
 _DIGITS = 4
@@ -81,10 +75,13 @@ class ModelledCosts(CostModel):
         return CandidateCosts(site, candidate, tuple(paths))
 
 
-def model_policy(measured: CostModel, target: Datasheet, source: Source) -> Policy:
+def model_policy(
+    measured: CostModel, target: Datasheet, source: Source, also: Sequence[Datasheet] = ()
+) -> FittedPolicy:
     """The policy of ``target`` that the curves of another GPU support; ``source`` is their export.
 
-    It has the tables of a fit of that GPU, less the judgement: nobody has points to judge them by. Raises
+    ``also`` are products with the same figures (:func:`mla_tune.hardware.datasheet.same_figures`), which it serves too. It
+    has the tables of a fit of that GPU, less the judgement: nobody has points to judge them by. Raises
     :class:`UsageError` if the measured GPU is the target or has no datasheet, :class:`FitError` if no table is left.
     """
     environment = measured.environment
@@ -99,38 +96,43 @@ def model_policy(measured: CostModel, target: Datasheet, source: Source) -> Poli
             f"a modelled policy needs a site whose incumbent ran: got none for {environment.sku}; "
             "next: run `mla-tune sweep` on that GPU"
         )
-    return Policy(
-        schema=SCHEMA_VERSION,
-        gpu=Gpu(sku=target.sku, sm_count=costs.environment.sm_count),
+    policy = Policy(
+        gpu=Gpu(sku=target.sku, sm_count=costs.environment.sm_count, also=tuple(sheet.sku for sheet in also)),
         evidence="modelled",
+        scaled_from=environment.sku,
         regime=str(costs.observations.regime),
         environment=policy_environment(costs.environment),
         source=source,
-        tables=tuple(tables),
-        modelled=Modelled(
-            scaled_from=ScaledFrom(sku=environment.sku, sm_count=environment.sm_count),
-            limits=_limits_text(costs.scaling),
-            stages=tuple(_uncertainties(costs)),
-        ),
+        tables=tuple(entry.table for entry in tables),
     )
+    evidence = PolicyEvidence(
+        first_call_bound_s=FIRST_CALL_BOUND_S,
+        tables=tuple(entry.evidence for entry in tables),
+        modelled=Modelled(limits=_limits_text(costs.scaling), stages=tuple(_uncertainties(costs))),
+    )
+    return FittedPolicy(policy, evidence)
 
 
-def _table(costs: ModelledCosts, scope: Scope) -> Table | None:
-    table = unjudged_table(costs, scope)
-    if table is None:
+def _table(costs: ModelledCosts, scope: Scope) -> FittedTable | None:
+    found = unjudged_table(costs, scope)
+    if found is None:
         return None
+    table = found.table
     stated = tuple(
         Uncertainty(candidate=name, relative=round(scope.error(costs, name), _DIGITS)) for name in table.candidates
     )
-    table = msgspec.structs.replace(table, uncertainty=stated)
+    evidence = msgspec.structs.replace(found.evidence, uncertainty=stated)
     failed = suspects(costs.observations, [site for site, _ in scope.parts], table.candidates)
     if costs.scaling.same_architecture or not (table.limits or failed):
-        return table
+        return FittedTable(table, evidence)
     low, high = table.measured.num_qo_tokens
     runs_at = [*(limit.num_qo_tokens for limit in table.limits), *(entry.runs_at for entry in failed)]
     safe = min(high, *runs_at)
     claimed = msgspec.structs.replace(table.measured, num_qo_tokens=(min(low, safe), safe))
-    return msgspec.structs.replace(table, limits=(), measured=claimed)
+    # What was found there says nothing of the other kernels: that evidence goes with the limits.
+    return FittedTable(
+        msgspec.structs.replace(table, limits=(), measured=claimed), msgspec.structs.replace(evidence, limits=())
+    )
 
 
 def _limits_text(scaling: Scaling) -> str:

@@ -91,11 +91,10 @@ def require_traffic(objective: Objective, tables: Iterable[Table]) -> None:
 
 def inside(recorded: Mapping[Recorded, int], measured: Range) -> dict[Recorded, int]:
     """Those of ``recorded`` at which a table's rows decide: outside its ranges the incumbent stays whatever they say."""
-    ranges = measured.num_qo_tokens, measured.kv_tokens, measured.num_reqs
     return {
         shape: count
         for shape, count in recorded.items()
-        if all(low <= size <= high for (low, high), size in zip(ranges, shape[2:], strict=True))
+        if measured.holds(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
     }
 
 

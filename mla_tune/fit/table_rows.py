@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import median
 
 import msgspec
@@ -16,7 +16,7 @@ import msgspec
 from mla_tune.errors import FitError
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.crossover import Candidates, incumbent_row, swept_shapes, table_rows
-from mla_tune.fit.evaluation import LostTable, held_out, held_out_points, lost_table
+from mla_tune.fit.evaluation import LostTable, held_out, held_out_points, lost_table, overall
 from mla_tune.fit.interval import LEAST_DIFFERENCE
 from mla_tune.fit.limits import is_unsafe, limits, suspects
 from mla_tune.fit.objective import PLAIN, Objective, require_regime, require_traffic
@@ -25,18 +25,9 @@ from mla_tune.fit.scope import Scope, scopes
 from mla_tune.fit.table_builds import builds_of
 from mla_tune.fit.training import measured_range
 from mla_tune.hardware.sku import Environment
+from mla_tune.policy.evidence import PolicyEvidence, RowEvidence, TableEvidence
 from mla_tune.policy.kernel_config import kernel_configs
-from mla_tune.policy.schema import (
-    SCHEMA_VERSION,
-    Gpu,
-    HeldOut,
-    Ineligible,
-    Library,
-    Policy,
-    PolicyEnvironment,
-    Source,
-    Table,
-)
+from mla_tune.policy.schema import Gpu, Ineligible, Library, Limit, Policy, PolicyEnvironment, Source, Table
 from mla_tune.sites.engines import Engine, engine_choice
 from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import Measurement, Role
@@ -52,6 +43,22 @@ OnLost = Callable[[LostTable], None]
 """Is told of a table that lost its own held-out points."""
 
 
+@dataclass(frozen=True, slots=True)
+class FittedTable:
+    """A table and what justifies it."""
+
+    table: Table
+    evidence: TableEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class FittedPolicy:
+    """A policy and what justifies it."""
+
+    policy: Policy
+    evidence: PolicyEvidence
+
+
 def fit_policy(
     environment: Environment,
     measurements: Iterable[Measurement],
@@ -62,7 +69,7 @@ def fit_policy(
     objective: Objective = PLAIN,
     tuned: Iterable[Tuned] = (),
     on_lost: OnLost = lambda _: None,
-) -> Policy:
+) -> FittedPolicy:
     """The policy that ``measurements`` of one environment, and a probe's ``tries`` there, support.
 
     ``tuned`` are the launch parameters that the measurements were taken with; the policy carries them.
@@ -77,15 +84,15 @@ def fit_policy(
     require_regime(costs.observations)
     conditions = costs.observations.conditions
     fitted = (fit_table(costs, scope, first_call_bound_s, objective, on_lost) for scope in scopes(conditions))
-    tables = [table for table in fitted if table is not None]
+    found = [entry for entry in fitted if entry is not None]
+    tables = tuple(entry.table for entry in found)
     if not tables:
         raise FitError(
             f"a policy needs a site whose incumbent ran, with held-out points to judge it by: got none for "
             f"{environment.sku}; next: run `mla-tune sweep` again, without filters or with a larger --budget"
         )
     require_traffic(objective, tables)
-    return Policy(
-        schema=SCHEMA_VERSION,
+    policy = Policy(
         gpu=Gpu(sku=environment.sku, sm_count=environment.sm_count),
         evidence="measured",
         regime=str(costs.observations.regime),
@@ -94,9 +101,15 @@ def fit_policy(
         overlap=conditions.overlap,
         provider=conditions.provider.key if conditions.provider else None,
         kernel_config=kernel_configs(entry.launch for entry in tuned),
-        tables=tuple(tables),
+        tables=tables,
+    )
+    evidence = PolicyEvidence(
+        first_call_bound_s=first_call_bound_s,
+        overall=overall(costs.observations, tables),
+        tables=tuple(entry.evidence for entry in found),
         objective=objective.stated(),
     )
+    return FittedPolicy(policy, evidence)
 
 
 def policy_environment(environment: Environment) -> PolicyEnvironment:
@@ -120,21 +133,23 @@ def fit_table(
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
     objective: Objective = PLAIN,
     on_lost: OnLost = lambda _: None,
-) -> Table | None:
+) -> FittedTable | None:
     """One table, judged; None where the incumbent never ran, no held-out point can judge it, or a mix shares no points.
 
     One that loses its own held-out points keeps the engine's default, and ``on_lost`` is told.
     """
-    table = unjudged_table(costs, scope, first_call_bound_s, objective)
-    if table is None or not held_out_points(costs.observations, table):
+    found = unjudged_table(costs, scope, first_call_bound_s, objective)
+    if found is None or not held_out_points(costs.observations, found.table):
         return None
-    judged = msgspec.structs.replace(table, held_out=held_out(costs.observations, table))
-    lost = lost_table(judged)
+    judged = held_out(costs.observations, found.table)
+    lost = lost_table(found.table, judged, found.evidence.noise_band)
     if lost is None:
-        return judged
+        return replace(found, evidence=msgspec.structs.replace(found.evidence, held_out=judged))
     on_lost(lost)
-    kept = msgspec.structs.replace(table, rows=(incumbent_row(table.incumbent),))
-    return msgspec.structs.replace(kept, held_out=held_out(costs.observations, kept))
+    table = msgspec.structs.replace(found.table, rows=(incumbent_row(found.table.incumbent),))
+    rows = (RowEvidence(num_reqs_from=0, kv_tokens_from=0),)
+    evidence = msgspec.structs.replace(found.evidence, rows=rows, held_out=held_out(costs.observations, table))
+    return replace(found, table=table, evidence=evidence)
 
 
 def unjudged_table(
@@ -142,7 +157,7 @@ def unjudged_table(
     scope: Scope,
     first_call_bound_s: float = FIRST_CALL_BOUND_S,
     objective: Objective = PLAIN,
-) -> Table | None:
+) -> FittedTable | None:
     """One table without its judgement; None where the incumbent never ran, or where a mix shares no points.
 
     Of modelled costs its noise band is their uncertainty: the least relative difference that is beyond doubt.
@@ -155,9 +170,9 @@ def unjudged_table(
         return None
     if costs.modelled:
         candidates = replace(candidates, noise_band=_uncertainty(costs, scope, candidates))
-    rows, cap = table_rows(costs, scope, candidates, objective)
+    found = table_rows(costs, scope, candidates, objective)
     builds, candidate_builds = builds_of(costs.environment, scope, candidates.incumbent, candidates.names)
-    return Table(
+    table = Table(
         site=str(scope.name),
         model=scope.model.name,
         h_q=scope.h_q,
@@ -167,14 +182,25 @@ def unjudged_table(
         candidates=tuple(sorted(candidates.names)),
         builds=builds,
         candidate_builds=candidate_builds,
-        noise_band=candidates.noise_band,
         measured=measured_range(swept),
-        limits=candidates.limits,
+        limits=tuple(
+            Limit(candidate=limit.candidate, num_qo_tokens=limit.num_qo_tokens) for limit in candidates.limits
+        ),
         ineligible=candidates.ineligible,
-        rows=rows,
-        workspace_cap=cap,
-        held_out=HeldOut(points=0, slowdown=()),
+        rows=found.rows,
     )
+    evidence = TableEvidence(
+        site=table.site,
+        model=table.model,
+        h_q=table.h_q,
+        layer=table.layer,
+        engine=table.engine,
+        noise_band=candidates.noise_band,
+        rows=found.evidence,
+        limits=candidates.limits,
+        workspace_cap=found.cap,
+    )
+    return FittedTable(table, evidence)
 
 
 def _uncertainty(costs: CostModel, scope: Scope, candidates: Candidates) -> float:
@@ -192,7 +218,7 @@ def _uncertainty(costs: CostModel, scope: Scope, candidates: Candidates) -> floa
 def left_out(measurements: Iterable[Measurement], policy: Policy) -> list[str]:
     """Tables that ``policy``, fitted on ``measurements``, lacks although their incumbent ran, as ``site, model, ...``."""
     observations = Observations(measurements)
-    there = {(table.site, table.model, table.h_q, table.layer, table.engine) for table in policy.tables}
+    there = {table.key for table in policy.tables}
     return [
         ", ".join(
             str(part)
@@ -227,7 +253,7 @@ def _candidates(observations: Observations, scope: Scope, first_call_bound_s: fl
             f"{scope.name} of {scope.model.name}, layer {scope.layer}; next: see why they fail, then sweep again"
         )
     slow = tuple(
-        Ineligible(candidate=name, first_call_s=seconds, bound_s=first_call_bound_s)
+        Ineligible(candidate=name, first_call_s=seconds)
         for name in others
         if (seconds := round(observations.first_call_s(sites[0], name), 3)) > first_call_bound_s
     )

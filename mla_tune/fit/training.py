@@ -6,6 +6,7 @@ the shapes that fall into it, with equal weight.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -93,8 +94,12 @@ def measured_range(swept: Sequence[Shape]) -> Range:
 
 
 def bin_start(index: int) -> int:
-    """Context tokens from which a bin begins, halfway to the bin before on the logarithmic axis."""
-    return int(np.ceil(2 ** ((index - 0.5) / _BINS_PER_OCTAVE)))
+    """Context tokens from which a bin begins: 1.25 and 1.75 times each power of two, which a reader takes in (80K, 112K).
+
+    They divide an octave almost evenly, into 0.49 and 0.51 of it, around the middles of :func:`bin_middle`.
+    """
+    octave, half = divmod(index, _BINS_PER_OCTAVE)
+    return math.ceil(2.0**octave * (1.25 if half else 0.875))
 
 
 def bin_middle(index: int) -> int:
@@ -129,7 +134,13 @@ def cells_of(shapes: Sequence[Shape | Recorded], tokens: Sequence[int]) -> tuple
     kv_tokens = np.array([shape.kv_tokens for shape in shapes], dtype=np.float64)
     columns = _nearest(tokens, [shape.num_qo_tokens for shape in shapes])
     groups = _nearest(REQUEST_COUNTS, [shape.num_reqs for shape in shapes])
-    return np.rint(_BINS_PER_OCTAVE * np.log2(kv_tokens)).astype(np.int64), columns, groups
+    return _bins(kv_tokens), columns, groups
+
+
+def _bins(kv_tokens: npt.NDArray[np.float64]) -> IntArray:
+    """Bins of context tokens."""
+    starts = [bin_start(index) for index in range(_BINS_PER_OCTAVE * 63)]
+    return np.asarray(np.searchsorted(starts, kv_tokens, side="right") - 1, dtype=np.int64)
 
 
 def _nearest(axis: Sequence[int], values: Sequence[int]) -> IntArray:

@@ -197,3 +197,16 @@ def datasheet(sku: str) -> Datasheet:
             return found
     accepted = ", ".join(found.sku for found in DATASHEETS)
     raise UsageError(f"a scaled GPU must have a datasheet in mla-tune: got {sku!r}; accepted: {accepted}")
+
+
+def same_figures(sku: str) -> tuple[Datasheet, ...]:
+    """Products whose every scaled figure is that of ``sku``, itself first: a model says the same of them."""
+    first = datasheet(sku)
+    others = (other for other in DATASHEETS if other.sku != sku and _scaled(other) == _scaled(first))
+    return (first, *others)
+
+
+def _scaled(sheet: Datasheet) -> tuple[object, ...]:
+    """Everything that a model is made of."""
+    figures = (sheet.sm_count, sheet.boost_clock_mhz, sheet.memory_bandwidth_gbps, sheet.bf16_tflops, sheet.l2_bytes)
+    return (sheet.architecture, sheet.shared_memory_optin_bytes.value, *(figure.value for figure in figures))

@@ -1,154 +1,490 @@
-"""The YAML that a policy file may use: a small subset, in which every reader sees the same values.
+"""The policy file: the only code that reads or writes it.
 
-Plain integers (``12``), plain decimals (``1.25``), ``true``, ``false``, ``null`` and one-line strings; mappings with
-string keys that occur once; no anchors, aliases, tags or directives. What YAML 1.1 and 1.2 read differently (``1e3``,
-``0o17``, ``1_000``, ``.nan``, ``yes``, ``12:30:45``, dates) is refused with its line and column unless it is quoted.
+A file is YAML that people review, so it holds what serves and says each thing once: tables that agree stand once with the
+models, heads and layers that they are for, and every choice is one line.
 
-Built on PyYAML's event stream, so that nothing is resolved or constructed behind our back.
+    - {requests_from: 3, context_from: 80K, take: sparse_fwd, query_tokens_from: {80K: 15, 160K: 70}}
+
+Context tokens may be written with K (1024) or M (1024 K), as far as that is exact. Reading is strict: plain numbers are
+decimal, words that YAML versions read differently (``yes``, ``1e3``, dates) stay words, a key occurs once, and every key is
+known. Writing is byte-stable.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
-from typing import Any, NoReturn
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import yaml
+import msgspec
 
+from mla_tune import __version__
 from mla_tune.errors import PolicyError
-from mla_tune.policy.text import MAX_DEPTH, MAX_INT64, REBUILD, RESERVED, Value, shown
+from mla_tune.policy.kernel_config import KernelConfig, LaunchParameters
+from mla_tune.policy.rules import REBUILD, problems, shown
+from mla_tune.policy.schema import (
+    ALWAYS,
+    CandidateBuilds,
+    Choice,
+    Gpu,
+    Ineligible,
+    Limit,
+    Policy,
+    PolicyEnvironment,
+    Range,
+    Row,
+    Source,
+    Table,
+)
+from mla_tune.policy.strict_yaml import line_at, read_yaml, write_yaml
+from mla_tune.policy.threshold import Threshold
+from mla_tune.sites.engines import Engine
+from mla_tune.sites.site import MODELS, SiteName
 
-_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-_INT = re.compile(r"-?(0|[1-9][0-9]*)")
-_FLOAT = re.compile(r"-?(0|[1-9][0-9]*)\.[0-9]+")
-_CONSTANTS = {"true": True, "false": False, "null": None}
-_PLAIN_START = re.compile(r"[A-Za-z_/]")
+if TYPE_CHECKING:
+    from mla_tune.policy.evidence import PolicyEvidence
+
+SCHEMA_VERSION = 4
+MAX_POLICY_BYTES = 1 << 18
+"""Largest file that is read; a GPU's takes 10 to 30 KB."""
+
+_Value = TypeVar("_Value")
+Tokens = int | str
+"""Context tokens as a file has them: 1024, 1K, 64M."""
 
 
-def read_yaml(text: str, source: str) -> Value:
-    """The one document in ``text``. Raises :class:`PolicyError` with ``source``, line and column."""
+class _Part(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
+    """Base of the parts of a file; keys are in the order in which they are written."""
+
+
+class _Line(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """One choice."""
+
+    requests_from: int = 0
+    context_from: Tokens = 0
+    take: str
+    query_tokens_from: int | dict[Tokens, int] = 0
+
+
+class _Measured(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    query_tokens: tuple[int, int]
+    context: tuple[Tokens, Tokens]
+    requests: tuple[int, int]
+
+
+class _Keys(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """The tables that an entry stands for: every combination."""
+
+    models: tuple[str, ...]
+    heads: tuple[int, ...] = ()
+    """Query heads per rank as the kernel sees them; none where they play no role."""
+    layers: tuple[str, ...]
+    engine: Engine = Engine.SGLANG
+    """Written only where it is another than SGLang."""
+
+
+class _Choose(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    among: tuple[str, ...]
+    incumbent: str
+
+
+class _Common(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """What holds for every entry that does not say otherwise."""
+
+    builds: tuple[str, ...]
+    measured: _Measured
+
+
+class _Tables(_Part, frozen=True, kw_only=True, omit_defaults=True, rename={"keys": "for"}):
+    """Tables that agree in all but their keys."""
+
+    keys: _Keys
+    choose: _Choose
+    builds: tuple[str, ...] | None = None
+    """What the incumbent ran on; None for the common ones."""
+    candidate_builds: dict[str, tuple[str, ...]] = {}
+    """What a candidate depends on besides."""
+    measured: _Measured | None = None
+    """None for the common one."""
+    limits: dict[str, int] = {}
+    """Query tokens up to which a candidate runs."""
+    slow_first_call_s: dict[str, float] = {}
+    """Candidates that are never taken, each with the seconds that a new shape costs."""
+    choices: tuple[_Line, ...]
+
+
+class _Sites(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """A field for each :class:`SiteName`."""
+
+    prefill_attention: tuple[_Tables, ...] = ()
+    indexer_metadata: tuple[_Tables, ...] = ()
+
+
+class _File(_Part, frozen=True, kw_only=True, omit_defaults=True):
+    """A whole file."""
+
+    schema: int
+    gpu: Gpu
+    evidence: str
+    scaled_from: str | None = None
+    regime: str
+    environment: PolicyEnvironment
+    source: Source
+    overlap: int = 0
+    provider: str | None = None
+    kernel_config: dict[str, tuple[dict[str, int], ...]] = {}
+    """Of each kernel its launch parameters by ``size_from``, ascending."""
+    common: _Common
+    tables: _Sites
+
+
+def load_policy(path: str | os.PathLike[str]) -> Policy:
+    """Read the policy file at ``path``. Raises :class:`PolicyError`."""
+    return parse_policy(read_policy_file(path), os.fspath(path))
+
+
+def read_policy_file(path: str | os.PathLike[str]) -> bytes:
+    """The bytes of a policy file, at most one byte more than is accepted. Raises :class:`PolicyError`."""
     try:
-        return _Reader(text, source).document()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        place = f"{source}:{mark.line + 1}:{mark.column + 1}" if mark else source
-        raise PolicyError(f"{place}: must be valid YAML: {error.problem or error.context}; {REBUILD}") from None
-    except yaml.YAMLError as error:  # the reader's own errors (characters YAML forbids) carry no mark
-        raise PolicyError(f"{source}: must be valid YAML: {' '.join(str(error).split())}; {REBUILD}") from None
+        with open(path, "rb") as file:
+            return file.read(MAX_POLICY_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path with a NUL byte
+        reason = getattr(error, "strerror", None) or error
+        raise PolicyError(f"a policy file must be readable: got {os.fspath(path)}: {reason}; check the path") from None
 
 
-def line_of(text: str, path: str) -> int | None:
-    """Line (from 1) of ``path``, or of the nearest part of it that exists; ``text`` is one :func:`read_yaml` took."""
-    node = yaml.compose(text, Loader=_LOADER)
-    for key, index in re.findall(r"([^.\[\]]+)|\[(\d+)\]", path):
-        below = _child(node, key, index)
-        if below is None:
-            break
-        node = below
-    return node.start_mark.line + 1 if node is not None else None
+def parse_policy(data: bytes, source: str) -> Policy:
+    """The policy in ``data``, checked; ``source`` names the file in errors. Raises :class:`PolicyError`."""
+    raw, node = read_yaml(_decoded(data, source), source)
+    _check_schema(raw, source)
+
+    def error(path: str, rule: str) -> PolicyError:
+        return PolicyError(f"{source}:{line_at(node, path)}: {path or 'the file'} {rule}; {REBUILD}")
+
+    try:
+        policy = _policy(msgspec.convert(raw, _File, strict=True))
+    except msgspec.ValidationError as found:
+        rule, _, place = str(found).partition(" - at `$")
+        raise error(place.strip("`."), f"does not fit schema {SCHEMA_VERSION}: {rule}") from None
+    except _FormError as found:
+        raise error(*found.args) from None
+    problem = next(problems(policy), None)
+    if problem is not None:
+        raise error(_place(problem.path, policy, raw), problem.text)
+    return policy
 
 
-def value_at(raw: Value, path: str) -> Value:
-    """What stands at ``path``, such as ``tables[3].rows[0]``, in a value that :func:`read_yaml` gave."""
-    value = raw
-    for part in path.replace("[", ".").replace("]", "").split("."):
-        value = value[int(part)] if isinstance(value, list) else value[part]
-    return value
+def digest(data: bytes) -> str:
+    """SHA-256 of a policy file in hexadecimal: ranks compare it at start and refuse to differ."""
+    return hashlib.sha256(data).hexdigest()
 
 
-def _child(node: yaml.Node | None, key: str, index: str) -> yaml.Node | None:
-    if isinstance(node, yaml.MappingNode):
-        return next((value for name, value in node.value if name.value == key), None)
-    if isinstance(node, yaml.SequenceNode) and index and int(index) < len(node.value):
-        child: yaml.Node = node.value[int(index)]
-        return child
-    return None
+def _decoded(data: bytes, source: str) -> str:
+    if len(data) > MAX_POLICY_BYTES:
+        raise PolicyError(f"{source}: must be at most {MAX_POLICY_BYTES} bytes: got more; {REBUILD}")
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        byte = data[error.start]
+        raise PolicyError(f"{source}:{line}: must be UTF-8: got byte 0x{byte:02x}; {REBUILD}") from None
 
 
-class _Reader:
-    """Builds values from events; knows nothing of policies."""
+def dump_policy(policy: Policy, evidence: PolicyEvidence | None = None) -> bytes:
+    """``policy`` as the bytes of its file: equal policies give equal bytes, and :func:`parse_policy` gives it back.
 
-    def __init__(self, text: str, source: str) -> None:
-        self._next: Any = _LOADER(text).get_event
-        self._source = source
-        self._plain: dict[str, Value] = {}
-        """What plain scalars were read as: most of a policy is a few keys, written a thousand times."""
+    The head says what ``evidence`` shows; without it the head says less. Raises :class:`PolicyError` for a policy that
+    would not be read back.
+    """
+    from mla_tune.policy.preface import preface
 
-    def document(self) -> Value:
-        self._next()  # the stream's start
-        start = self._next()
-        if isinstance(start, yaml.StreamEndEvent):
-            raise PolicyError(f"{self._source}: must hold one YAML document: got an empty file; {REBUILD}")
-        if start.version or start.tags:
-            self._refuse(start, "directives (%...) are not accepted; remove them")
-        value = self._value(self._next(), 0)
-        self._next()  # the document's end
-        end = self._next()
-        if not isinstance(end, yaml.StreamEndEvent):
-            self._refuse(end, "must hold one YAML document: got another; remove it")
+    items = frozenset({"choices", *(entry.kernel for entry in policy.kernel_config)})
+    body = write_yaml(msgspec.to_builtins(_file(policy)), one_line=_ONE_LINE, one_line_items=items)
+    data = "".join(f"# {line}".rstrip() + "\n" for line in preface(policy, evidence)).encode() + body.encode()
+    parse_policy(data, "policy to write")
+    return data
+
+
+def write_policy(path: str | os.PathLike[str], policy: Policy, evidence: PolicyEvidence | None = None) -> None:
+    """Write ``policy`` to ``path`` and ``evidence`` beside it, each all or nothing. Raises :class:`PolicyError`."""
+    from mla_tune.files import write_atomically  # a server reads policies and never writes one
+    from mla_tune.policy.evidence import dump_evidence, evidence_path
+
+    data = dump_policy(policy, evidence)
+    try:
+        if evidence is not None:
+            write_atomically(evidence_path(path), dump_evidence(evidence, digest(data)))
+        write_atomically(path, data)
+    except OSError as error:
+        raise PolicyError(f"a policy file must be writable: got {path}: {error.strerror}; check the path") from None
+
+
+_ONE_LINE = frozenset({"gpu", "for", "choose", "measured", "limits", "slow_first_call_s", "candidate_builds"})
+
+
+def _check_schema(raw: Any, source: str) -> None:
+    """The version first: a newer file should ask for an upgrade, not complain about a key that we don't know."""
+    if not isinstance(raw, dict):
+        raise PolicyError(f"{source}: must be a mapping with the keys of a policy: got {shown(raw)}; {REBUILD}")
+    schema = raw.get("schema")
+    if schema == SCHEMA_VERSION and not isinstance(schema, bool):
+        return
+    newer = isinstance(schema, int) and schema > SCHEMA_VERSION
+    step = "upgrade mla-tune" if newer else _refit(raw)
+    reads = f"mla-tune {__version__} reads schema {SCHEMA_VERSION}"
+    raise PolicyError(f"{source}: schema must be one that is read here: got {shown(schema)}; {reads}; {step}")
+
+
+def _refit(raw: Mapping[str, Any]) -> str:
+    """The command that makes a file of an older schema again, if it says one."""
+    origin = raw.get("source")
+    command = origin.get("command") if isinstance(origin, dict) else None
+    if isinstance(command, str) and command.startswith("mla-tune ") and command.isprintable():
+        return f"make it again from its measurements with `{command}`"
+    return REBUILD
+
+
+_AS_IT_IS = ("gpu", "evidence", "scaled_from", "regime", "environment", "source", "overlap", "provider")
+"""Fields of a policy that its file has in the same form."""
+
+
+def _policy(file: _File) -> Policy:
+    tables = [
+        table
+        for site in SiteName
+        for index, entry in enumerate(getattr(file.tables, site))
+        for table in _expanded(site.value, entry, file.common, f"tables.{site}[{index}]")
+    ]
+    return Policy(
+        **{name: getattr(file, name) for name in _AS_IT_IS},
+        kernel_config=tuple(_launches(file.kernel_config)),
+        tables=tuple(sorted(tables, key=_order)),
+    )
+
+
+def _launches(config: Mapping[str, Sequence[Mapping[str, int]]]) -> Iterator[KernelConfig]:
+    for kernel, entries in config.items():
+        for index, entry in enumerate(entries):
+            given = {name: value for name, value in entry.items() if name != "size_from"}
+            try:
+                launch = msgspec.convert(given, LaunchParameters, strict=True)
+            except msgspec.ValidationError as error:
+                raise _FormError(f"kernel_config.{kernel}[{index}]", f"must be launch parameters: {error}") from None
+            yield KernelConfig(kernel=kernel, size_from=entry.get("size_from", 0), launch=launch)
+
+
+def _expanded(site: str, entry: _Tables, common: _Common, path: str) -> Iterator[Table]:
+    """Every table that an entry of the file stands for."""
+    measured = entry.measured or common.measured
+    place = f"{path}.measured.context" if entry.measured else "common.measured.context"
+    low, high = (_tokens(end, place) for end in measured.context)
+    keys = entry.keys
+    shared: dict[str, Any] = {
+        "site": site,
+        "engine": keys.engine,
+        "incumbent": entry.choose.incumbent,
+        "candidates": entry.choose.among,
+        "builds": common.builds if entry.builds is None else entry.builds,
+        "candidate_builds": tuple(
+            CandidateBuilds(candidate=name, builds=builds) for name, builds in entry.candidate_builds.items()
+        ),
+        "measured": Range(num_qo_tokens=measured.query_tokens, kv_tokens=(low, high), num_reqs=measured.requests),
+        "limits": tuple(Limit(candidate=name, num_qo_tokens=most) for name, most in entry.limits.items()),
+        "ineligible": tuple(
+            Ineligible(candidate=name, first_call_s=seconds) for name, seconds in entry.slow_first_call_s.items()
+        ),
+        "rows": tuple(_rows(entry.choices, f"{path}.choices")),
+    }
+    for model in keys.models:
+        for h_q in keys.heads or (None,):
+            for layer in keys.layers:
+                yield Table(model=model, h_q=h_q, layer=layer, **shared)
+
+
+def _rows(lines: Sequence[_Line], path: str) -> Iterator[Row]:
+    read = [
+        (line.requests_from, _tokens(line.context_from, f"{path}[{index}].context_from"), index, line)
+        for index, line in enumerate(lines)
+    ]
+    for (num_reqs, kv_tokens), members in groupby(read, lambda entry: entry[:2]):
+        choices = (
+            Choice(threshold=_threshold(line, f"{path}[{index}].query_tokens_from"), candidate=line.take)
+            for _, _, index, line in members
+        )
+        yield Row(num_reqs_from=num_reqs, kv_tokens_from=kv_tokens, choices=tuple(choices))
+
+
+def _threshold(line: _Line, path: str) -> Threshold:
+    counts = line.query_tokens_from
+    if isinstance(counts, int):
+        return Threshold.level(counts) if counts else ALWAYS
+    points = [(_tokens(context, path), count) for context, count in counts.items()]
+    if len(points) == 2 and points[0][0] < points[1][0] and points[0][1] < points[1][1]:
+        return Threshold((points[0][1], points[1][1]), (points[0][0], points[1][0]))
+    rule = "must be a count, or two rising counts at two rising contexts such as {1K: 15, 80K: 54}"
+    raise _FormError(path, f"{rule}: got {shown(counts)}")
+
+
+class _FormError(Exception):
+    """A value of the right type that means nothing; its arguments are the place in the file and the rule."""
+
+
+_UNITS = {"K": 1 << 10, "M": 1 << 20}
+_TOKENS = re.compile(r"([1-9][0-9]{0,15})([KM])")
+
+
+def _tokens(value: Tokens, path: str) -> int:
+    """The number that ``value`` is."""
+    if isinstance(value, int):
         return value
+    found = _TOKENS.fullmatch(value)
+    if found is None:
+        raise _FormError(path, f"must be context tokens: got {shown(value)}; accepted: 1280, 80K, 64M")
+    return int(found[1]) * _UNITS[found[2]]
 
-    def _value(self, event: Any, depth: int) -> Value:
-        kind = type(event)
-        if (
-            kind is yaml.ScalarEvent
-            and event.value in self._plain
-            and not event.style
-            and event.anchor is event.tag is None
-        ):
-            return self._plain[event.value]
-        if kind is yaml.AliasEvent:
-            self._refuse(event, f"aliases are not accepted: got {shown('*' + event.anchor)}; write the value out")
-        if event.anchor is not None:
-            self._refuse(event, f"anchors are not accepted: got {shown('&' + event.anchor)}; remove it")
-        if event.tag is not None:
-            self._refuse(event, f"tags are not accepted: got {shown(event.tag)}; remove it")
-        if kind is yaml.ScalarEvent:
-            value = self._scalar(event)
-            if not event.style:
-                self._plain[event.value] = value
-            return value
-        if depth == MAX_DEPTH:
-            self._refuse(event, f"nesting must be at most {MAX_DEPTH} levels; {REBUILD}")
-        return self._mapping(depth + 1) if kind is yaml.MappingStartEvent else self._sequence(depth + 1)
 
-    def _mapping(self, depth: int) -> dict[str, Value]:
-        found: dict[str, Value] = {}
-        while type(event := self._next()) is not yaml.MappingEndEvent:
-            key = self._value(event, depth)
-            if not isinstance(key, str):
-                self._refuse(event, f"keys must be strings: got {shown(key)}; {REBUILD}")
-            if key in found:
-                self._refuse(event, f"keys must occur once in a mapping: got {shown(key)} again; remove one")
-            found[key] = self._value(self._next(), depth)
-        return found
+def written_tokens(count: int) -> Tokens:
+    """``count`` as a file has it: with the largest unit that is exact."""
+    for unit in ("M", "K"):
+        if count > 0 and count % _UNITS[unit] == 0:
+            return f"{count // _UNITS[unit]}{unit}"
+    return count
 
-    def _sequence(self, depth: int) -> list[Value]:
-        found: list[Value] = []
-        while type(event := self._next()) is not yaml.SequenceEndEvent:
-            found.append(self._value(event, depth))
-        return found
 
-    def _scalar(self, event: Any) -> Value:
-        text: str = event.value
-        if event.style:  # quoted or block: a string, whatever it looks like
-            if not text.isprintable():
-                self._refuse(event, f"strings must be one line of printable characters: got {shown(text)}; {REBUILD}")
-            return text
-        if _INT.fullmatch(text):
-            if len(text) > len(str(-MAX_INT64)) or abs(int(text)) > MAX_INT64:
-                self._refuse(event, f"integers must fit in 64 bits: got {shown(text)}; {REBUILD}")
-            return int(text)
-        if _FLOAT.fullmatch(text):
-            return float(text)
-        if text in _CONSTANTS:
-            return _CONSTANTS[text]
-        if not _PLAIN_START.match(text) or text.lower() in RESERVED or not text.isprintable():
-            accepted = "decimal integers like 12, decimals like 1.25, true, false, null, words; quote any other string"
-            self._refuse(
-                event, f"plain values must read the same in every YAML version: got {shown(text)}; accepted: {accepted}"
+def _file(policy: Policy) -> _File:
+    config: dict[str, tuple[dict[str, int], ...]] = {}
+    for entry in policy.kernel_config:
+        launch = {"size_from": entry.size_from, **entry.launch.given()}
+        config[entry.kernel] = (*config.get(entry.kernel, ()), launch)
+    if not policy.tables:
+        raise PolicyError("a policy must hold at least one table: got none")
+    common = _Common(
+        builds=_most_common(table.builds for table in policy.tables),
+        measured=_measured(_most_common(table.measured for table in policy.tables)),
+    )
+    return _File(
+        schema=SCHEMA_VERSION,
+        **{name: getattr(policy, name) for name in _AS_IT_IS},
+        kernel_config=config,
+        common=common,
+        tables=_Sites(**{site: tuple(_merged(of, common)) for site, of in _by_site(policy.tables).items()}),
+    )
+
+
+def _most_common(values: Iterable[_Value]) -> _Value:
+    """The one that occurs most often, the first of equals."""
+    return Counter(values).most_common(1)[0][0]
+
+
+def _by_site(tables: Sequence[Table]) -> dict[str, list[Table]]:
+    found: dict[str, list[Table]] = {}
+    for table in sorted(tables, key=_order):
+        found.setdefault(table.site, []).append(table)
+    return found
+
+
+def _merged(tables: Sequence[Table], common: _Common) -> Iterator[_Tables]:
+    """The entries of one site: tables that agree in all but model, heads and layer stand once."""
+    alike: dict[Table, list[Table]] = {}
+    for table in tables:
+        alike.setdefault(msgspec.structs.replace(table, model="", h_q=None, layer=""), []).append(table)
+    for members in alike.values():
+        layers: dict[tuple[str, int | None], tuple[str, ...]] = {}
+        for table in members:
+            key = (table.model, table.h_q)
+            layers[key] = (*layers.get(key, ()), table.layer)
+        heads: dict[tuple[str, tuple[str, ...]], tuple[int | None, ...]] = {}
+        for (model, h_q), of_layers in layers.items():
+            heads[model, of_layers] = (*heads.get((model, of_layers), ()), h_q)
+        models: dict[tuple[tuple[str, ...], tuple[int | None, ...]], tuple[str, ...]] = {}
+        for (model, of_layers), counts in heads.items():
+            models[of_layers, counts] = (*models.get((of_layers, counts), ()), model)
+        for (of_layers, counts), names in models.items():
+            first = members[0]
+            keys = _Keys(
+                models=names,
+                heads=tuple(count for count in counts if count is not None),
+                layers=of_layers,
+                engine=first.engine,
             )
-        return text
+            yield _entry(first, keys, common)
 
-    def _refuse(self, event: Any, rule: str) -> NoReturn:
-        mark = event.start_mark
-        raise PolicyError(f"{self._source}:{mark.line + 1}:{mark.column + 1}: {rule}")
+
+def _entry(table: Table, keys: _Keys, common: _Common) -> _Tables:
+    return _Tables(
+        keys=keys,
+        choose=_Choose(among=table.candidates, incumbent=table.incumbent),
+        builds=None if table.builds == common.builds else table.builds,
+        candidate_builds={entry.candidate: entry.builds for entry in table.candidate_builds},
+        measured=None if (measured := _measured(table.measured)) == common.measured else measured,
+        limits={limit.candidate: limit.num_qo_tokens for limit in table.limits},
+        slow_first_call_s={entry.candidate: entry.first_call_s for entry in table.ineligible},
+        choices=tuple(_line(row, choice) for row in table.rows for choice in row.choices),
+    )
+
+
+def _measured(measured: Range) -> _Measured:
+    low, high = measured.kv_tokens
+    return _Measured(
+        query_tokens=measured.num_qo_tokens,
+        context=(written_tokens(low), written_tokens(high)),
+        requests=measured.num_reqs,
+    )
+
+
+def _line(row: Row, choice: Choice) -> _Line:
+    threshold = choice.threshold
+    counts: int | dict[Tokens, int] = threshold.num_qo_tokens[0]
+    if not threshold.is_level:
+        counts = {
+            written_tokens(context): count
+            for context, count in zip(threshold.kv_tokens, threshold.num_qo_tokens, strict=True)
+        }
+    return _Line(
+        requests_from=row.num_reqs_from,
+        context_from=written_tokens(row.kv_tokens_from),
+        take=choice.candidate,
+        query_tokens_from=counts,
+    )
+
+
+def _order(table: Table) -> tuple[int, ...]:
+    """Where a table stands among all that there can be; behind them what is not known."""
+    places: list[int] = []
+    axes: tuple[tuple[object, Sequence[object]], ...] = (
+        (table.site, list(SiteName)),
+        (table.model, list(MODELS)),
+        (table.engine, list(Engine)),
+        (table.h_q, MODELS[table.model].heads if table.model in MODELS else ()),
+        (table.layer, [*(str(layer) for layer, _ in MODELS[table.model].layers)] if table.model in MODELS else ()),
+    )
+    for value, known in axes:
+        places.append(known.index(value) if value in known else len(known))
+    return tuple(places)
+
+
+def _place(path: str, policy: Policy, raw: Any) -> str:
+    """The place in the file of ``path``, a place in ``policy``: entries there stand for several tables."""
+    found = re.fullmatch(r"tables\[(\d+)\](?:\.rows\[(\d+)\])?(?:\.choices\[(\d+)\])?(.*)", path)
+    if found is None:
+        return path
+    table = policy.tables[int(found[1])]
+    entries = raw["tables"][table.site]
+    entry = f"tables.{table.site}[{next(at for at, entry in enumerate(entries) if _stands_for(entry['for'], table))}]"
+    if found[2] is None:
+        return entry
+    rows = table.rows[: int(found[2])]
+    return f"{entry}.choices[{sum(len(row.choices) for row in rows) + int(found[3] or 0)}]"
+
+
+def _stands_for(keys: Mapping[str, Any], table: Table) -> bool:
+    return (
+        keys.get("engine", Engine.SGLANG) == table.engine
+        and table.model in keys["models"]
+        and table.layer in keys["layers"]
+        and (table.h_q in keys["heads"] if keys.get("heads") else table.h_q is None)
+    )

@@ -1,20 +1,92 @@
-"""What a policy says of itself: its first lines, what a fit was asked for, and how far modelled costs may be off."""
+"""What was measured to justify a policy: a file of its own beside it, which no server reads.
+
+``policies/nvidia-h200.yaml`` serves, ``policies/nvidia-h200.evidence.json`` says why: for each table the bracket of every
+threshold, how every rule did on held-out points, and what a limit's failure said. It names the bytes of the policy that it
+belongs to.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
+import os
+from pathlib import Path
 
 import msgspec
 
-from mla_tune.sites.provider import SGLANG_KERNEL
+from mla_tune.errors import PolicyError
+from mla_tune.policy.schema import Table, TableKey
+from mla_tune.sites.engines import Engine
 
-if TYPE_CHECKING:
-    from mla_tune.policy.schema import Policy
+POLICY_RULE = "policy"
+"""The rule name of the policy's own row in a held-out table."""
 
 
 class _Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Base of these parts of a policy: immutable, and strict about unknown keys."""
+    """Base of the parts of an evidence file: immutable, and strict about unknown keys."""
+
+
+class ThresholdEvidence(_Record, frozen=True):
+    """What the costs around one threshold say, as factors on it: at 0.8 a shape has four fifths of its query tokens."""
+
+    bracket: tuple[float, float]
+    """Below the first every shape of the row has the previous candidate faster beyond the noise band, above the second this
+    one."""
+    win: tuple[float, float]
+    """Mean relative win at the bracket's edges: of the previous candidate at the lower, of this one at the upper."""
+
+    def at(self, num_qo_tokens: int) -> tuple[int, int]:
+        """The bracket in query tokens where the threshold is at ``num_qo_tokens``."""
+        low, high = self.bracket
+        return int(num_qo_tokens * low // 1), int(-(-num_qo_tokens * high // 1))
+
+
+class RowEvidence(_Record, frozen=True, kw_only=True, omit_defaults=True):
+    """The thresholds of one row of the table, in its order."""
+
+    num_reqs_from: int
+    kv_tokens_from: int
+    censored: str | None = None
+    """``above`` or ``below``: the costs cross, but outside the measured query tokens. Only of a row of one choice; without
+    it there is no crossover."""
+    thresholds: tuple[ThresholdEvidence, ...] = ()
+    """Of every choice after the first."""
+
+
+class LimitEvidence(_Record, frozen=True):
+    """How a limit was found."""
+
+    candidate: str
+    num_qo_tokens: int
+    """Largest count seen to run and to be correct."""
+    fails_at: int
+    """Smallest count seen to fail."""
+    found_by: str
+    """How: ``sweep`` (largest success and smallest failure among the swept points), or ``probe`` (two neighbours, each
+    tried in a process of its own)."""
+    reason: str
+    """What the failure said."""
+
+
+class Slowdown(_Record, frozen=True):
+    """t(choice) / t(fastest measured candidate) of one rule over the held-out points of a table."""
+
+    rule: str
+    """``policy``, a baseline rule such as ``num_qo_tokens > 11673``, or ``always <candidate>``."""
+    geomean: float
+    mean: float
+    p95: float
+    worst: float
+
+
+class HeldOut(_Record, frozen=True):
+    """The judgement on points that the fit did not see."""
+
+    points: int
+    slowdown: tuple[Slowdown, ...]
+    """The policy first, then every baseline that applies to the table."""
+
+
+NOT_JUDGED = HeldOut(points=0, slowdown=())
+"""Of a modelled table: nobody has points of a GPU that nobody had."""
 
 
 class TrafficWeights(_Record, frozen=True):
@@ -63,43 +135,92 @@ class StageUncertainty(_Record, frozen=True):
     """What may be wrong with the ratios that it was scaled by; see :mod:`mla_tune.fit.scaling`."""
 
 
-class ScaledFrom(_Record, frozen=True):
-    """The product that was measured."""
-
-    sku: str
-    sm_count: int
-
-
 class Modelled(_Record, frozen=True):
     """How a policy was made for a GPU that nobody measured."""
 
-    scaled_from: ScaledFrom
     limits: str
-    """What was done with the limits that were found there."""
+    """What was done with the limits that were found on the measured one."""
     stages: tuple[StageUncertainty, ...]
 
 
-def header_lines(modelled: Modelled, stated: Iterable[Uncertainty]) -> Iterator[str]:
-    """What the first lines of the file say; ``stated`` are the uncertainties of its tables."""
-    yield "WARNING: modelled, not measured: no kernel was timed on this GPU, the thresholds are scaled from another"
-    yield "GPU's measurements. Sweep this GPU and fit again before you rely on them."
-    yield f"scaled from: {modelled.scaled_from.sku}, {modelled.scaled_from.sm_count} SMs"
-    yield f"limits: {modelled.limits}"
-    widths = [entry.relative for entry in stated]
-    if widths:
-        yield f"uncertainty of a predicted whole path: {min(widths):.2f} to {max(widths):.2f} (logarithm, both ways)"
+class TableEvidence(_Record, frozen=True, kw_only=True, omit_defaults=True):
+    """Evidence of one table; the first fields are its key."""
+
+    site: str
+    model: str
+    h_q: int | None
+    layer: str
+    engine: Engine = Engine.SGLANG
+    noise_band: float
+    """Relative difference below which two candidates count as equal: the incumbent stays. In a modelled table the
+    uncertainty of both together."""
+    rows: tuple[RowEvidence, ...]
+    limits: tuple[LimitEvidence, ...] = ()
+    held_out: HeldOut = NOT_JUDGED
+    uncertainty: tuple[Uncertainty, ...] = ()
+    """Of a modelled table, of each candidate; otherwise none."""
+    workspace_cap: WorkspaceCap | None = None
+
+    @property
+    def key(self) -> TableKey:
+        """The table that this is evidence of."""
+        return (self.site, self.model, self.h_q, self.layer, self.engine)
 
 
-def header(policy: Policy) -> Iterator[str]:
-    """The comment lines at the top of a policy's file."""
-    yield "generated by mla-tune, do not edit"
-    if policy.modelled is not None:
-        yield from header_lines(policy.modelled, (entry for table in policy.tables for entry in table.uncertainty))
-    builds = ", ".join(f"{library.name} {library.version}" for library in policy.environment.libraries)
-    yield f"evidence: {policy.evidence}, {policy.source.measurements} measurements, {policy.regime} time"
-    if policy.provider is not None:
-        yield f"stages around attention: kernels of {policy.provider}"
-        if f"+{SGLANG_KERNEL}@" in policy.provider:
-            yield f"no table depends on {SGLANG_KERNEL}: the choices are as good without its top-k transform for V3.2"
-    where = "CPU threads" if policy.gpu.sku == "cpu" else "SMs"
-    yield f"GPU: {policy.gpu.sku}, {policy.gpu.sm_count} {where}; kernels: {builds or 'none'}"
+class PolicyEvidence(_Record, frozen=True, kw_only=True, omit_defaults=True):
+    """What stands beside one policy."""
+
+    first_call_bound_s: float
+    """Longest first call on a new shape, in seconds, that the fit let a served candidate cost."""
+    overall: HeldOut | None = None
+    """Every rule over all tables of attention of one layer type together; None where no table has two candidates."""
+    tables: tuple[TableEvidence, ...]
+    modelled: Modelled | None = None
+    objective: TrafficWeights | None = None
+
+    def of(self, table: Table) -> TableEvidence | None:
+        """The evidence of one table."""
+        return next((entry for entry in self.tables if entry.key == table.key), None)
+
+
+class _File(_Record, frozen=True):
+    policy_sha256: str
+    evidence: PolicyEvidence
+
+
+def evidence_path(policy: str | os.PathLike[str]) -> Path:
+    """Where the evidence of the policy file at ``policy`` stands."""
+    path = Path(policy)
+    return path.with_name(f"{path.name.removesuffix('.yaml')}.evidence.json")
+
+
+def dump_evidence(evidence: PolicyEvidence, policy_sha256: str) -> bytes:
+    """The bytes of the file beside a policy whose own bytes have that digest; equal evidence gives equal bytes."""
+    file = _File(policy_sha256=policy_sha256, evidence=evidence)
+    return msgspec.json.format(msgspec.json.encode(file), indent=1) + b"\n"
+
+
+def parse_evidence(data: bytes, source: str, policy_sha256: str) -> PolicyEvidence:
+    """The evidence in ``data``. Raises :class:`PolicyError` for anything else, and for another policy's evidence."""
+    try:
+        found = msgspec.json.decode(data, type=_File)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise PolicyError(f"{source}: must be the evidence of a policy: {error}; {_AGAIN}") from None
+    if found.policy_sha256 != policy_sha256:
+        raise PolicyError(
+            f"{source}: must be the evidence of the policy beside it, of SHA-256 {policy_sha256[:16]}...: got that of "
+            f"{found.policy_sha256[:16]}...; {_AGAIN}"
+        )
+    return found.evidence
+
+
+_AGAIN = "write both files again with `mla-tune fit`"
+
+
+def load_evidence(policy: str | os.PathLike[str], policy_sha256: str) -> PolicyEvidence | None:
+    """What stands beside the policy file ``policy``, whose bytes have that digest; None where nothing does.
+
+    Raises :class:`PolicyError` for a file that is not that policy's evidence.
+    """
+    path = evidence_path(policy)
+    return parse_evidence(path.read_bytes(), str(path), policy_sha256) if path.is_file() else None

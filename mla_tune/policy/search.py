@@ -21,6 +21,11 @@ HOME_VARIABLE = "MLA_TUNE_HOME"
 """The folder of what this user's sweeps and fits leave; by default ``mla-tune`` in XDG_DATA_HOME."""
 
 
+_SAME_POLICY = {"nvidia-h800": "nvidia-h100", "nvidia-b300": "nvidia-b200", "nvidia-gb300": "nvidia-gb200"}
+"""Products without a shipped file of their own, and the one whose modelled policy names them: their datasheets agree in all
+that it is made of. A test holds both to it."""
+
+
 class Place(StrEnum):
     """Who put a policy file where it was found."""
 
@@ -72,11 +77,12 @@ def policy_files(
         yield PolicyFile(Place.NAMED, Path(named))
         return
     names = dict.fromkeys((policy_name(sku, provider), policy_name(sku)))
+    same = _SAME_POLICY.get(sku, sku)
     folder, shipped = user_policies(environment), packaged_policies()
     for name in names:
         if (path := folder / name).is_file():
             yield PolicyFile(Place.USER, path)
-    for name in names:
+    for name in dict.fromkeys((*names, policy_name(same, provider), policy_name(same))):
         if (file := shipped.get(name.removesuffix(".yaml"))) is not None:
             yield PolicyFile(Place.SHIPPED, file)
 

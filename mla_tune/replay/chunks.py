@@ -17,7 +17,7 @@ from mla_tune.errors import UsageError
 from mla_tune.fit.evaluation import rules
 from mla_tune.fit.work import Array
 from mla_tune.fit.workspace_bytes import forward_bytes, workspace
-from mla_tune.policy.rules import POLICY_RULE
+from mla_tune.policy.evidence import POLICY_RULE
 from mla_tune.replay.prices import Pricer, Prices
 from mla_tune.replay.rule_comparison import choices
 from mla_tune.sites.shape import AnyShape, RaggedShape, Shape

@@ -15,6 +15,7 @@ import numpy as np
 
 from mla_tune.errors import PolicyError
 from mla_tune.fit.costs import CostModel
+from mla_tune.fit.interval import LEAST_DIFFERENCE
 from mla_tune.fit.observations import shares
 from mla_tune.fit.scope import scope
 from mla_tune.fit.work import Array, Work, work
@@ -33,6 +34,8 @@ class Tables:
     """Of each layer type, in the model's order."""
     metadata: Table
     """The indexer's, of the whole forward."""
+    noise_band: float = LEAST_DIFFERENCE
+    """Relative difference below which two candidates of :attr:`attention` count as equal."""
 
     @property
     def model(self) -> ModelConfig:

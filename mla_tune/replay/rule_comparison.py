@@ -10,8 +10,7 @@ import numpy as np
 from mla_tune.errors import UsageError
 from mla_tune.fit.evaluation import Rule, rules
 from mla_tune.fit.work import Array
-from mla_tune.policy.rules import POLICY_RULE
-from mla_tune.policy.schema import Table
+from mla_tune.policy.evidence import POLICY_RULE
 from mla_tune.replay.prices import LayerPrices, Pricer, Prices
 from mla_tune.sites.shape import AnyShape
 
@@ -91,7 +90,8 @@ def judge(pricer: Pricer, forwards: Mapping[AnyShape, int]) -> Judgement:
     whole = np.stack([prices.attention_of(name) for name in tables.attention.candidates])
     fastest = [tables.attention.candidates[index] for index in whole.argmin(axis=0)]
     found.append(bench.total(ORACLE, [fastest] * len(prices.attention), _fastest(prices.metadata)))
-    inside = np.array([_inside(tables.attention, shape) for shape in shapes])
+    measured = tables.attention.measured
+    inside = np.array([measured.holds(s.num_qo_tokens, s.kv_tokens, s.num_reqs) for s in shapes])
     return Judgement(
         forwards=int(counts.sum()),
         distinct=len(shapes),
@@ -136,13 +136,3 @@ class _Bench:
 
 def _fastest(prices: LayerPrices) -> list[str]:
     return [prices.candidates[index] for index in prices.total_us.argmin(axis=0)]
-
-
-def _inside(table: Table, shape: AnyShape) -> bool:
-    measured = table.measured
-    sizes = (
-        (measured.num_qo_tokens, shape.num_qo_tokens),
-        (measured.kv_tokens, shape.kv_tokens),
-        (measured.num_reqs, shape.num_reqs),
-    )
-    return all(low <= size <= high for (low, high), size in sizes)

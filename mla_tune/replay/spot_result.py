@@ -121,6 +121,6 @@ def _rules(
         columns = [table.candidates.index(pick) for pick in choices(rule, shapes)]
         taken_us = measured_us[np.arange(len(shapes)), columns]
         slowdowns = taken_us / measured_us.min(axis=1)
-        slower_at = int((slowdowns > 1 + table.noise_band).sum())
+        slower_at = int((slowdowns > 1 + pricer.tables.noise_band).sum())
         found.append(RuleMeasured(name, float(taken_us.sum()), slower_at, float(slowdowns.max())))
     return tuple(found)

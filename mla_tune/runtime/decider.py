@@ -13,6 +13,9 @@ A decision is integer arithmetic and two dictionary entries: no file, no lock, n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+from mla_tune.policy.decision import Answer, Reason
 from mla_tune.runtime.counters import Reasons, SiteCounters, prometheus_text
 from mla_tune.runtime.dispatcher import Dispatcher, Resolved
 from mla_tune.runtime.recording import Record, Recorder
@@ -25,7 +28,7 @@ _KEPT = {Rule.ENGINE: Reasons.ENGINE_SETTING, Rule.OFF: Reasons.OFF, Rule.INCUMB
 class Decider:
     """One resolved site that counts, and records where it was told to."""
 
-    __slots__ = ("_choose", "_measured", "_record", "counters", "kept", "resolved", "serves")
+    __slots__ = ("_answer", "_record", "counters", "kept", "resolved", "serves")
 
     def __init__(self, resolved: Resolved, record: Record | None) -> None:
         self.resolved = resolved
@@ -35,30 +38,24 @@ class Decider:
         """The reason to count then."""
         answers = (resolved.incumbent,) if resolved.table is None else resolved.table.candidates
         self.counters = SiteCounters(resolved.site, resolved.model, resolved.layer, dict.fromkeys(answers, 0), {})
-        self._choose = resolved.choose
+        self._answer = _always(resolved.incumbent) if resolved.decision is None else resolved.decision.answer
         self._record = record
-        measured = None if resolved.table is None else resolved.table.measured
-        nothing = (0, -1)
-        self._measured = (
-            *(nothing if measured is None else measured.num_qo_tokens),
-            *(nothing if measured is None else measured.kv_tokens),
-            *(nothing if measured is None else measured.num_reqs),
-        )
 
     def __call__(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> str:
         """The candidate for one forward of ``num_reqs`` requests: host integers, real counts without padding."""
-        candidate = self._choose(num_qo_tokens, kv_tokens, num_reqs)
-        counters = self.counters
+        answer = self._answer(num_qo_tokens, kv_tokens, num_reqs)
+        candidate, counters = answer.candidate, self.counters
         counters.choices[candidate] += 1
-        q_low, q_high, kv_low, kv_high, reqs_low, reqs_high = self._measured
-        inside = (
-            q_low <= num_qo_tokens <= q_high and kv_low <= kv_tokens <= kv_high and reqs_low <= num_reqs <= reqs_high
-        )
-        if not inside:
+        if answer.row is None:
             counters.out_of_range += 1
         if self._record is not None:
             self._record(num_qo_tokens, kv_tokens, num_reqs)
         return candidate
+
+
+def _always(incumbent: str) -> Callable[[int, int, int], Answer]:
+    kept = Answer(incumbent, Reason.FALLBACK)
+    return lambda num_qo_tokens, kv_tokens, num_reqs: kept
 
 
 class Service:

@@ -22,9 +22,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
-from mla_tune.policy.decision import Choose, Explanation, Reason, compile_table, constant, decide
+from mla_tune.policy.codec import digest, parse_policy, read_policy_file
+from mla_tune.policy.decision import Choose, Decision, Explanation, Reason, constant
 from mla_tune.policy.kernel_config import launches_of
-from mla_tune.policy.schema import Policy, Table, digest, parse_policy, read_policy_file
+from mla_tune.policy.schema import Policy, Table, TableKey
 from mla_tune.runtime.pins import pin_table, pinned_reason
 from mla_tune.runtime.serving import ENGINES, GpuKey, Serving, find_serving
 from mla_tune.runtime.switches import POLICY_VARIABLE, Rule, Switches
@@ -57,18 +58,23 @@ class Resolved:
     choose: Choose
     """``choose(num_qo_tokens, kv_tokens, num_reqs)`` -> candidate name, for any integers; a slot, so that a call costs no
     method lookup."""
-    table: Table | None
-    """The policy's table, under a pin the pin's; None after a fallback."""
+    decision: Decision | None
+    """The policy's table, under a pin the pin's, ready to answer; None after a fallback."""
     fallback: str | None
     """Why the incumbent is always answered; None where the table is."""
     rule: Rule = Rule.POLICY
     """Who decides here; see :mod:`mla_tune.runtime.switches`."""
 
+    @property
+    def table(self) -> Table | None:
+        """The table of :attr:`decision`."""
+        return None if self.decision is None else self.decision.table
+
     def explain(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> Explanation:
         """What :attr:`choose` answers there, and which rule and thresholds led to it. Not for the hot path."""
-        if self.table is None:
+        if self.decision is None:
             return Explanation(self.incumbent, Reason.FALLBACK)
-        found = decide(self.table, num_qo_tokens, kv_tokens, num_reqs)
+        found = self.decision.explain(num_qo_tokens, kv_tokens, num_reqs)
         return pinned_reason(found) if self.rule is Rule.PIN else found
 
 
@@ -105,14 +111,14 @@ class Dispatcher:
         self._fallbacks: list[str] = []
         self._lock = threading.Lock()
         tables = () if policy is None else policy.tables if serving is None else serving.tables
-        self._left_out: dict[tuple[str, str, int | None, str, Engine], str] = {}
+        self._left_out: dict[TableKey, str] = {}
         """Why tables of the policy do not serve."""
-        self._tables = {(table.site, table.model, table.h_q, table.layer, table.engine): table for table in tables}
+        self._tables = {table.key: table for table in tables}
         if policy is None:
             self._note(source)
             return
         self._left_out |= {
-            (table.site, table.model, table.h_q, table.layer, table.engine): group.reason
+            table.key: group.reason
             for group in (() if serving is None else serving.left_out)
             if group.candidate is None
             for table in group.tables
@@ -243,8 +249,10 @@ class Dispatcher:
         name, rule, incumbent = SiteName(table.site), Rule.POLICY, table.incumbent
         candidate = self.switches.pin(name)
         if candidate is not None:
-            table, rule = pin_table(table, candidate), Rule.PIN
-        return Resolved(name, table.model, layer, table.h_q, incumbent, compile_table(table), table, None, rule)
+            modelled = self.policy is not None and self.policy.evidence == "modelled"
+            table, rule = pin_table(table, candidate, modelled=modelled), Rule.PIN
+        decision = Decision(table)
+        return Resolved(name, table.model, layer, table.h_q, incumbent, decision.choose, decision, None, rule)
 
     def _table(self, site: SiteName, config: ModelConfig, layer: str, h_q: int | None, engine: Engine) -> Table:
         if layer != FORWARD:

@@ -21,7 +21,7 @@ EVERY_COUNT = (-(1 << 63), (1 << 63) - 1)
 _log = logging.getLogger("mla_tune")
 
 
-def pin_table(table: Table, candidate: str) -> Table:
+def pin_table(table: Table, candidate: str, *, modelled: bool = False) -> Table:
     """``table`` with ``candidate`` in place of all its choices; its limits stay.
 
     In a modelled table the claimed query token counts are a limit too: of another GPU's kernels no other may be known.
@@ -40,11 +40,10 @@ def pin_table(table: Table, candidate: str) -> Table:
                 *(candidate, table.site, table.model, barred.first_call_s),
             )
     start, end = EVERY_COUNT
-    if table.uncertainty:
+    if modelled:
         end = table.measured.num_qo_tokens[1]
     everywhere = Range(num_qo_tokens=(start, end), kv_tokens=EVERY_COUNT, num_reqs=EVERY_COUNT)
-    choice = Choice(num_qo_tokens_from=start, candidate=candidate)
-    rows = (Row(num_reqs_from=start, kv_tokens_from=start, choices=(choice,)),)
+    rows = (Row(num_reqs_from=start, kv_tokens_from=start, choices=(Choice(candidate=candidate),)),)
     return msgspec.structs.replace(table, measured=everywhere, rows=rows)
 
 

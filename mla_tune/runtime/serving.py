@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from mla_tune.errors import PolicyError, UsageError
-from mla_tune.policy.schema import Policy, Table, digest, parse_policy, read_policy_file
+from mla_tune.policy.codec import digest, parse_policy, read_policy_file
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.policy.search import Place, PolicyFile, packaged_policies, policy_files, user_policies
 from mla_tune.runtime.compatibility import BuildsHere, candidate_faults, differences
 from mla_tune.runtime.switches import MODELLED_VARIABLE, Switches
@@ -188,10 +189,11 @@ def _evidence_fault(policy: Policy, switches: Switches, *, named: bool) -> str |
 
 
 def _gpu_fault(policy: Policy, gpu: GpuKey | None) -> str | None:
-    measured = GpuKey(policy.gpu.sku, policy.gpu.sm_count)
-    if gpu is not None and gpu.sku == measured.sku and gpu.sm_count in (None, measured.sm_count):
+    measured = policy.gpu
+    if gpu is not None and gpu.sku in measured.skus and gpu.sm_count in (None, measured.sm_count):
         return None
-    return f"the GPU must be {measured}: got {gpu or 'none'}"
+    wanted = " or ".join(str(GpuKey(sku, measured.sm_count)) for sku in measured.skus)
+    return f"the GPU must be {wanted}: got {gpu or 'none'}"
 
 
 def _all_left(tables: tuple[Table, ...], reason: str) -> tuple[LeftOut, ...]:

@@ -14,7 +14,8 @@ import pytest
 
 from mla_tune import __version__
 from mla_tune.cli import run as run_here
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import digest, load_policy
+from mla_tune.policy.evidence import load_evidence
 from mla_tune.runtime import Dispatcher
 from mla_tune.sites.candidates import CANDIDATES
 from mla_tune.sites.shape import Shape
@@ -133,7 +134,9 @@ def test_a_shown_policy_has_its_provenance_and_every_rule(folder: Path, capsys: 
     printed = output(capsys, "policy", "show", "--gpu", "cpu")
     policy = load_policy(POLICY)
     assert policy.source.sha256[:16] in printed
-    for table in policy.tables:
+    stated = load_evidence(POLICY, digest(POLICY.read_bytes()))
+    assert stated is not None
+    for table in stated.tables:
         for rule in table.held_out.slowdown:
             assert rule.rule in printed
 

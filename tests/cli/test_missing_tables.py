@@ -11,7 +11,8 @@ import pytest
 from mla_tune.cli import pipeline
 from mla_tune.cli.missing_tables import lost_tables, no_attention_runs, reason_lines, require_attention
 from mla_tune.errors import FitError
-from mla_tune.policy.schema import Policy, Table, load_policy
+from mla_tune.policy.codec import load_policy
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.site import Site
 from mla_tune.store.export import read_export, write_export
 from mla_tune.store.measurement import Measurement, Outcome

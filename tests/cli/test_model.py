@@ -12,7 +12,7 @@ import pytest
 from mla_tune.cli import run
 from mla_tune.fit.published import PUBLISHED
 from mla_tune.hardware.sku import Environment
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import load_policy
 from mla_tune.store.export import write_export
 from tests.cli.conftest import contents
 from tests.cli.test_refusals import refusal

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mla_tune.cli import run as run_here
 from mla_tune.cli.options import byte_count
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import digest, load_policy
+from mla_tune.policy.evidence import load_evidence
 from mla_tune.sites.served_shapes import Shape, Traffic, write_traffic
 from tests.cli.conftest import SWEEP
 from tests.cli.test_refusals import refusal
@@ -35,8 +36,10 @@ def test_the_command_in_a_policy_makes_it_again_with_every_wish(
     assert "by traffic" in capsys.readouterr().out
     policy, first = load_policy(POLICY), POLICY.read_bytes()
     assert policy.regime == "eager"
-    assert policy.objective is not None
-    assert policy.objective.forwards == 12
+    stated = load_evidence(POLICY, digest(first))
+    assert stated is not None
+    assert stated.objective is not None
+    assert stated.objective.forwards == 12
     words = shlex.split(policy.source.command)
     assert words[-6:] == ["--regime", "eager", "--traffic", str(RECORDED), "--max-workspace-bytes", str(512 << 20)]
     POLICY.unlink()
@@ -48,7 +51,9 @@ def test_a_sweep_passes_its_traffic_on_to_the_fit(folder: Path, capsys: pytest.C
     record()
     assert run_here((*SWEEP, "--traffic", str(RECORDED))) == 0
     policy = load_policy(POLICY)
-    assert policy.objective is not None
+    stated = load_evidence(POLICY, digest(POLICY.read_bytes()))
+    assert stated is not None
+    assert stated.objective is not None
     assert f"--traffic {RECORDED}" in policy.source.command
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import load_policy
 from tests.command import run
 
 ROOT = Path(__file__).parents[2]
@@ -26,7 +26,7 @@ def test_a_fit_of_overlapping_selections_serves_the_selected_rows_and_leaves_the
     served = {choice.candidate for table in policy.tables for row in table.rows for choice in row.choices}
     assert "sparse_fwd_selected" in served
     c4a = next(table for table in policy.tables if (table.model, table.layer) == ("deepseek-v4-flash", "c4a"))
-    assert {limit.candidate: limit.fails_at for limit in c4a.limits} == {"with_kvcache": 83380}  # as found without
+    assert {limit.candidate: limit.num_qo_tokens for limit in c4a.limits} == {"with_kvcache": 83379}  # as found without
     again = run(tmp_path, *policy.source.command.split()[1:])
     assert again.returncode == 0
     assert load_policy(tmp_path / "policies/nvidia-h200.overlap-80.yaml") == policy

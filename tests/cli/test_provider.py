@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import load_policy
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.site import Conditions
 from mla_tune.store.export import write_export

@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.cli import run as run_here
-from mla_tune.policy.schema import load_policy
+from mla_tune.policy.codec import load_policy
 from tests.cli.conftest import SWEEP, contents
 
 GOLDEN = Path(__file__).parents[1] / "policy" / "golden.yaml"

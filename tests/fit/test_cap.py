@@ -14,12 +14,13 @@ from mla_tune.fit.cap import CappedCells, Frame, _most_bytes, capped_cells
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.objective import Objective
 from mla_tune.fit.scope import Scope, scope
-from mla_tune.fit.table_rows import fit_table
+from mla_tune.fit.table_rows import FittedTable, fit_table
 from mla_tune.fit.training import REQUEST_COUNTS, measured_range, training_grid
 from mla_tune.fit.work import work
 from mla_tune.fit.workspace_bytes import forward_bytes, workspace
-from mla_tune.policy.decision import compile_table, spans
-from mla_tune.policy.schema import Choice, Row, Table
+from mla_tune.policy.decision import Decision
+from mla_tune.policy.evidence import WorkspaceCap
+from mla_tune.policy.schema import Choice, Row, Table, row_ends
 from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.served_shapes import Shape as Recorded
 from mla_tune.sites.served_shapes import Traffic
@@ -45,10 +46,18 @@ def h200() -> CostModel:
 
 
 @lru_cache(maxsize=64)
-def table(where: Scope, max_bytes: int | None) -> Table:
+def fitted(where: Scope, max_bytes: int | None) -> FittedTable:
     found = fit_table(h200(), where, objective=Objective(max_workspace_bytes=max_bytes))
     assert found is not None
     return found
+
+
+def table(where: Scope, max_bytes: int | None) -> Table:
+    return fitted(where, max_bytes).table
+
+
+def cap_note(where: Scope, max_bytes: int | None) -> WorkspaceCap | None:
+    return fitted(where, max_bytes).evidence.workspace_cap
 
 
 def needed_bytes(where: Scope, candidate: str, shapes: list[Shape]) -> list[float]:
@@ -58,9 +67,10 @@ def needed_bytes(where: Scope, candidate: str, shapes: list[Shape]) -> list[floa
 
 def beside_a_threshold(inside: Table, kv_tokens: int, num_reqs: int, rng: random.Random) -> int | None:
     """Query tokens at which a row is about to switch, or just has; None where it never does."""
-    group = [group for group in spans(inside) if group[0].row.num_reqs_from <= num_reqs][-1]
-    span = [span for span in group if span.row.kv_tokens_from <= kv_tokens][-1]
-    counts = [span.threshold(choice).at(kv_tokens) for choice in span.row.choices[1:]]
+    reqs_from = max(row.num_reqs_from for row in inside.rows if row.num_reqs_from <= num_reqs)
+    group = [row for row in inside.rows if row.num_reqs_from == reqs_from]
+    row = [row for row in group if row.kv_tokens_from <= kv_tokens][-1]
+    counts = [choice.threshold.at(kv_tokens) for choice in row.choices[1:]]
     return rng.choice(counts) - rng.randrange(2) if counts else None
 
 
@@ -84,7 +94,7 @@ def random_shapes(where: Scope, inside: Table, count: int, seed: int) -> list[Sh
 @given(st.sampled_from(SCOPES), st.sampled_from([16, 64, 200, 512, 1500, 4096]), st.integers(0, 2**32 - 1))
 def test_no_served_choice_exceeds_the_cap_unless_nothing_is_surely_under_it(where: Scope, mib: int, seed: int) -> None:
     capped = table(where, mib * MIB)
-    choose = compile_table(capped)
+    choose = Decision(capped).choose
     shapes = random_shapes(where, capped, 300, seed)
     own = {name: needed_bytes(where, name, shapes) for name in capped.candidates}
     # The far corner of any cell that a shape can lie in is at most this much larger.
@@ -126,26 +136,26 @@ def test_the_frame_covers_every_axis_without_gaps() -> None:
 
 @pytest.mark.parametrize("where", SCOPES, ids=["/".join(map(str, place)) for place in PLACES])
 def test_a_cap_above_everything_changes_nothing(where: Scope) -> None:
-    plain, capped = table(where, None), table(where, 1 << 50)
-    assert capped.rows == plain.rows
-    assert capped.held_out == plain.held_out
-    assert plain.workspace_cap is None
-    assert capped.workspace_cap is not None
-    assert (capped.workspace_cap.over, capped.workspace_cap.exempt) == (0, 0)
+    plain, capped = fitted(where, None), fitted(where, 1 << 50)
+    assert capped.table == plain.table
+    assert capped.evidence.held_out == plain.evidence.held_out
+    assert plain.evidence.workspace_cap is None
+    assert capped.evidence.workspace_cap is not None
+    assert (capped.evidence.workspace_cap.over, capped.evidence.workspace_cap.exempt) == (0, 0)
 
 
 @pytest.mark.parametrize("where", SCOPES, ids=["/".join(map(str, place)) for place in PLACES])
 def test_a_cap_below_everything_leaves_the_incumbent_and_says_where(where: Scope) -> None:
     capped = table(where, 1)
-    only = Choice(num_qo_tokens_from=0, candidate=capped.incumbent)
+    only = Choice(candidate=capped.incumbent)
     assert [row.choices for row in capped.rows] == [(only,)] * len(capped.rows)
-    note = capped.workspace_cap
+    note = cap_note(where, 1)
     assert note is not None
     assert note.exempt == note.over == note.shapes > 0
 
 
 def test_a_lower_cap_bars_more() -> None:
-    notes = [table(SCOPES[0], mib * MIB).workspace_cap for mib in (4096, 1500, 512, 200, 64, 16)]
+    notes = [cap_note(SCOPES[0], mib * MIB) for mib in (4096, 1500, 512, 200, 64, 16)]
     over = [note.over for note in notes if note]
     exempt = [note.exempt for note in notes if note]
     assert over == sorted(over)
@@ -158,19 +168,19 @@ def test_a_cap_holds_under_traffic_that_would_choose_otherwise() -> None:
     where = SCOPES[0]
     shape = Shape(4, 8192, 524288)
     kinds = {name: needed_bytes(where, name, [shape])[0] for name in ("sparse_fwd", "with_kvcache")}
-    plain = compile_table(table(where, None))(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
+    plain = Decision(table(where, None)).choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
     (other,) = kinds.keys() - {plain}
     below = int(kinds[plain]) - 1
     recorded = {Recorded("prefill_attention", where.model.name, 8192, 524288, 4): 1000}
     capped = fit_table(h200(), where, objective=Objective(traffic=Traffic(recorded), max_workspace_bytes=below))
     assert capped is not None
-    chosen = compile_table(capped)(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
-    assert chosen == (other if kinds[other] * 1.3 < below else capped.incumbent)
+    chosen = Decision(capped.table).choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
+    assert chosen == (other if kinds[other] * 1.3 < below else capped.table.incumbent)
 
 
 def test_tables_without_attention_have_no_cap() -> None:
     where = scope(SiteName.INDEXER_METADATA, MODELS["deepseek-v4-flash"], "c4a", None)
-    assert table(where, 1).workspace_cap is None
+    assert cap_note(where, 1) is None
     assert table(where, 1).rows == table(where, None).rows
 
 
@@ -198,15 +208,14 @@ def test_no_row_reaches_into_a_barred_cell_with_the_thresholds_that_are_served(m
     cells = cells_of_table(where, capped, mib * MIB)
     assert cells.barred.any()
     starts = sorted({row.num_reqs_from for row in capped.rows})
-    for group in spans(capped):
-        later = [start for start in starts if start > group[0].row.num_reqs_from]
+    for row, end in zip(capped.rows, row_ends(capped), strict=True):
+        later = [start for start in starts if start > row.num_reqs_from]
         members = [
             index
             for index, (low, _) in enumerate(cells.frame.requests)
-            if low >= group[0].row.num_reqs_from and (not later or low < later[0])
+            if low >= row.num_reqs_from and (not later or low < later[0])
         ]
-        for span in group:
-            assert not cells.breaks(span.row, span.kv_tokens_end, range(members[0], members[-1] + 1))
+        assert not cells.breaks(row, end, range(members[0], members[-1] + 1))
 
 
 @settings(max_examples=60, deadline=None)
@@ -219,16 +228,9 @@ def test_a_row_that_answers_a_barred_candidate_anywhere_is_found_out(data: st.Da
     members = range(data.draw(st.integers(0, len(frame.requests) - 1)), len(frame.requests))
     ends = sorted(data.draw(st.tuples(st.integers(1, 40_000), st.integers(1, 40_000))))
     one, other = data.draw(st.permutations(cells.names))
-    switch = Choice(
-        num_qo_tokens_from=ends[0], num_qo_tokens_to=ends[1] if ends[1] > ends[0] else None, candidate=other
-    )
-    row = Row(
-        num_reqs_from=0,
-        kv_tokens_from=int(frame.kv_starts[first]),
-        choices=(Choice(num_qo_tokens_from=0, candidate=one), switch),
-    )
-    kv_end = int(frame.kv_ends[last]) + 1
-    line = Threshold.through((row.kv_tokens_from, kv_end), (ends[0], ends[1]))
+    kv_start, kv_end = int(frame.kv_starts[first]), int(frame.kv_ends[last]) + 1
+    line = Threshold.through((kv_start, kv_end), (ends[0], ends[1]))
+    row = Row(kv_tokens_from=kv_start, choices=(Choice(candidate=one), Choice(threshold=line, candidate=other)))
     barred = np.asarray(cells.barred[members.start : members.stop].any(axis=0))
 
     def answers_a_barred(kv_tokens: int, tokens: int, name: str) -> bool:

@@ -9,7 +9,7 @@ from mla_tune.errors import FitError
 from mla_tune.fit.evaluation import held_out, held_out_points, overall, rules
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.table_rows import fit_policy
-from mla_tune.policy.schema import Choice, HeldOut, Range, Row, Table
+from mla_tune.policy.schema import Choice, Range, Row, Table
 from mla_tune.store.measurement import Outcome, Role
 from tests.fit.synthetic import C4A, ENVIRONMENT, METADATA, SOURCE, World, attention_sites, fit_shapes, sweep
 
@@ -21,12 +21,8 @@ TABLE = Table(
     incumbent="sparse_fwd",
     candidates=("sparse_fwd", "with_kvcache"),
     builds=(),
-    noise_band=0.01,
     measured=Range(num_qo_tokens=(1, 65536), kv_tokens=(1, 1 << 26), num_reqs=(1, 64)),
-    limits=(),
-    ineligible=(),
-    rows=(Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),)),),
-    held_out=HeldOut(points=0, slowdown=()),
+    rows=(Row(choices=(Choice(candidate="with_kvcache"),)),),
 )
 OBSERVATIONS = Observations(sweep(World(), [C4A]))
 
@@ -88,15 +84,16 @@ def test_zero_points_raise() -> None:
 
 def test_the_overall_judgement_weighs_points_of_single_layer_attention_tables_equally() -> None:
     measurements = sweep(World(), [*attention_sites(), METADATA], held_out=6)
-    policy = fit_policy(ENVIRONMENT, measurements, source=SOURCE)
-    counted = [t for t in policy.tables if t.site == "prefill_attention" and t.layer != "forward"]
-    total = overall(Observations(measurements), policy)
+    fitted = fit_policy(ENVIRONMENT, measurements, source=SOURCE)
+    counted = [t for t in fitted.evidence.tables if t.site == "prefill_attention" and t.layer != "forward"]
+    total = overall(Observations(measurements), fitted.policy.tables)
+    assert total is not None
+    assert total == fitted.evidence.overall
     assert total.points == sum(table.held_out.points for table in counted)
     expected = sum(t.held_out.points * t.held_out.slowdown[0].mean for t in counted) / total.points
     assert total.slowdown[0].mean == pytest.approx(expected, abs=2e-4)
 
 
-def test_an_overall_judgement_of_no_comparison_raises() -> None:
-    policy = fit_policy(ENVIRONMENT, sweep(World(), [METADATA], held_out=4), source=SOURCE)
-    with pytest.raises(FitError, match="two candidates"):
-        overall(OBSERVATIONS, policy)
+def test_without_a_comparison_there_is_no_overall_judgement() -> None:
+    fitted = fit_policy(ENVIRONMENT, sweep(World(), [METADATA], held_out=4), source=SOURCE)
+    assert fitted.evidence.overall is None

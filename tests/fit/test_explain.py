@@ -7,7 +7,7 @@ import pytest
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.explanation import explain
 from mla_tune.fit.table_rows import fit_policy
-from mla_tune.policy.decision import decide
+from mla_tune.policy.decision import Decision
 from mla_tune.sites.candidates import stages
 from mla_tune.sites.shape import Shape
 from mla_tune.store.measurement import Role
@@ -15,7 +15,7 @@ from tests.fit.synthetic import C4A, ENVIRONMENT, FLASH, SOURCE, World, attentio
 
 MEASUREMENTS = sweep(World(noise=0.003), attention_sites(), held_out=6)
 COSTS = CostModel(ENVIRONMENT, MEASUREMENTS)
-POLICY = fit_policy(ENVIRONMENT, MEASUREMENTS, source=SOURCE)
+POLICY = fit_policy(ENVIRONMENT, MEASUREMENTS, source=SOURCE).policy
 TABLES = {table.layer: table for table in POLICY.tables if table.model == FLASH.name}
 
 
@@ -23,7 +23,7 @@ TABLES = {table.layer: table for table in POLICY.tables if table.model == FLASH.
 def test_stages_times_the_correction_are_the_total_and_the_answer_is_the_tables(layer: str) -> None:
     shape = Shape(4, 900, 400000)
     found = explain(COSTS, TABLES[layer], shape)
-    assert found.decision == decide(TABLES[layer], 900, 400000, 4)
+    assert found.decision == Decision(TABLES[layer]).explain(900, 400000, 4)
     assert found.unit == ("forward" if layer == "forward" else "layer")
     for candidate in found.candidates:
         summed = sum(stage.latency_us for stage in candidate.stages)

@@ -13,10 +13,12 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import FitError
 from mla_tune.fit.observations import shares
-from mla_tune.fit.table_rows import fit_policy, left_out
-from mla_tune.policy.decision import decide, spans
+from mla_tune.fit.table_rows import FittedPolicy, fit_policy, left_out
+from mla_tune.policy.codec import dump_policy, parse_policy
+from mla_tune.policy.decision import Decision
+from mla_tune.policy.evidence import TableEvidence
 from mla_tune.policy.rules import problems
-from mla_tune.policy.schema import Choice, Policy, Row, Table, dump_policy, parse_policy
+from mla_tune.policy.schema import Choice, Policy, Row, Table
 from mla_tune.sites.candidates import CANDIDATES, SPARSE_FWD, WITH_KVCACHE, names_at, stages
 from mla_tune.sites.engines import Engine, EngineChoice
 from mla_tune.sites.shape import Shape
@@ -38,10 +40,19 @@ from tests.fit.synthetic import (
 CLEAN = sweep(World(noise=0.003), [C4A])
 
 
+def _fitted(measurements: list[Measurement]) -> FittedPolicy:
+    fitted = fit_policy(ENVIRONMENT, measurements, source=SOURCE)
+    assert list(problems(fitted.policy)) == []
+    return fitted
+
+
 def _fit(measurements: list[Measurement]) -> Policy:
-    policy = fit_policy(ENVIRONMENT, measurements, source=SOURCE)
-    assert list(problems(policy)) == []
-    return policy
+    return _fitted(measurements).policy
+
+
+def _c4a_evidence(measurements: list[Measurement]) -> TableEvidence:
+    (evidence,) = _fitted(measurements).evidence.tables
+    return evidence
 
 
 def _c4a_table(measurements: list[Measurement]) -> Table:
@@ -69,33 +80,32 @@ def _attention_alone(total_us: Callable[[str, Shape], float]) -> Callable[[Site,
 )
 def test_where_a_choice_loses_more_than_a_few_percent_a_bracket_says_so(num_reqs: int, context: int) -> None:
     kv_tokens = num_reqs * context
-    table = _c4a_table(CLEAN)
+    fitted = _fitted(CLEAN)
+    (table,), (evidence,) = fitted.policy.tables, fitted.evidence.tables
+    decision = Decision(table)
     lost, inside = 0, 0
     for count in range(max(num_reqs, 2), min(kv_tokens, 32768), 7):
         shape = Shape(num_reqs, count, kv_tokens)
         costs_us = {name: _true_us(name, shape) for name in table.candidates}
-        chosen = decide(table, count, kv_tokens, num_reqs).candidate
+        chosen = decision.choose(count, kv_tokens, num_reqs)
         if costs_us[chosen] > 1.08 * min(costs_us.values()):
             lost += 1
-            inside += any(low <= count <= high for low, high in _brackets(table, shape))
+            inside += any(low <= count <= high for low, high in _brackets(table, evidence, shape))
     assert inside == lost
     assert lost < 20
 
 
-def _brackets(table: Table, shape: Shape) -> list[tuple[float, float]]:
+def _brackets(table: Table, evidence: TableEvidence, shape: Shape) -> list[tuple[int, int]]:
     """Brackets of every threshold of the row that serves ``shape``, in query tokens."""
-    group = [group for group in spans(table) if group[0].row.num_reqs_from <= shape.num_reqs][-1]
-    span = [span for span in group if span.row.kv_tokens_from <= shape.kv_tokens][-1]
-    found = []
-    for choice in span.row.choices:
-        if choice.bracket is not None:
-            at = span.threshold(choice).at(shape.kv_tokens)
-            found.append((choice.bracket[0] * at, choice.bracket[1] * at))
-    return found
+    index = Decision(table).answer(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs).row
+    if index is None:
+        return []
+    choices, brackets = table.rows[index].choices[1:], evidence.rows[index].thresholds
+    return [of.at(choice.threshold.at(shape.kv_tokens)) for choice, of in zip(choices, brackets, strict=True)]
 
 
 def test_a_policy_loses_little_on_shapes_that_it_never_saw_and_less_than_every_constant() -> None:
-    policy, *baselines = _c4a_table(CLEAN).held_out.slowdown
+    policy, *baselines = _c4a_evidence(CLEAN).held_out.slowdown
     assert policy.rule == "policy"
     assert policy.mean <= 1.02
     assert policy.worst <= 1.25
@@ -115,14 +125,11 @@ def test_held_out_timings_reach_the_judgement_alone() -> None:
         factor = 3.0 if m.candidate == "sparse_fwd" else 1.0
         return m if m.role is Role.FIT else replace(m, latency_us=(m.latency_us or 0) * factor)
 
-    before, after = _c4a_table(CLEAN), _c4a_table([disturbed(m) for m in CLEAN])
-    assert (after.rows, after.limits, after.noise_band, after.measured) == (
-        before.rows,
-        before.limits,
-        before.noise_band,
-        before.measured,
-    )
-    assert after.held_out != before.held_out
+    before, after = _fitted(CLEAN), _fitted([disturbed(m) for m in CLEAN])
+    assert after.policy == before.policy
+    (one,), (other,) = before.evidence.tables, after.evidence.tables
+    assert other.held_out != one.held_out
+    assert msgspec.structs.replace(other, held_out=one.held_out) == one
 
 
 def test_differences_inside_the_noise_keep_the_incumbent() -> None:
@@ -130,7 +137,7 @@ def test_differences_inside_the_noise_keep_the_incumbent() -> None:
         return 20 + 0.1 * shape.num_qo_tokens
 
     table = _c4a_table(sweep(World(law=_attention_alone(equal), noise=0.003, launch_gap_us=0), [C4A]))
-    only = Choice(num_qo_tokens_from=0, candidate="sparse_fwd")
+    only = Choice(candidate="sparse_fwd")
     assert table.rows == (Row(num_reqs_from=0, kv_tokens_from=0, choices=(only,)),)
 
 
@@ -141,7 +148,7 @@ def test_a_winner_that_returns_gets_several_thresholds() -> None:
         return (20 + 0.1 * shape.num_qo_tokens) * factor
 
     table = _c4a_table(sweep(World(law=_attention_alone(alternating)), [C4A]))
-    chosen = [decide(table, count, 131072, 1).candidate for count in (32, 512, 4096, 16384)]
+    chosen = [Decision(table).choose(count, 131072, 1) for count in (32, 512, 4096, 16384)]
     assert chosen == ["with_kvcache", "sparse_fwd", "with_kvcache", "sparse_fwd"]
 
 
@@ -176,7 +183,7 @@ def test_a_third_candidate_that_wins_is_chosen_where_it_wins(monkeypatch: pytest
         return fixed + slope * shape.num_qo_tokens
 
     table = _c4a_table(sweep(World(law=_attention_alone(crossing)), [C4A]))
-    assert [decide(table, count, 131072, 1).candidate for count in (16, 400, 8192)] == [
+    assert [Decision(table).choose(count, 131072, 1) for count in (16, 400, 8192)] == [
         "with_kvcache",
         "zigzag",
         "sparse_fwd",
@@ -184,11 +191,11 @@ def test_a_third_candidate_that_wins_is_chosen_where_it_wins(monkeypatch: pytest
 
 
 def test_a_forward_weighs_its_layer_types_by_their_counts() -> None:
-    policy = _fit(sweep(World(), attention_sites()))
-    tables = {table.layer: table for table in policy.tables if table.model == FLASH.name}
+    fitted = _fitted(sweep(World(), attention_sites()))
+    tables = {table.layer: table for table in fitted.evidence.tables if table.model == FLASH.name}
     assert list(tables) == ["swa_only", "c4a", "c128a", "forward"]
     assert tables["forward"].held_out.slowdown[0].mean <= 1.02
-    assert policy.regime == "graph"
+    assert fitted.policy.regime == "graph"
 
 
 def test_models_share_the_sites_that_they_agree_on() -> None:
@@ -202,13 +209,14 @@ def test_models_share_the_sites_that_they_agree_on() -> None:
 
 def test_v3_2_keeps_its_own_incumbent() -> None:
     site = V3_2.site(SiteName.PREFILL_ATTENTION, LayerType.DSA)
-    tables = [t for t in _fit(sweep(World(noise=0.003), [site], model=V3_2)).tables if t.engine is Engine.SGLANG]
+    fitted = _fitted(sweep(World(noise=0.003), [site], model=V3_2))
+    tables = [t for t in fitted.policy.tables if t.engine is Engine.SGLANG]
     assert [(t.layer, t.incumbent) for t in tables] == [("dsa", "with_kvcache"), ("forward", "with_kvcache")]
-    assert tables[0].held_out.slowdown[0].mean <= 1.02
+    assert fitted.evidence.tables[0].held_out.slowdown[0].mean <= 1.02
 
 
 def test_metadata_tables_have_no_heads_and_judge_their_own_baselines() -> None:
-    tables = _fit(sweep(World(), [METADATA], held_out=8)).tables
+    tables = _fitted(sweep(World(), [METADATA], held_out=8)).evidence.tables
     assert {(t.h_q, t.layer) for t in tables} == {(None, "c4a"), (None, "forward")}
     assert [s.rule for s in tables[0].held_out.slowdown] == [
         "policy",
@@ -229,7 +237,7 @@ def test_any_part_of_a_sweep_gives_a_valid_policy_or_one_fit_error(seed: int, mi
 
     measurements = [m for m in sweep(World(law=law, noise=0.05), [C4A], held_out=10) if rng.random() >= missing]
     try:
-        tables = _fit(measurements).tables
+        tables = _fitted(measurements).evidence.tables
     except FitError as error:
         tables, refusal = (), str(error)
     else:
@@ -249,17 +257,17 @@ def test_a_candidate_without_memory_for_long_contexts_is_fitted_on_the_rest() ->
         Measurement(m.site, m.shape, m.role, m.candidate, "per_layer", m.regime, Outcome.NO_MEMORY, "needs 90 GB")
         for m in lost
     ]
-    table = _c4a_table([*kept, *failed])
+    table = _c4a_evidence([*kept, *failed])
     assert table.limits == ()
-    assert table.held_out.points < _c4a_table(CLEAN).held_out.points
+    assert table.held_out.points < _c4a_evidence(CLEAN).held_out.points
     assert table.held_out.slowdown[0].mean <= 1.02
 
 
 def test_a_candidate_that_never_ran_is_left_out_of_the_table() -> None:
     world = World(failures={("with_kvcache", 1): (Outcome.UNSUPPORTED, "flash_mla is not installed")})
-    table = _c4a_table(sweep(world, [C4A], held_out=4))
-    assert table.candidates == ("sparse_fwd",)
-    assert [s.rule for s in table.held_out.slowdown] == ["policy", "always sparse_fwd"]
+    fitted = _fitted(sweep(world, [C4A], held_out=4))
+    assert fitted.policy.tables[0].candidates == ("sparse_fwd",)
+    assert [s.rule for s in fitted.evidence.tables[0].held_out.slowdown] == ["policy", "always sparse_fwd"]
 
 
 def test_whole_timings_overrule_the_sum_of_the_stages() -> None:
@@ -267,16 +275,15 @@ def test_whole_timings_overrule_the_sum_of_the_stages() -> None:
         halved = m.candidate == "sparse_fwd" and m.part == "per_layer"
         return replace(m, latency_us=(m.latency_us or 0) * 0.5) if halved else m
 
-    before, after = _c4a_table(CLEAN), _c4a_table([overlapped(m) for m in CLEAN])
+    again = _fitted([overlapped(m) for m in CLEAN])
+    before, after = _c4a_table(CLEAN), again.policy.tables[0]
 
     def thresholds(table: Table) -> list[int]:
-        counts = range(16, 32768, 16)
-        return [
-            sum(decide(table, q, kv, 1).candidate == "sparse_fwd" for q in counts) for kv in (16384, 131072, 1 << 20)
-        ]
+        counts, choose = range(16, 32768, 16), Decision(table).choose
+        return [sum(choose(q, kv, 1) == "sparse_fwd" for q in counts) for kv in (16384, 131072, 1 << 20)]
 
     assert all(a > b for a, b in zip(thresholds(after), thresholds(before), strict=True))
-    assert after.held_out.slowdown[0].mean <= 1.02
+    assert again.evidence.tables[0].held_out.slowdown[0].mean <= 1.02
 
 
 def test_graph_timings_are_preferred_to_eager_ones() -> None:
@@ -301,10 +308,10 @@ def test_without_the_incumbent_there_is_no_policy() -> None:
 
 def test_a_candidate_that_compiles_for_seconds_at_most_new_shapes_is_measured_but_never_served() -> None:
     slow = [replace(m, first_call_s=2.5) if m.candidate == "with_kvcache" else m for m in CLEAN]
-    table = _c4a_table(slow)
+    table, evidence = _c4a_table(slow), _c4a_evidence(slow)
     assert [(entry.candidate, entry.first_call_s) for entry in table.ineligible] == [("with_kvcache", 2.5)]
     assert {choice.candidate for row in table.rows for choice in row.choices} == {"sparse_fwd"}
-    assert "always with_kvcache" in [entry.rule for entry in table.held_out.slowdown]
+    assert "always with_kvcache" in [entry.rule for entry in evidence.held_out.slowdown]
 
 
 def test_one_slow_first_call_in_a_process_bars_nobody() -> None:
@@ -322,4 +329,4 @@ def test_a_table_that_no_held_out_point_can_judge_is_left_out_by_name() -> None:
 
 def test_timings_that_scatter_by_more_than_their_size_still_make_a_valid_policy() -> None:
     wild = [replace(m, ci_low_us=0.0, ci_high_us=10 * m.latency_us) if m.latency_us is not None else m for m in CLEAN]
-    assert _c4a_table(wild).noise_band == 0.99
+    assert _c4a_evidence(wild).noise_band == 0.99

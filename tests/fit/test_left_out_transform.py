@@ -10,8 +10,9 @@ import pytest
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import scope
 from mla_tune.fit.usable import usable
-from mla_tune.policy.decision import decide
-from mla_tune.policy.schema import Table, load_policy
+from mla_tune.policy.codec import load_policy
+from mla_tune.policy.decision import Decision
+from mla_tune.policy.schema import Table
 from mla_tune.sites.candidates import TOPK_TRANSFORM
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.shape import Shape
@@ -47,6 +48,7 @@ def test_v3_2s_choices_are_as_good_with_the_transform_left_out_of_both_paths(
         stage = observations.part(site, name, shape, TOPK_TRANSFORM.name)
         return None if stage is None else stage.latency_us
 
+    choose = Decision(table).choose
     with_it, without = [], []
     for shape in sorted({shape for role in roles for shape in of.swept(observations, role)}):
         whole = {name: of.measured_us(observations, name, shape) for name in table.candidates}
@@ -54,7 +56,7 @@ def test_v3_2s_choices_are_as_good_with_the_transform_left_out_of_both_paths(
         left = {name: us - own for name, us in costs.items() if (own := transform_us(name, shape)) is not None}
         if len(left) < len(table.candidates):
             continue
-        chosen = decide(table, shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs).candidate
+        chosen = choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
         with_it.append(costs[chosen] / min(costs.values()))
         without.append(left[chosen] / min(left.values()))
     assert len(with_it) >= 30

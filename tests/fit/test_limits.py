@@ -15,9 +15,10 @@ from mla_tune.fit.costs import CostModel
 from mla_tune.fit.limits import is_unsafe, limits, suspects
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import scope, scopes
-from mla_tune.fit.table_rows import fit_policy, fit_table
+from mla_tune.fit.table_rows import FittedTable, fit_policy, fit_table
 from mla_tune.fit.usable import usable
-from mla_tune.policy.decision import decide
+from mla_tune.policy.decision import Decision
+from mla_tune.policy.evidence import LimitEvidence
 from mla_tune.policy.schema import Choice, Ineligible, Limit, Row, Table
 from mla_tune.sites.candidates import names_at
 from mla_tune.sites.engines import Engine
@@ -50,6 +51,11 @@ def tried(candidate: str, count: int, outcome: Outcome = Outcome.OK, site: Site 
 
 def fitted(rows: Iterable[Measurement], tries: Iterable[Try] = (), engine: Engine = Engine.SGLANG) -> Table:
     """The table of the rows' one site, for the first model that has it."""
+    return judged(rows, tries, engine).table
+
+
+def judged(rows: Iterable[Measurement], tries: Iterable[Try] = (), engine: Engine = Engine.SGLANG) -> FittedTable:
+    """The same with its evidence."""
     kept = list(rows)
     site = kept[0].site
     model = V3_2 if site.layer is LayerType.DSA else FLASH
@@ -58,7 +64,7 @@ def fitted(rows: Iterable[Measurement], tries: Iterable[Try] = (), engine: Engin
     return found
 
 
-def found(world: World, *tries: Try) -> tuple[Limit, ...]:
+def found(world: World, *tries: Try) -> tuple[LimitEvidence, ...]:
     return limits(Observations(sweep(world, [METADATA], held_out=4), tries), [METADATA], names_at(METADATA))
 
 
@@ -117,11 +123,12 @@ def test_trouble_around_a_kernel_is_none_of_its_capability(detail: str) -> None:
 
 def test_a_worker_killed_at_64_query_tokens_leaves_the_table_as_it_was() -> None:
     """Such a row of sparse_fwd made a limit of 62, and took the table from 1.000 to 1.115 on held-out points."""
-    before = fitted(sweep(World(), [DSA], held_out=6, model=V3_2))
-    after = fitted(usable(struck(OUTSIDE[0])))
+    first = judged(sweep(World(), [DSA], held_out=6, model=V3_2))
+    second = judged(usable(struck(OUTSIDE[0])))
+    before, after = first.table, second.table
     assert after.limits == ()
-    assert after.held_out.slowdown[0].mean <= before.held_out.slowdown[0].mean + 0.001
-    assert decide(after, 4096, 8192, 1).candidate == decide(before, 4096, 8192, 1).candidate == "sparse_fwd"
+    assert second.evidence.held_out.slowdown[0].mean <= first.evidence.held_out.slowdown[0].mean + 0.001
+    assert Decision(after).choose(4096, 8192, 1) == Decision(before).choose(4096, 8192, 1) == "sparse_fwd"
 
 
 @pytest.mark.parametrize("detail", OUTSIDE)
@@ -171,13 +178,10 @@ def test_a_candidate_is_not_answered_from_its_failure_up_proven_or_not(tries: li
     table = fitted(sweep(FAILS_FROM_3000, [C4A]), tries)
     assert [limit.num_qo_tokens for limit in table.limits] == ([2999] if tries else [])
     answers = {
-        decide(table, q, kv, r).candidate
-        for q in (3000, 3500, 5000, 16000)
-        for kv in (1 << 17, 1 << 20)
-        for r in (1, 2)
+        Decision(table).choose(q, kv, r) for q in (3000, 3500, 5000, 16000) for kv in (1 << 17, 1 << 20) for r in (1, 2)
     }
     assert answers == {"sparse_fwd"}
-    assert decide(table, 64, 1 << 26, 64).candidate == "with_kvcache"
+    assert Decision(table).choose(64, 1 << 26, 64) == "with_kvcache"
 
 
 @cache
@@ -189,18 +193,18 @@ def table_past_limits(*slow: str) -> Table:
     """A table with three candidates, of which the incumbent and what its rows answer end at 100 query tokens."""
     table = fitted_with_variants()
     names = (table.incumbent, "with_kvcache")
-    bound = tuple(Limit(candidate=n, num_qo_tokens=100, fails_at=101, found_by="probe", reason="-") for n in names)
-    barred = tuple(Ineligible(candidate=name, first_call_s=9.0, bound_s=1.0) for name in slow)
-    only = Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),))
+    bound = tuple(Limit(candidate=n, num_qo_tokens=100) for n in names)
+    barred = tuple(Ineligible(candidate=name, first_call_s=9.0) for name in slow)
+    only = Row(choices=(Choice(candidate="with_kvcache"),))
     return msgspec.structs.replace(table, limits=bound, ineligible=barred, rows=(only,))
 
 
 def test_past_a_limit_a_candidate_with_slow_first_calls_comes_last_of_those_that_run() -> None:
     first, second = "sparse_fwd_fused", "sparse_fwd_selected"
-    assert decide(table_past_limits(), 101, 8192, 1).candidate == first
-    assert decide(table_past_limits(first), 101, 8192, 1).candidate == second
-    assert decide(table_past_limits(second), 101, 8192, 1).candidate == first
-    assert decide(table_past_limits(first, second), 101, 8192, 1).candidate == first
+    assert Decision(table_past_limits()).choose(101, 8192, 1) == first
+    assert Decision(table_past_limits(first)).choose(101, 8192, 1) == second
+    assert Decision(table_past_limits(second)).choose(101, 8192, 1) == first
+    assert Decision(table_past_limits(first, second)).choose(101, 8192, 1) == first
 
 
 def test_a_candidate_that_fails_at_its_smallest_count_is_left_out() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 
 import numpy as np
@@ -18,12 +17,12 @@ from mla_tune.fit.curves import fit_curve, terms_of
 from mla_tune.fit.modelled import ModelledCosts, model_policy
 from mla_tune.fit.scaling import Scaling
 from mla_tune.fit.scope import Scope, scope
-from mla_tune.fit.table_rows import unjudged_table
+from mla_tune.fit.table_rows import FittedPolicy
 from mla_tune.fit.work import Array, work
 from mla_tune.fit.workspace_bytes import workspace
 from mla_tune.hardware.datasheet import DATASHEETS, SM90, SM100, Datasheet, Figure, datasheet
-from mla_tune.policy.decision import decide
-from mla_tune.policy.schema import Policy, Table, dump_policy, parse_policy
+from mla_tune.policy.codec import dump_policy, parse_policy
+from mla_tune.policy.decision import Decision
 from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.engines import Engine, model_incumbent
 from mla_tune.sites.shape import Shape
@@ -204,74 +203,64 @@ def forward(name: SiteName = SiteName.PREFILL_ATTENTION) -> Scope:
 
 
 @pytest.fixture(scope="module")
-def b200_policy(measured: CostModel) -> Policy:
+def b200_policy(measured: CostModel) -> FittedPolicy:
     """The policy of a B200 by the made-up H200."""
     return model_policy(measured, datasheet("nvidia-b200"), SOURCE)
 
 
-def test_a_modelled_policy_says_what_it_is_and_is_read_back(b200_policy: Policy) -> None:
-    policy = b200_policy
+def test_a_modelled_policy_says_what_it_is_and_is_read_back(b200_policy: FittedPolicy) -> None:
+    policy, modelled = b200_policy.policy, b200_policy.evidence.modelled
     assert parse_policy(dump_policy(policy), "p") == policy
     assert (policy.gpu.sku, policy.gpu.sm_count, policy.evidence) == ("nvidia-b200", 148, "modelled")
-    assert policy.modelled is not None
-    assert (policy.modelled.scaled_from.sku, policy.modelled.scaled_from.sm_count) == ("nvidia-h200", 132)
-    assert {(s.site, s.candidate, s.stage) for s in policy.modelled.stages} == {(s.key, c, n) for s, c, n in STAGES}
-    for table in policy.tables:
-        assert table.held_out.points == 0
-        assert {entry.candidate for entry in table.uncertainty} == set(table.candidates)
+    assert modelled is not None
+    assert policy.scaled_from == "nvidia-h200"
+    assert {(s.site, s.candidate, s.stage) for s in modelled.stages} == {(s.key, c, n) for s, c, n in STAGES}
+    for table, evidence in zip(policy.tables, b200_policy.evidence.tables, strict=True):
+        assert evidence.held_out.points == 0
+        assert {entry.candidate for entry in evidence.uncertainty} == set(table.candidates)
         assert table.incumbent == model_incumbent(Engine.SGLANG, SiteName(table.site), MODELS[table.model])
 
 
-def test_the_noise_band_of_a_table_is_the_uncertainty_of_both_candidates_together(b200_policy: Policy) -> None:
-    for table in b200_policy.tables:
+def test_the_noise_band_of_a_table_is_the_uncertainty_of_both_candidates_together(b200_policy: FittedPolicy) -> None:
+    for table in b200_policy.evidence.tables:
         together = math.expm1(sum(entry.relative for entry in table.uncertainty))
         assert table.noise_band == pytest.approx(together, rel=1e-3)
 
 
 def test_where_the_uncertainty_spans_the_crossover_the_incumbent_stays(
-    b200_policy: Policy, models: dict[str, ModelledCosts]
+    b200_policy: FittedPolicy, models: dict[str, ModelledCosts]
 ) -> None:
     where, costs = forward(), models["nvidia-b200"]
-    (table,) = (t for t in b200_policy.tables if t.layer == FORWARD and t.site == where.name)
+    (table,) = (t for t in b200_policy.policy.tables if t.layer == FORWARD and t.site == where.name)
+    (band,) = (t.noise_band for t in b200_policy.evidence.tables if t.key == table.key)
     switched = 0
     for num_reqs, context in ((1, 8192), (1, 1 << 20), (16, 131072), (64, 1 << 20)):
         for tokens in (64, 256, 1024, 4096, 16384):
             shape = Shape(num_reqs, min(tokens, num_reqs * context), num_reqs * context)
             works = [work(site, [shape]) for site, _ in where.parts]
             cost = {name: float(where.predicted_us(costs, name, works)[0]) for name in table.candidates}
-            choice = decide(table, shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs).candidate
+            choice = Decision(table).choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
             gain = cost[table.incumbent] / cost[choice] - 1
             if choice != table.incumbent:
                 switched += 1
                 # A row holds shapes on both sides of a threshold: half of the band is what its mean guarantees.
-                assert gain > table.noise_band / 2
+                assert gain > band / 2
             if gain < 0:
                 assert choice == table.incumbent
     assert switched
-
-
-def test_no_timing_of_the_measured_gpu_speaks_for_a_threshold_of_another(
-    measured: CostModel, b200_policy: Policy
-) -> None:
-    # A confidence interval is made of timed whole paths: the fit of these measurements has some, the model has none.
-    def intervals(tables: Iterable[Table]) -> list[object]:
-        return [c.interval for t in tables for row in t.rows for c in row.choices if c.interval]
-
-    assert intervals([table for table in [unjudged_table(measured, forward())] if table])
-    assert [c for t in b200_policy.tables for row in t.rows for c in row.choices[1:]]
-    assert not intervals(b200_policy.tables)
 
 
 def test_limits_are_carried_over_on_the_same_architecture_alone() -> None:
     failing = World(failures={("with_kvcache", 16384): (Outcome.RUNTIME_ERROR, "illegal memory access")})
     costs = CostModel(ENVIRONMENT, sweep(failing, [C4A]))
     hopper, blackwell = (model_policy(costs, datasheet(sku), SOURCE) for sku in ("nvidia-h100", "nvidia-b200"))
-    (limit,) = hopper.tables[0].limits
+    (limit,) = hopper.evidence.tables[0].limits
+    assert [entry.num_qo_tokens for entry in hopper.policy.tables[0].limits] == [limit.num_qo_tokens]
     assert (limit.candidate, limit.fails_at) == ("with_kvcache", 16384)
-    assert blackwell.tables[0].limits == ()
-    assert blackwell.tables[0].measured.num_qo_tokens[1] == limit.num_qo_tokens < 16384
-    assert hopper.tables[0].measured.num_qo_tokens[1] >= 16384
-    texts = [policy.modelled.limits for policy in (hopper, blackwell) if policy.modelled]
+    assert blackwell.policy.tables[0].limits == ()
+    assert blackwell.policy.tables[0].measured.num_qo_tokens[1] == limit.num_qo_tokens < 16384
+    assert hopper.policy.tables[0].measured.num_qo_tokens[1] >= 16384
+    texts = [found.evidence.modelled.limits for found in (hopper, blackwell) if found.evidence.modelled]
     assert texts[0].startswith("carried over")
     assert texts[1].startswith("not carried over")
 
@@ -289,7 +278,7 @@ def test_a_gpu_without_a_datasheet_cannot_be_scaled_from() -> None:
 
 def test_one_layer_type_alone_can_be_modelled() -> None:
     costs = CostModel(ENVIRONMENT, sweep(World(), [C4A]))
-    policy = model_policy(costs, datasheet("nvidia-h800"), SOURCE)
+    policy = model_policy(costs, datasheet("nvidia-h800"), SOURCE).policy
     assert [(t.layer, t.h_q) for t in policy.tables] == [(LayerType.C4A, 64)]
 
 

@@ -12,7 +12,8 @@ from mla_tune.fit.limits import limits
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.table_rows import fit_policy
 from mla_tune.fit.usable import stored_provider, usable
-from mla_tune.policy.schema import Policy, dump_policy, parse_policy
+from mla_tune.policy.codec import dump_policy, parse_policy
+from mla_tune.policy.schema import Policy
 from mla_tune.sites.candidates import DEEP_GEMM, JIT, SPARSE_FWD, names_at, stages
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN, Provider
@@ -38,7 +39,7 @@ def measured(site: Site, law: World) -> list[Measurement]:
 
 
 def fitted(rows: list[Measurement] | tuple[Measurement, ...]) -> Policy:
-    return fit_policy(ENVIRONMENT, rows, source=SOURCE)
+    return fit_policy(ENVIRONMENT, rows, source=SOURCE).policy
 
 
 OURS = measured(C4A, World())
@@ -144,8 +145,10 @@ def test_a_limit_of_a_kernel_that_no_provider_replaces_holds_for_every_provider(
     tries = [Try(C4A, name, shape, outcome) for name in ("with_kvcache", "sparse_fwd") for shape, outcome in shapes]
     (limit,) = limits(Observations(TRANSFORMED, tries), [site], names_at(site))
     assert (limit.candidate, limit.num_qo_tokens, limit.fails_at) == ("with_kvcache", 40_000, 40_001)
-    (theirs,) = fit_policy(ENVIRONMENT, TRANSFORMED, tries, source=SOURCE).tables
-    assert theirs.limits == (limit,)  # SGLang's own dequantize is another kernel than the one that was tried
+    (theirs,) = fit_policy(ENVIRONMENT, TRANSFORMED, tries, source=SOURCE).policy.tables
+    assert [(entry.candidate, entry.num_qo_tokens) for entry in theirs.limits] == [
+        ("with_kvcache", 40_000)
+    ]  # SGLang's own dequantize is another kernel than the one that was tried
 
 
 def test_the_transform_is_paid_by_both_paths_in_every_layer() -> None:

@@ -10,7 +10,8 @@ from mla_tune.fit.scope import scope
 from mla_tune.fit.table_builds import builds_of
 from mla_tune.hardware.builds import Build
 from mla_tune.hardware.sku import Environment
-from mla_tune.policy.schema import CandidateBuilds, load_policy
+from mla_tune.policy.codec import load_policy
+from mla_tune.policy.schema import CandidateBuilds
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.site import MODELS, Conditions, SiteName

@@ -13,7 +13,9 @@ import pytest
 from mla_tune.errors import FitError
 from mla_tune.fit.goal import Goal, Validation, validate
 from mla_tune.fit.observations import Observations
-from mla_tune.policy.schema import Choice, Policy, Row, load_policy
+from mla_tune.policy.codec import digest, load_policy
+from mla_tune.policy.evidence import PolicyEvidence, load_evidence
+from mla_tune.policy.schema import Choice, Policy, Row
 from mla_tune.sites.shape import Shape
 from mla_tune.store.measurement import Measurement, Role
 from tests.fit.recorded import recorded
@@ -31,13 +33,20 @@ def committed() -> Policy:
     return load_policy(ROOT / "policies" / "nvidia-h200.yaml")
 
 
+def stated() -> PolicyEvidence:
+    path = ROOT / "policies" / "nvidia-h200.yaml"
+    found = load_evidence(path, digest(path.read_bytes()))
+    assert found is not None
+    return found
+
+
 def judged(policy: Policy) -> Validation:
-    return validate(Observations(fresh()), policy)
+    return validate(Observations(fresh()), policy, stated())
 
 
 def always(candidate: str) -> Policy:
     """The committed policy with one answer everywhere."""
-    row = Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate=candidate),))
+    row = Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(candidate=candidate),))
     policy = committed()
     tables = [msgspec.structs.replace(t, rows=(row,)) if candidate in t.candidates else t for t in policy.tables]
     return msgspec.structs.replace(policy, tables=tuple(tables))
@@ -65,14 +74,14 @@ def test_a_policy_that_always_dequantizes_is_the_baseline_of_that_name_and_misse
 def test_losses_to_the_incumbent_are_those_beyond_the_noise_band_alone() -> None:
     found = judged(always("with_kvcache"))
     assert found.below_incumbent
-    bands = {table.noise_band for table in committed().tables}
+    bands = {table.noise_band for table in stated().tables}
     assert min(loss.slowdown for loss in found.below_incumbent) > 1 + min(bands)
     assert {loss.choice for loss in found.below_incumbent} == {"with_kvcache"}
 
 
 def test_the_order_of_measurements_does_not_matter() -> None:
     order = np.random.default_rng(0).permutation(len(fresh()))
-    assert validate(Observations(fresh()[i] for i in order), committed()) == judged(committed())
+    assert validate(Observations(fresh()[i] for i in order), committed(), stated()) == judged(committed())
 
 
 def test_nothing_passes_on_nothing() -> None:

@@ -8,7 +8,8 @@ from mla_tune.fit.costs import CostModel
 from mla_tune.fit.explanation import explain
 from mla_tune.fit.table_rows import fit_policy
 from mla_tune.fit.usable import usable
-from mla_tune.policy.schema import Policy, Table, dump_policy, parse_policy
+from mla_tune.policy.codec import dump_policy, parse_policy
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.launch_parameters import CombineConfig, KernelLaunch
 from mla_tune.sites.shape import Shape
@@ -26,7 +27,7 @@ def measured(site: Site, world: World = ALL) -> list[Measurement]:
 
 
 def fitted(rows: list[Measurement], tuned: tuple[Tuned, ...] = ()) -> Policy:
-    return fit_policy(ENVIRONMENT, rows, source=SOURCE, tuned=tuned)
+    return fit_policy(ENVIRONMENT, rows, source=SOURCE, tuned=tuned).policy
 
 
 def own_table(policy: Policy) -> Table:

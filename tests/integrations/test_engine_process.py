@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from mla_tune.integrations.engine_process import paged_bytes, reserve
-from mla_tune.policy.schema import write_policy
+from mla_tune.policy.codec import write_policy
 from mla_tune.runtime import Dispatcher
 from mla_tune.runtime.decider import Decider, Service
 from mla_tune.runtime.switches import Switches

@@ -8,19 +8,21 @@ import msgspec
 from hypothesis import strategies as st
 
 from mla_tune.policy.evidence import (
+    HeldOut,
+    LimitEvidence,
     Modelled,
-    ScaledFrom,
+    PolicyEvidence,
+    RowEvidence,
+    Slowdown,
     StageUncertainty,
-    TrafficWeights,
-    Uncertainty,
-    WorkspaceCap,
+    TableEvidence,
+    ThresholdEvidence,
 )
 from mla_tune.policy.rules import accepted_candidates, accepted_engines, accepted_heads, problems
 from mla_tune.policy.schema import (
     CandidateBuilds,
     Choice,
     Gpu,
-    HeldOut,
     Ineligible,
     Library,
     Limit,
@@ -28,10 +30,10 @@ from mla_tune.policy.schema import (
     PolicyEnvironment,
     Range,
     Row,
-    Slowdown,
     Source,
     Table,
 )
+from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
 
@@ -64,47 +66,22 @@ def table(**changes: Any) -> Table:
         incumbent="sparse_fwd",
         candidates=("sparse_fwd", "with_kvcache"),
         builds=("sgl-flash-mla==1.0.0",),
-        noise_band=0.03,
         measured=Range(num_qo_tokens=(16, 32768), kv_tokens=(2048, 1 << 26), num_reqs=(1, 64)),
-        limits=(),
-        ineligible=(),
         rows=(
             Row(
-                num_reqs_from=0,
-                kv_tokens_from=0,
                 choices=(
-                    Choice(num_qo_tokens_from=0, candidate="with_kvcache"),
-                    Choice(num_qo_tokens_from=4096, candidate="sparse_fwd", bracket=(0.95, 1.05)),
+                    Choice(candidate="with_kvcache"),
+                    Choice(threshold=Threshold.level(4096), candidate="sparse_fwd"),
                 ),
             ),
             Row(
-                num_reqs_from=0,
                 kv_tokens_from=1 << 20,
                 choices=(
-                    Choice(num_qo_tokens_from=0, candidate="with_kvcache"),
-                    Choice(
-                        num_qo_tokens_from=6000,
-                        num_qo_tokens_to=12000,
-                        candidate="sparse_fwd",
-                        bracket=(0.9, 1.25),
-                        interval=(0.98, 1.1),
-                        win=(0.02, 0.03),
-                    ),
+                    Choice(candidate="with_kvcache"),
+                    Choice(threshold=Threshold((6000, 12000), (1 << 20, 1 << 26)), candidate="sparse_fwd"),
                 ),
             ),
-            Row(
-                num_reqs_from=16,
-                kv_tokens_from=0,
-                censored="above",
-                choices=(Choice(num_qo_tokens_from=0, candidate="with_kvcache"),),
-            ),
-        ),
-        held_out=HeldOut(
-            points=40,
-            slowdown=(
-                Slowdown(rule="policy", geomean=1.01, mean=1.012, p95=1.05, worst=1.2),
-                Slowdown(rule="num_qo_tokens > 11673", geomean=1.2, mean=1.3, p95=2.0, worst=4.5),
-            ),
+            Row(num_reqs_from=16, choices=(Choice(candidate="with_kvcache"),)),
         ),
     )
     return msgspec.structs.replace(base, **changes)
@@ -113,7 +90,6 @@ def table(**changes: Any) -> Table:
 def policy(*tables: Table, **changes: Any) -> Policy:
     """A policy of one H200 with ``tables`` (by default one), changed as asked."""
     base = Policy(
-        schema=3,
         gpu=Gpu(sku="nvidia-h200", sm_count=132),
         evidence="measured",
         regime="graph",
@@ -133,8 +109,51 @@ def policy(*tables: Table, **changes: Any) -> Policy:
     return msgspec.structs.replace(base, **changes)
 
 
+def evidence(*of: Table, **changes: Any) -> PolicyEvidence:
+    """Evidence of ``of``, by default of the table of :func:`policy`, changed as asked."""
+    base = PolicyEvidence(first_call_bound_s=1.0, tables=tuple(map(table_evidence, of or (table(),))))
+    return msgspec.structs.replace(base, **changes)
+
+
+def table_evidence(of: Table) -> TableEvidence:
+    """Evidence of one table."""
+    return TableEvidence(
+        site=of.site,
+        model=of.model,
+        h_q=of.h_q,
+        layer=of.layer,
+        engine=of.engine,
+        noise_band=0.03,
+        rows=tuple(
+            RowEvidence(
+                num_reqs_from=row.num_reqs_from,
+                kv_tokens_from=row.kv_tokens_from,
+                censored="above" if len(row.choices) == 1 else None,
+                thresholds=tuple(ThresholdEvidence(bracket=(0.9, 1.25), win=(0.02, 0.03)) for _ in row.choices[1:]),
+            )
+            for row in of.rows
+        ),
+        limits=tuple(
+            LimitEvidence(
+                candidate=limit.candidate,
+                num_qo_tokens=limit.num_qo_tokens,
+                fails_at=limit.num_qo_tokens + 1,
+                found_by="probe",
+                reason="out of bounds",
+            )
+            for limit in of.limits
+        ),
+        held_out=HeldOut(
+            points=40,
+            slowdown=(
+                Slowdown(rule="policy", geomean=1.01, mean=1.012, p95=1.05, worst=1.2),
+                Slowdown(rule="num_qo_tokens > 11673", geomean=1.2, mean=1.3, p95=2.0, worst=4.5),
+            ),
+        ),
+    )
+
+
 MODELLED = Modelled(
-    scaled_from=ScaledFrom(sku="nvidia-h200", sm_count=132),
     limits="carried over",
     stages=(
         StageUncertainty(
@@ -146,11 +165,10 @@ MODELLED = Modelled(
 
 def modelled_policy(*tables: Table, **changes: Any) -> Policy:
     """A policy of one B200, scaled from the H200, changed as asked."""
-    stated = (Uncertainty(candidate="sparse_fwd", relative=0.27), Uncertainty(candidate="with_kvcache", relative=0.5))
-    unjudged = HeldOut(points=0, slowdown=())
-    given = tables or (table(uncertainty=stated, noise_band=1.2, held_out=unjudged),)
     target = Gpu(sku="nvidia-b200", sm_count=148)
-    return policy(*given, **{"gpu": target, "evidence": "modelled", "modelled": MODELLED, **changes})
+    return policy(
+        *(tables or (table(),)), **{"gpu": target, "evidence": "modelled", "scaled_from": "nvidia-h200", **changes}
+    )
 
 
 def anywhere(policy: Policy) -> Policy:
@@ -173,7 +191,7 @@ def full_policy() -> Policy:
         )
         for row in rows
     )
-    indexer_rows = (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="jit"),)),)
+    indexer_rows = (Row(choices=(Choice(candidate="jit"),)),)
     tables = []
     for site, model, h_q, layer, engine in KEYS:
         changes: dict[str, Any] = {"site": site.value, "model": model, "h_q": h_q, "layer": str(layer), "rows": rows}
@@ -195,13 +213,8 @@ def rows(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Row, ...]:
     for reqs in [0, *sorted(draw(st.sets(counts, max_size=2)))]:
         for start in [0, *sorted(draw(st.sets(counts, max_size=2)))]:
             chosen = draw(choices(candidates))
-            censored = draw(st.sampled_from([None, "above", "below"])) if len(chosen) == 1 else None
-            found.append(Row(num_reqs_from=reqs, kv_tokens_from=start, censored=censored, choices=chosen))
+            found.append(Row(num_reqs_from=reqs, kv_tokens_from=start, choices=chosen))
     return tuple(found)
-
-
-factors = st.tuples(st.floats(0, 1), st.floats(1, 1e6))
-wins = st.tuples(st.floats(-0.5, 1e6), st.floats(-0.5, 1e6))
 
 
 @st.composite
@@ -209,46 +222,27 @@ def choices(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Choice, ...]:
     starts = [0, *sorted(draw(st.sets(counts, max_size=3 if len(candidates) > 1 else 0)))]
     size = len(starts) - 1
     ends = [0, *sorted(draw(st.sets(counts, min_size=size, max_size=size)))] if draw(st.booleans()) else starts
-    if any(end < start for start, end in zip(starts, ends, strict=True)):
-        ends = starts
+    contexts = sorted(draw(st.tuples(counts, counts)))
     found: list[Choice] = []
     for start, end in zip(starts, ends, strict=True):
         others = [name for name in candidates if not found or name != found[-1].candidate]
-        evidence: dict[str, Any] = {}
-        if found:
-            evidence = {
-                "bracket": draw(st.none() | factors),
-                "interval": draw(st.none() | factors),
-                "win": draw(st.none() | wins),
-            }
-        to = None if end == start else end
-        found.append(
-            Choice(num_qo_tokens_from=start, num_qo_tokens_to=to, candidate=draw(st.sampled_from(others)), **evidence)
-        )
+        line = Threshold.through((contexts[0], contexts[1]), (start, end))
+        found.append(Choice(threshold=line, candidate=draw(st.sampled_from(others))))
     return tuple(found)
 
 
 @st.composite
 def limits(draw: st.DrawFn, candidates: tuple[str, ...]) -> tuple[Limit, ...]:
-    found = []
-    for candidate in draw(st.lists(st.sampled_from(candidates), max_size=2)):
-        largest = draw(st.integers(0, MAX - 1) | st.integers(0, 40_000))
-        fails_at = draw(st.integers(largest + 1, MAX))
-        reason = draw(names)
-        found.append(
-            Limit(candidate=candidate, num_qo_tokens=largest, fails_at=fails_at, found_by="sweep", reason=reason)
-        )
-    return tuple(found)
+    limited = draw(st.lists(st.sampled_from(candidates), unique=True, max_size=2))
+    most = st.integers(0, MAX - 1) | st.integers(0, 40_000)
+    return tuple(Limit(candidate=candidate, num_qo_tokens=draw(most)) for candidate in limited)
 
 
 @st.composite
 def ineligible(draw: st.DrawFn, candidates: list[str]) -> tuple[Ineligible, ...]:
     barred = draw(st.lists(st.sampled_from(candidates), unique=True)) if candidates else []
-    return tuple(
-        Ineligible(candidate=name, first_call_s=bound + 0.5, bound_s=bound)
-        for name in barred
-        for bound in [draw(st.integers(0, 100).map(lambda halves: halves / 2))]
-    )
+    seconds = st.integers(0, 100).map(lambda halves: halves / 2)
+    return tuple(Ineligible(candidate=name, first_call_s=draw(seconds)) for name in barred)
 
 
 BUILDS = ("sgl-flash-mla==1.0.0", "sglang==0.5.23", "vllm==0.33.0+cu130", "flash-mla==unknown", "a-b-c==1!2.0rc1.post2")
@@ -261,57 +255,30 @@ def candidate_builds(draw: st.DrawFn, others: list[str]) -> tuple[CandidateBuild
     return tuple(CandidateBuilds(candidate=name, builds=tuple(sorted(draw(builds)))) for name in named)
 
 
-def without_crossing(*, modelled: bool, **fields: Any) -> Table:
-    """A table, with level thresholds where rounding would let slanted ones pass each other."""
+def without_crossing(**fields: Any) -> Table:
+    """A table, with level thresholds where slanted ones pass each other, and one choice a row where these would too."""
     found = Table(**fields)
-    if not list(problems(modelled_policy(found) if modelled else policy(found))):
-        return found
-    rows = [
-        msgspec.structs.replace(
-            row, choices=tuple(msgspec.structs.replace(choice, num_qo_tokens_to=None) for choice in row.choices)
-        )
-        for row in found.rows
-    ]
-    return msgspec.structs.replace(found, rows=tuple(rows))
+    for shape in (_levelled, _single):
+        if not list(problems(policy(found))):
+            break
+        found = msgspec.structs.replace(found, rows=tuple(map(shape, found.rows)))
+    return found
 
 
-relative_errors = st.floats(0, 1e9, allow_nan=False)
+def _levelled(row: Row) -> Row:
+    choices = (
+        msgspec.structs.replace(choice, threshold=Threshold.level(choice.threshold.num_qo_tokens[0]))
+        for choice in row.choices
+    )
+    return msgspec.structs.replace(row, choices=tuple(choices))
+
+
+def _single(row: Row) -> Row:
+    return msgspec.structs.replace(row, choices=row.choices[:1])
 
 
 @st.composite
-def stated(draw: st.DrawFn) -> Modelled:
-    stage = st.builds(
-        StageUncertainty, site=names, candidate=names, stage=names, measured=relative_errors, scaled=relative_errors
-    )
-    return Modelled(
-        scaled_from=ScaledFrom(sku=draw(names), sm_count=draw(counts)),
-        limits=draw(words),
-        stages=tuple(draw(st.lists(stage, max_size=2))),
-    )
-
-
-hashes = st.text("0123456789abcdef", min_size=64, max_size=64)
-weights = st.builds(
-    TrafficWeights,
-    traffic=hashes,
-    forwards=counts,
-    uniform_share=st.floats(0, 1, exclude_min=True, allow_subnormal=False),
-)
-caps = st.tuples(st.integers(0, MAX), st.integers(0, MAX), st.integers(0, MAX)).flatmap(
-    lambda found: st.builds(
-        WorkspaceCap,
-        max_bytes=counts,
-        shapes=st.just(max(found)),
-        over=st.just(sorted(found)[1]),
-        exempt=st.just(min(found)),
-    )
-)
-
-
-@st.composite
-def tables(
-    draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] = KEYS[0], *, modelled: bool = False
-) -> Table:
+def tables(draw: st.DrawFn, key: tuple[SiteName, str, int | None, str, Engine] = KEYS[0]) -> Table:
     site, model, h_q, layer, engine = key
     known = accepted_candidates(site, MODELS[model], engine)
     candidates = tuple(sorted(draw(st.sets(st.sampled_from(known), min_size=1))))
@@ -319,10 +286,7 @@ def tables(
     incumbent = draw(st.sampled_from(candidates))
     barred = draw(ineligible([name for name in candidates if name != incumbent]))
     served = tuple(name for name in candidates if name not in {entry.candidate for entry in barred})
-    rules = ["policy", *draw(st.lists(words.filter(lambda word: word != "policy"), unique=True, max_size=2))]
-    uncertain = draw(st.lists(st.sampled_from(candidates), unique=True)) if modelled else []
     return without_crossing(
-        modelled=modelled,
         site=site.value,
         model=model,
         h_q=h_q,
@@ -332,28 +296,16 @@ def tables(
         candidates=candidates,
         builds=tuple(sorted(draw(st.sets(st.sampled_from(BUILDS), max_size=2)))),
         candidate_builds=draw(candidate_builds([name for name in candidates if name != incumbent])),
-        noise_band=draw(relative_errors if modelled else st.floats(0, 1, exclude_max=True)),
-        uncertainty=tuple(Uncertainty(candidate=name, relative=draw(relative_errors)) for name in uncertain),
-        workspace_cap=draw(st.none() | caps),
         measured=Range(num_qo_tokens=draw(ranges), kv_tokens=draw(ranges), num_reqs=draw(ranges)),
         limits=draw(limits(candidates)),
         ineligible=barred,
         rows=draw(rows(served)),
-        held_out=HeldOut(
-            points=draw(counts),
-            slowdown=tuple(
-                Slowdown(
-                    rule=rule, geomean=draw(slowdowns), mean=draw(slowdowns), p95=draw(slowdowns), worst=draw(slowdowns)
-                )
-                for rule in rules
-            ),
-        ),
     )
 
 
 @st.composite
 def policies(draw: st.DrawFn) -> Policy:
-    keys = draw(st.lists(st.sampled_from(KEYS), unique=True, min_size=1, max_size=2))
+    keys = sorted(draw(st.lists(st.sampled_from(KEYS), unique=True, min_size=1, max_size=3)), key=KEYS.index)
     modelled = draw(st.booleans())
     libraries = draw(st.lists(st.builds(Library, name=names, version=names, sha256=names), max_size=2))
     environment = st.builds(
@@ -365,14 +317,33 @@ def policies(draw: st.DrawFn) -> Policy:
         shared_memory_optin_bytes=st.integers(0, MAX),
         libraries=st.just(tuple({library.name: library for library in libraries}.values())),
     )
+    first = draw(tables(keys[0]))
+    alike = draw(st.booleans())  # in all but the key, as far as the keys allow
+    found = [first, *(_like(first, key) if alike else draw(tables(key)) for key in keys[1:])]
     return Policy(
-        schema=3,
         gpu=Gpu(sku=draw(st.from_regex(r"[a-z0-9][a-z0-9-]{0,20}", fullmatch=True)), sm_count=draw(counts)),
         evidence="modelled" if modelled else "measured",
-        modelled=draw(stated()) if modelled else None,
-        objective=draw(st.none() | weights),
+        scaled_from=draw(names) if modelled else None,
         regime=draw(st.sampled_from(["graph", "eager"])),
         environment=draw(environment),
         source=draw(st.builds(Source, file=names, sha256=names, measurements=counts, command=names)),
-        tables=tuple(draw(tables(key, modelled=modelled)) for key in keys),
+        tables=tuple(found),
     )
+
+
+def _like(first: Table, key: tuple[SiteName, str, int | None, str, Engine]) -> Table:
+    """``first`` under another key; under the site and engine of its own where its candidates are not known there."""
+    site, model, h_q, layer, engine = key
+    if not set(first.candidates) <= set(accepted_candidates(site, MODELS[model], engine)):
+        incumbent = accepted_candidates(site, MODELS[model], engine)[0]
+        rows_ = (Row(choices=(Choice(candidate=incumbent),)),)
+        first = msgspec.structs.replace(
+            first,
+            incumbent=incumbent,
+            candidates=(incumbent,),
+            candidate_builds=(),
+            limits=(),
+            ineligible=(),
+            rows=rows_,
+        )
+    return msgspec.structs.replace(first, site=site.value, model=model, h_q=h_q, layer=str(layer), engine=engine)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.usable import usable
-from mla_tune.policy.schema import Table, load_policy
+from mla_tune.policy.codec import load_policy
+from mla_tune.policy.schema import Table
 from mla_tune.replay.prices import Pricer, Tables
 from mla_tune.replay.requests import Request
 from mla_tune.replay.scheduler import Engine

@@ -128,7 +128,7 @@ def test_measurements_that_lack_a_candidate_of_the_policy_are_refused() -> None:
 
 def test_limits_are_those_of_each_layer_type() -> None:
     tables = pricer().tables
-    limit = Limit(candidate="with_kvcache", num_qo_tokens=10, fails_at=11, found_by="probe", reason="told so")
+    limit = Limit(candidate="with_kvcache", num_qo_tokens=10)
     c4a = [msgspec.structs.replace(t, limits=(limit,)) if t.layer == "c4a" else t for t in tables.layers]
     prices = Pricer(pricer().costs, replace(tables, layers=tuple(c4a))).prices([RaggedShape(((11, 4096),))])
     infinite = {layer.layer: bool(np.isinf(layer.total_us).any()) for layer in prices.attention}

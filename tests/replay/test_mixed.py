@@ -84,7 +84,7 @@ def test_a_range_that_cannot_be_drawn_from_is_refused(name: str, bad: tuple[int,
 def test_controls_of_equal_requests_and_of_fresh_prompts_promise_nothing_and_mixed_batches_do() -> None:
     found = pricer()
     batches = draw_batches(Mix(), 60, 2, FLASH.max_context)
-    predicted = outlooks([(Planner(found.costs, found.tables.attention), 1)], batches)
+    predicted = outlooks([(Planner(found.costs, found.tables.attention, found.tables.noise_band), 1)], batches)
     assert [outlook.batch for outlook in predicted] == list(batches)
     promised = [outlook.batch.kind for outlook in predicted if outlook.promised]
     assert promised.count(Kind.MIXED) > 20

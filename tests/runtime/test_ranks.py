@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from mla_tune.policy.schema import write_policy
+from mla_tune.policy.codec import write_policy
 from mla_tune.runtime import Dispatcher
 from mla_tune.runtime.ranks import agree
 from tests.command import ENVIRONMENT

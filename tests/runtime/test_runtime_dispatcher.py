@@ -14,7 +14,8 @@ import pytest
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
 from mla_tune.hardware.nvml import GpuIdentity
 from mla_tune.policy import search
-from mla_tune.policy.schema import Gpu, Limit, Policy, digest, dump_policy, write_policy
+from mla_tune.policy.codec import digest, dump_policy, write_policy
+from mla_tune.policy.schema import Gpu, Limit, Policy
 from mla_tune.runtime.dispatcher import Dispatcher, Reason
 from mla_tune.sites.engines import Engine, model_incumbent
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
@@ -170,10 +171,7 @@ def test_a_missing_table_names_those_that_are_there() -> None:
 
 
 def test_a_table_whose_candidates_are_all_limited_falls_back_like_any_miss() -> None:
-    limits = tuple(
-        Limit(candidate=name, num_qo_tokens=9000, fails_at=9001, found_by="sweep", reason="x")
-        for name in ("sparse_fwd", "with_kvcache")
-    )
+    limits = tuple(Limit(candidate=name, num_qo_tokens=9000) for name in ("sparse_fwd", "with_kvcache"))
     dispatcher = Dispatcher(policy(table(limits=limits)), source="p.yaml")
     with pytest.raises(PolicyError, match="got none above num_qo_tokens=9000"):
         dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")

@@ -14,7 +14,8 @@ import pytest
 from mla_tune.hardware.builds import installed_version
 from mla_tune.hardware.digests import digest_library, known_digest
 from mla_tune.hardware.nvml import GpuIdentity
-from mla_tune.policy.schema import Library, Policy, Table, write_policy
+from mla_tune.policy.codec import write_policy
+from mla_tune.policy.schema import Library, Policy, Table
 from mla_tune.policy.search import Place, policy_files, user_policies
 from mla_tune.runtime.dispatcher import Dispatcher
 from mla_tune.runtime.serving import GpuKey, find_serving

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, UsageError
 from mla_tune.hardware.nvml import GpuIdentity
-from mla_tune.policy.schema import Limit, write_policy
+from mla_tune.policy.codec import write_policy
+from mla_tune.policy.schema import Limit
 from mla_tune.runtime.dispatcher import Dispatcher, Reason, Rule
 from mla_tune.runtime.switches import RankMismatch, Switches
 from mla_tune.sites.candidates import CANDIDATES
@@ -128,7 +129,7 @@ def test_an_empty_environment_gives_the_defaults() -> None:
 
 @given(st.integers(-5, 1 << 62), st.integers(-5, 1 << 62), st.sampled_from(("sparse_fwd", "with_kvcache")))
 def test_a_pinned_candidate_is_answered_for_every_shape_up_to_its_limit(q: int, kv: int, pinned: str) -> None:
-    limit = Limit(candidate=pinned, num_qo_tokens=9000, fails_at=9001, found_by="probe", reason="illegal memory")
+    limit = Limit(candidate=pinned, num_qo_tokens=9000)
     dispatcher = Dispatcher(policy(table(limits=(limit,))), source="test", switches=Switches(pins=(pinned,)))
     found = dispatcher.resolve("prefill_attention", model="deepseek-v4-flash", layer="c4a")
     assert found.rule is Rule.PIN
@@ -160,7 +161,7 @@ def one_choice() -> tuple[object, ...]:
     """Rows that answer ``sparse_fwd`` everywhere."""
     from mla_tune.policy.schema import Choice, Row
 
-    return (Row(num_reqs_from=1, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate="sparse_fwd"),)),)
+    return (Row(num_reqs_from=1, kv_tokens_from=0, choices=(Choice(candidate="sparse_fwd"),)),)
 
 
 def test_the_environment_decides_nothing_after_load(monkeypatch: pytest.MonkeyPatch) -> None:

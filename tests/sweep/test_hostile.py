@@ -204,7 +204,7 @@ def fitted(swept: Swept, kind: str, speedup: float = 1.0) -> Policy | None:
     theirs = [disguised(row) for row in swept.of(kind)]
     source = Source(file="db/x.jsonl", sha256="0" * 64, measurements=len(own) + len(theirs), command="mla-tune fit")
     try:
-        return fit_policy(swept.environment, [*own, *theirs], source=source)
+        return fit_policy(swept.environment, [*own, *theirs], source=source).policy
     except FitError:
         return None
 

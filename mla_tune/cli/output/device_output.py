@@ -16,12 +16,11 @@ from rich.table import Table as RichTable
 from mla_tune.cli.output.render import console, note, policy_json, status
 
 if TYPE_CHECKING:
-    from mla_tune.cli.pipeline import Measured
+    from mla_tune.cli.pipeline import Fitted, Measured
     from mla_tune.cli.places import Device
     from mla_tune.fit.goal import Validation
     from mla_tune.fit.repeat import Repetition
     from mla_tune.hardware.sku import Environment
-    from mla_tune.policy.schema import Policy
     from mla_tune.store.limit_try import Try
     from mla_tune.store.measurement import Measurement
     from mla_tune.sweep.grid import Point
@@ -117,7 +116,7 @@ def sweep_reports(measured: Measured) -> None:
         note(f"{counts['left']} points are left: run the same command again to go on")
 
 
-def sweep_json(measured: Measured, repetitions: Sequence[Repetition], policy: Policy | None, policy_path: Path) -> None:
+def sweep_json(measured: Measured, repetitions: Sequence[Repetition], fitted: Fitted | None, policy_path: Path) -> None:
     """What a sweep did and the policy that came of it (null without one), as one JSON document."""
     print(
         json.dumps(
@@ -128,7 +127,7 @@ def sweep_json(measured: Measured, repetitions: Sequence[Repetition], policy: Po
                 "suspects": list(measured.suspects),
                 "troubles": [trouble for report in measured.reports for trouble in report.troubles],
                 "repetitions": [_repetition_json(entry) for entry in repetitions],
-                "policy": policy_json(policy, policy_path) if policy else None,
+                "policy": policy_json(fitted.policy, fitted.evidence, policy_path) if fitted else None,
             }
         )
     )

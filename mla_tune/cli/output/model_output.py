@@ -10,19 +10,19 @@ from rich.table import Table as RichTable
 
 from mla_tune.cli.output.render import console, note, policy_json, policy_summary
 from mla_tune.fit.published_check import Checked
-from mla_tune.policy.schema import Policy
+from mla_tune.fit.table_rows import FittedPolicy
 
 
-def modelled(policies: Sequence[tuple[Policy, Path]], checks: Sequence[Checked], as_json: bool) -> None:
+def modelled(policies: Sequence[tuple[FittedPolicy, Path]], checks: Sequence[Checked], as_json: bool) -> None:
     """Everything that one call of ``model`` has to say."""
     if as_json:
-        written = [policy_json(policy, path) for policy, path in policies]
+        written = [policy_json(fitted.policy, fitted.evidence, path) for fitted, path in policies]
         print(json.dumps({"policies": written, "checks": [_json(entry) for entry in checks]}))
         return
-    for policy, path in policies:
-        policy_summary(policy, path, as_json=False)
-        if policy.modelled is not None:
-            note(f"limits of {policy.modelled.scaled_from.sku}: {policy.modelled.limits}")
+    for fitted, path in policies:
+        policy_summary(fitted.policy, fitted.evidence, path, as_json=False)
+        if fitted.evidence.modelled is not None:
+            note(f"limits of {fitted.policy.scaled_from}: {fitted.evidence.modelled.limits}")
         print(f"modelled policy written to {path}")
     if checks:
         _checks(checks)

@@ -19,7 +19,10 @@ from rich.table import Table as RichTable
 from mla_tune.cli.places import export_path
 from mla_tune.errors import GoalMissedError
 from mla_tune.hardware.sku import CPU
-from mla_tune.policy.schema import HeldOut, Policy, Row, Table
+from mla_tune.policy.codec import SCHEMA_VERSION, written_tokens
+from mla_tune.policy.evidence import HeldOut, PolicyEvidence, RowEvidence, TableEvidence
+from mla_tune.policy.schema import Policy, Row, Table
+from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN
 from mla_tune.sites.stages import KernelSource
@@ -35,63 +38,68 @@ console = Console() if Console().is_terminal else Console(width=160)
 status = Console(stderr=True)
 
 
-def policy_summary(policy: Policy, path: Path, as_json: bool) -> None:
-    """The thresholds of a policy and how it did on points that the fit did not see."""
+def policy_summary(policy: Policy, stated: PolicyEvidence | None, path: Path, as_json: bool) -> None:
+    """The thresholds of a policy and how it did on points that the fit did not see, as ``stated`` has it."""
     if as_json:
-        print(json.dumps(policy_json(policy, path)))
+        print(json.dumps(policy_json(policy, stated, path)))
         return
     title = f"{policy.gpu.sku}, {policy.gpu.sm_count} {_units(policy)}, {policy.evidence}, {policy.regime} time"
     table = RichTable(
         "site", "model", "h_q", "layer", "num_reqs", "kv_tokens", "choice by num_qo_tokens", "slowdown", title=title
     )
     for entry in policy.tables:
+        evidence = stated.of(entry) if stated else None
         for index, row in enumerate(entry.rows):
             head = _head(entry) if index == 0 else ("", "", "", "")
-            slowdown = _slowdown_text(entry) if index == 0 else ""
-            where = f">= {row.num_reqs_from}", f">= {row.kv_tokens_from}"
-            table.add_row(*head, *where, choices_text(row), slowdown, end_section=row is entry.rows[-1])
+            slowdown = _slowdown_text(evidence) if index == 0 else ""
+            where = f">= {row.num_reqs_from}", f">= {written_tokens(row.kv_tokens_from)}"
+            text = choices_text(row, evidence.rows[index] if evidence else None)
+            table.add_row(*head, *where, text, slowdown, end_section=row is entry.rows[-1])
     console.print(table)
-    if policy.modelled is None:
+    if policy.scaled_from is None:
         console.print(
             "slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False
         )
     else:
-        _modelled(policy)
-    for line in dict.fromkeys(_barred(policy)):
+        _modelled(policy, stated)
+    for line in dict.fromkeys(_barred(policy, stated)):
         console.print(line, highlight=False)
 
 
-def _modelled(policy: Policy) -> None:
+def _modelled(policy: Policy, stated: PolicyEvidence | None) -> None:
     """What a modelled policy rests on, and how sure it is."""
-    stated = [entry.relative for table in policy.tables for entry in table.uncertainty]
-    measured = policy.modelled.scaled_from.sku if policy.modelled else "-"
+    widths = [entry.relative for table in stated.tables for entry in table.uncertainty] if stated else []
+    off = f"exp({min(widths):.2f}) to exp({max(widths):.2f})" if widths else "an unknown factor"
     console.print(
-        f"modelled: scaled from {measured}; nothing was timed on {policy.gpu.sku}. A predicted cost may be off by "
-        f"exp({min(stated, default=0.0):.2f}) to exp({max(stated, default=0.0):.2f}) both ways; where two intervals meet "
-        "the engine's own choice stays",
+        f"modelled: scaled from {policy.scaled_from}; nothing was timed on {', '.join(policy.gpu.skus)}. A predicted cost "
+        f"may be off by {off} both ways; where two intervals meet the engine's own choice stays",
         highlight=False,
     )
 
 
-def _barred(policy: Policy) -> Iterator[str]:
+def _barred(policy: Policy, stated: PolicyEvidence | None) -> Iterator[str]:
     """What may not serve, or not everywhere."""
     for table in policy.tables:
+        evidence = stated.of(table) if stated else None
+        found = {limit.candidate: limit.fails_at for limit in evidence.limits} if evidence else {}
         for limit in table.limits:
             heads = f", {table.h_q} heads" if table.h_q else ""
+            fails = f", fails at {found[limit.candidate]}" if limit.candidate in found else ""
             yield (
-                f"limit: {limit.candidate} ({table.site}, {table.layer}{heads}) up to {limit.num_qo_tokens} query tokens, "
-                f"fails at {limit.fails_at}"
+                f"limit: {limit.candidate} ({table.site}, {table.layer}{heads}) up to {limit.num_qo_tokens} query "
+                f"tokens{fails}"
             )
-        if (cap := table.workspace_cap) is not None and cap.over:
+        if evidence is not None and (cap := evidence.workspace_cap) is not None and cap.over:
             yield (
                 f"workspace cap: {table.model}{f', {table.h_q} heads' if table.h_q else ''}, {table.layer}: at most "
                 f"{cap.max_bytes} bytes bar a candidate around {cap.over} of {cap.shapes} shapes; around {cap.exempt} of "
                 f"them no candidate is surely under it and {table.incumbent} stays"
             )
         for entry in table.ineligible:
+            bound = f", above {stated.first_call_bound_s:g} s (--first-call-bound)" if stated else ""
             yield (
                 f"not served: {entry.candidate} ({table.site}): the first call on a new shape takes "
-                f"{entry.first_call_s:.1f} s, above {entry.bound_s:g} s (--first-call-bound)"
+                f"{entry.first_call_s:.1f} s{bound}"
             )
 
 
@@ -109,9 +117,9 @@ def warn(line: str) -> None:
     status.print(f"warning: {line}", highlight=False, soft_wrap=True)
 
 
-def policy_json(policy: Policy, path: Path) -> dict[str, object]:
-    """A policy and where it lies, for scripts."""
-    return {"path": str(path), **msgspec.to_builtins(policy)}
+def policy_json(policy: Policy, stated: PolicyEvidence | None, path: Path) -> dict[str, object]:
+    """A policy, where it lies and what stands beside it, for scripts."""
+    return {"path": str(path), **msgspec.to_builtins(policy), "justified_by": msgspec.to_builtins(stated)}
 
 
 def _head(table: Table) -> tuple[str, str, str, str]:
@@ -123,34 +131,46 @@ def model_text(table: Table) -> str:
     return table.model if table.engine is Engine.SGLANG else f"{table.model} ({table.engine})"
 
 
-def choices_text(row: Row) -> str:
-    """``with_kvcache; from 130 to 410 x [0.9, 1.1] sparse_fwd``: the threshold along the row, and its bracket."""
+def choices_text(row: Row, evidence: RowEvidence | None = None) -> str:
+    """``with_kvcache; sparse_fwd from 15 at 1K rising to 54 at 80K [x 0.9, x 1.1]``: thresholds and their brackets."""
     first, *rest = row.choices
     parts = [first.candidate]
-    for choice in rest:
-        end = "" if choice.num_qo_tokens_to is None else f" to {choice.num_qo_tokens_to}"
-        bracket = f" x [{choice.bracket[0]:g}, {choice.bracket[1]:g}]" if choice.bracket else ""
-        parts.append(f"from {choice.num_qo_tokens_from}{end}{bracket} {choice.candidate}")
-    if rest:
+    for index, choice in enumerate(rest):
+        bracket = f" [x {', x '.join(f'{end:g}' for end in evidence.thresholds[index].bracket)}]" if evidence else ""
+        parts.append(f"{choice.candidate} from {threshold_text(choice.threshold)}{bracket}")
+    if rest or evidence is None:
         return "; ".join(parts)
-    if row.censored:
-        return f"{first.candidate} (crossover {row.censored} the measured range)"
+    if evidence.censored:
+        return f"{first.candidate} (crossover {evidence.censored} the measured range)"
     return f"{first.candidate} (no crossover here)"
 
 
-def _slowdown_text(table: Table) -> str:
-    if not table.held_out.slowdown:
+def threshold_text(threshold: Threshold) -> str:
+    """``15 at 1K rising to 54 at 80K``."""
+    low, high = threshold.num_qo_tokens
+    if threshold.is_level:
+        return str(low)
+    start, end = map(written_tokens, threshold.kv_tokens)
+    return f"{low} at {start} rising to {high} at {end}"
+
+
+def _slowdown_text(evidence: TableEvidence | None) -> str:
+    if evidence is None or not evidence.held_out.slowdown:
         return "not judged"
-    own = table.held_out.slowdown[0]
-    return f"{own.mean:.3f} / {own.worst:.2f} ({table.held_out.points} pts)"
+    own = evidence.held_out.slowdown[0]
+    return f"{own.mean:.3f} / {own.worst:.2f} ({evidence.held_out.points} pts)"
 
 
-def held_out(policy: Policy) -> None:
+def held_out(stated: PolicyEvidence | None) -> None:
     """Slowdown of the policy and of every baseline rule, table by table."""
-    for entry in policy.tables:
+    if stated is None:
+        console.print("no evidence beside this policy: its held-out points are not known", highlight=False)
+        return
+    for entry in stated.tables:
         if not entry.held_out.points:
             continue
-        where = f"{entry.site}, {model_text(entry)}, h_q {entry.h_q or '-'}, {entry.layer}"
+        engine = "" if entry.engine is Engine.SGLANG else f" ({entry.engine})"
+        where = f"{entry.site}, {entry.model}{engine}, h_q {entry.h_q or '-'}, {entry.layer}"
         console.print(_rules_table(entry.held_out, f"{where}: {entry.held_out.points} held-out points"))
 
 
@@ -162,8 +182,8 @@ def provenance(policy: Policy, source: str) -> None:
     )
     kernels = f", around attention the kernels of {policy.provider}" if policy.provider else ""
     console.print(
-        f"{source}: schema {policy.schema}, {policy.evidence} with driver {environment.driver}, torch {environment.torch}, "
-        f"triton {environment.triton}, {libraries}{kernels}\n"
+        f"{source}: schema {SCHEMA_VERSION}, {policy.evidence} with driver {environment.driver}, "
+        f"torch {environment.torch}, triton {environment.triton}, {libraries}{kernels}\n"
         f"{policy.source.measurements} measurements in {policy.source.file} "
         f"(sha256 {policy.source.sha256[:16]}); made by: {policy.source.command}",
         highlight=False,
@@ -238,8 +258,8 @@ def next_command(policy: Policy, path: Path) -> None:
     table = max(policy.tables, key=lambda table: sum(len(row.choices) for row in table.rows))
     row = max(table.rows, key=lambda row: len(row.choices))
     num_reqs = max(row.num_reqs_from, table.measured.num_reqs[0])
-    tokens = max(row.choices[-1].num_qo_tokens_from, table.measured.num_qo_tokens[0], num_reqs)
     kv_tokens = max(row.kv_tokens_from, table.measured.kv_tokens[0])
+    tokens = max(row.choices[-1].threshold.at(kv_tokens), table.measured.num_qo_tokens[0], num_reqs)
     words = [*_this_command(), "explain", "--policy", str(path)]
     if Path(policy.source.file) != export_path(policy.gpu.sku):
         words += ["--measurements", policy.source.file]
@@ -251,18 +271,19 @@ def next_command(policy: Policy, path: Path) -> None:
     print(f"next: {shlex.join([*words, str(tokens), str(max(kv_tokens, tokens))])}")
 
 
-def explanation(result: Explanation, table: Table, as_json: bool) -> None:
-    """A choice, and what each candidate costs stage by stage."""
-    if as_json:
-        print(json.dumps(asdict(result)))
-        return
+def explanation(result: Explanation, table: Table, stated: PolicyEvidence | None, as_json: bool) -> None:
+    """A choice with the bracket of its threshold, and what each candidate costs stage by stage."""
     shape, decision = result.shape, result.decision
+    bracket = _bracket(decision, table, stated)
+    if as_json:
+        print(json.dumps({**asdict(result), "bracket": bracket}))
+        return
     console.print(
         f"{table.site} of {model_text(table)}, layer {table.layer}, h_q {table.h_q or '-'}: "
         f"{shape.num_qo_tokens} query tokens, {shape.kv_tokens} context tokens in {shape.num_reqs} requests",
         highlight=False,
     )
-    console.print(f"choice: {decision.candidate}, because: {_because(decision)}", highlight=False)
+    console.print(f"choice: {decision.candidate}, because: {_because(decision, bracket)}", highlight=False)
     lines = [line for candidate in result.candidates for line in candidate.stages]
     # Whose kernels they are is said where some are an engine's: the others are the same everywhere.
     whose = ["kernel of"] if any(line.provider not in _FIXED for line in lines) else []
@@ -291,13 +312,25 @@ _FIXED = (OWN, *KernelSource)
 """Whose kernels run without any ``--provider``."""
 
 
-def _because(decision: Decision) -> str:
+def _bracket(decision: Decision, table: Table, stated: PolicyEvidence | None) -> tuple[int, int] | None:
+    """Query tokens between which the crossover to the choice lies."""
+    evidence = stated.of(table) if stated else None
+    if evidence is None or decision.num_qo_tokens_from is None:
+        return None
+    start = decision.num_reqs_from, decision.kv_tokens_from
+    for row, of_row in zip(table.rows, evidence.rows, strict=True):
+        if (row.num_reqs_from, row.kv_tokens_from) == start and decision.choice:
+            return of_row.thresholds[decision.choice - 1].at(decision.num_qo_tokens_from)
+    return None
+
+
+def _because(decision: Decision, bracket: tuple[int, int] | None) -> str:
     if decision.num_qo_tokens_from is None:
         return str(decision.reason)
-    bracket = f", crossover inside [{decision.bracket[0]}, {decision.bracket[1]}]" if decision.bracket else ""
+    inside = f", crossover inside [{bracket[0]}, {bracket[1]}]" if bracket else ""
     return (
         f"{decision.reason}: row from {decision.num_reqs_from} requests and {decision.kv_tokens_from} kv_tokens, "
-        f"choice from {decision.num_qo_tokens_from} num_qo_tokens{bracket}"
+        f"choice from {decision.num_qo_tokens_from} num_qo_tokens{inside}"
     )
 
 

@@ -18,7 +18,9 @@ from typing import Any
 import pytest
 
 from mla_tune.integrations.sglang.sglang_state import RELEASES, V4_RELEASES
-from mla_tune.policy.schema import Choice, Policy, Row, Table, write_policy
+from mla_tune.policy.codec import write_policy
+from mla_tune.policy.schema import Choice, Policy, Row, Table
+from mla_tune.policy.threshold import Threshold
 from tests.policy.strategies import full_policy, table
 
 STUBS = Path(__file__).parents[1] / "stubs"
@@ -42,17 +44,8 @@ if not collect_ignore_glob and version("sglang") not in V4_RELEASES and version(
 
 def rows(*choices: tuple[int, str]) -> tuple[Row, ...]:
     """One row with ``(from query tokens, candidate)`` choices."""
-    brackets = [None, *((0.9, 1.1) for _ in choices[1:])]
-    return (
-        Row(
-            num_reqs_from=0,
-            kv_tokens_from=0,
-            choices=tuple(
-                Choice(num_qo_tokens_from=start, candidate=name, bracket=bracket)
-                for (start, name), bracket in zip(choices, brackets, strict=True)
-            ),
-        ),
-    )
+    found = (Choice(threshold=Threshold.level(start), candidate=name) for start, name in choices)
+    return (Row(choices=tuple(found)),)
 
 
 def attention(layer: str, *choices: tuple[int, str], **changes: Any) -> Table:

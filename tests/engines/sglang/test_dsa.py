@@ -132,9 +132,7 @@ def test_a_backend_that_the_user_named_wins(named: str, dsa: ModuleType) -> None
 def test_padding_counts_towards_a_limit_and_nothing_else(
     dsa: ModuleType, serving: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    limit = Limit(
-        candidate="with_kvcache", num_qo_tokens=4000, fails_at=4096, found_by="probe", reason="illegal memory"
-    )
+    limit = Limit(candidate="with_kvcache", num_qo_tokens=4000)
     use_policy(serving, tmp_path, policy(table(model="deepseek-v3.2", h_q=128, layer="dsa", limits=(limit,))))
     backend = dsa_backend(dsa)
     forward = batch((50_000, 3000))

@@ -17,7 +17,9 @@ from typing import Any
 import msgspec
 import pytest
 
-from mla_tune.policy.schema import Choice, Library, Policy, Row, Table, write_policy
+from mla_tune.policy.codec import write_policy
+from mla_tune.policy.schema import Choice, Library, Policy, Row, Table
+from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.candidates import WITH_KVCACHE_MIXED
 from mla_tune.sites.engines import Engine
 from tests.policy.strategies import full_policy, table
@@ -37,8 +39,8 @@ CROSSOVER = 300
 
 def rows(small: str, *, from_: int = CROSSOVER) -> tuple[Row, ...]:
     """``small`` up to ``from_`` query tokens, then ``sparse_fwd``."""
-    later = Choice(num_qo_tokens_from=from_, candidate="sparse_fwd", bracket=(1.0, 1.0))
-    return (Row(num_reqs_from=0, kv_tokens_from=0, choices=(Choice(num_qo_tokens_from=0, candidate=small), later)),)
+    later = Choice(threshold=Threshold.level(from_), candidate="sparse_fwd")
+    return (Row(choices=(Choice(candidate=small), later)),)
 
 
 def vllm_policy(**changes: Any) -> Policy:

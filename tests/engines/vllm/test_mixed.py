@@ -214,7 +214,7 @@ def test_a_users_own_setting_wins(setting: str, sparse: ModuleType, serving: pyt
 def test_a_pin_decides_every_shape_up_to_its_limit(
     sparse: ModuleType, serving: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    limit = Limit(candidate="with_kvcache_mixed", num_qo_tokens=20_000, fails_at=29_128, found_by="probe", reason="x")
+    limit = Limit(candidate="with_kvcache_mixed", num_qo_tokens=20_000)
     use_policy(serving, tmp_path, replaced(vllm_policy(), engine_table(Engine.VLLM, 128, limits=(limit,))))
     serving.setenv("MLA_TUNE_MODE", "pin:with_kvcache_mixed")
     made = builder(sparse)
@@ -225,7 +225,7 @@ def test_a_pin_decides_every_shape_up_to_its_limit(
 def test_past_the_mixed_kernels_limit_decodes_count_too(
     sparse: ModuleType, serving: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    limit = Limit(candidate="with_kvcache_mixed", num_qo_tokens=100, fails_at=101, found_by="probe", reason="x")
+    limit = Limit(candidate="with_kvcache_mixed", num_qo_tokens=100)
     use_policy(serving, tmp_path, replaced(vllm_policy(), engine_table(Engine.VLLM, 128, limits=(limit,))))
     made = builder(sparse)
     assert kind(sparse, made, batch(*[(9, 1)] * 20, (5000, 80))) == "mixed"
