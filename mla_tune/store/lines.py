@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+from dataclasses import MISSING
 from itertools import pairwise
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
 import msgspec
 
@@ -11,7 +13,7 @@ from mla_tune.sites.launch_parameters import make_launch, parameters
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
 from mla_tune.store.limit_try import Try, try_fault
-from mla_tune.store.measurement import Measurement, Outcome, Regime, Role, Stop, fault
+from mla_tune.store.measurement import Level, Measurement, Outcome, Regime, Role, fault, stored
 from mla_tune.store.tuned import Tuned, tuned_fault
 
 
@@ -67,24 +69,31 @@ class FormatVersion(msgspec.Struct, frozen=True):
     version: int
 
 
-_Timing = tuple[str, Regime, float, float | None, float | None, int]
-"""(part, regime, latency_us, ci_low_us, ci_high_us, num_samples) of an ``ok`` measurement."""
+_RESULT, _TIMING = stored(Level.RESULT), stored(Level.TIMING)
+_SHARED = operator.attrgetter("candidate", *(entry.name for entry in _RESULT))
+"""What the measurements of one result have in common."""
+_MEASURED = operator.attrgetter("part", "regime", *(entry.name for entry in _TIMING))
 
+_FIRST, *_OTHERS = _TIMING
+_Timing: Any = tuple.__class_getitem__((str, Regime, get_args(_FIRST.kind)[0], *(entry.kind for entry in _OTHERS)))
+"""(part, regime, latency_us, ci_low_us, ci_high_us, num_samples) of an ``ok`` measurement, which has a latency."""
 
-class _Result(_Record, frozen=True, omit_defaults=True):
-    """All measurements of one candidate at one point that share everything but part, regime and latency."""
+_Result: Any = msgspec.defstruct(
+    "_Result",
+    [
+        ("candidate", str),
+        *((entry.name, entry.kind, Outcome.OK if entry.default is MISSING else entry.default) for entry in _RESULT),
+        ("timings", tuple[_Timing, ...], ()),
+        ("parts", tuple[tuple[str, Regime], ...], ()),
+    ],
+    bases=(_Record,),
+    frozen=True,
+    omit_defaults=True,
+)
+"""All measurements of one candidate at one point that share everything but part, regime and timing.
 
-    candidate: str
-    outcome: Outcome = Outcome.OK
-    detail: str = ""
-    first_call_s: float | None = None
-    workspace_bytes: int | None = None
-    stopped_by: Stop | None = None
-    power_capped: bool = False
-    launches: str = ""
-    timings: tuple[_Timing, ...] = ()
-    parts: tuple[tuple[str, Regime], ...] = ()
-    """(part, regime) of each measurement that failed in this one way; empty for ``ok``."""
+``parts`` are (part, regime) of each measurement that failed in this one way; empty for ``ok``.
+"""
 
 
 class _Point(_Record, frozen=True):
@@ -154,21 +163,11 @@ def tries_fault(tries: list[Try]) -> str | None:
     return None
 
 
-_Shared = tuple[str, Outcome, str, float | None, int | None, Stop | None, bool, str]
-
-
-def _shared(m: Measurement) -> _Shared:
-    return (
-        *(m.candidate, m.outcome, m.detail, m.first_call_s, m.workspace_bytes),
-        *(m.stopped_by, m.power_capped, m.launches),
-    )
-
-
 def encode_point(measurements: list[Measurement]) -> _Point:
     """The measurements of one point, which are sorted by key."""
-    groups: dict[_Shared, list[Measurement]] = {}
+    groups: dict[tuple[Any, ...], list[Measurement]] = {}
     for measurement in measurements:  # a group stands where its first key stands, so the order is that of the keys
-        groups.setdefault(_shared(measurement), []).append(measurement)
+        groups.setdefault(_SHARED(measurement), []).append(measurement)
     first = measurements[0]
     return _Point(
         site=first.site.key,
@@ -178,22 +177,12 @@ def encode_point(measurements: list[Measurement]) -> _Point:
     )
 
 
-def _encode_result(group: list[Measurement]) -> _Result:
-    candidate, outcome, detail, first_call_s, workspace_bytes, stopped_by, power_capped, launches = _shared(group[0])
+def _encode_result(group: list[Measurement]) -> Any:
+    candidate, *shared = _SHARED(group[0])
     return _Result(
         candidate=candidate,
-        outcome=outcome,
-        detail=detail,
-        first_call_s=first_call_s,
-        workspace_bytes=workspace_bytes,
-        stopped_by=stopped_by,
-        power_capped=power_capped,
-        launches=launches,
-        timings=tuple(
-            (m.part, m.regime, m.latency_us, m.ci_low_us, m.ci_high_us, m.num_samples)
-            for m in group
-            if m.latency_us is not None
-        ),
+        **dict(zip((entry.name for entry in _RESULT), shared, strict=True)),
+        timings=tuple(_MEASURED(m) for m in group if m.latency_us is not None),
         parts=tuple((m.part, m.regime) for m in group if m.latency_us is None),
     )
 
@@ -204,28 +193,10 @@ def decode_point(line: bytes) -> list[Measurement]:
     site, shape = _decode_site(point.site), Shape(*point.shape)
     measurements: list[Measurement] = []
     for result in point.results:
-        failed = ((part, regime, None, None, None, 0) for part, regime in result.parts)
-        for part, regime, latency_us, ci_low_us, ci_high_us, num_samples in (*result.timings, *failed):
-            measurement = Measurement(
-                site=site,
-                shape=shape,
-                role=point.role,
-                candidate=result.candidate,
-                part=part,
-                regime=regime,
-                outcome=result.outcome,
-                detail=result.detail,
-                latency_us=latency_us,
-                ci_low_us=ci_low_us,
-                ci_high_us=ci_high_us,
-                num_samples=num_samples,
-                first_call_s=result.first_call_s,
-                workspace_bytes=result.workspace_bytes,
-                stopped_by=result.stopped_by,
-                power_capped=result.power_capped,
-                launches=result.launches,
-            )
-            measurements.append(measurement)
+        shared = {entry.name: getattr(result, entry.name) for entry in _RESULT}
+        for part, regime, *timing in (*result.timings, *result.parts):
+            timed = dict(zip((entry.name for entry in _TIMING), timing, strict=bool(timing)))
+            measurements.append(Measurement(site, shape, point.role, result.candidate, part, regime, **shared, **timed))
     if not measurements:
         raise ValueError("it holds no measurement")
     measurements.sort(key=lambda m: m.key)

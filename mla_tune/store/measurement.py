@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
+from typing import Annotated, Any, get_args, get_type_hints
 
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
@@ -75,41 +76,60 @@ class Role(StrEnum):
     HELD_OUT = "held_out"
 
 
+class Level(StrEnum):
+    """Where a field of a measurement stands, in the database and in an export alike."""
+
+    POINT = "point"
+    """Once for a point: the columns of ``points``, the head of a line."""
+    KEY = "key"
+    """What tells the measurements of a point apart."""
+    RESULT = "result"
+    """What those of one candidate share as a rule; a line has it once for each group that does."""
+    TIMING = "timing"
+    """Of each measurement alone."""
+    SAMPLES = "samples"
+    """Raw samples: the database keeps them, an export does not."""
+    APART = "apart"
+    """In a table of its own, and in no export."""
+
+
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """One part of one candidate at one point in one regime."""
+    """One part of one candidate at one point in one regime.
 
-    site: Site
-    shape: Shape
-    role: Role
-    candidate: str
-    part: str
+    The only place that declares what a measurement has: columns and lines follow from these fields and their levels.
+    """
+
+    site: Annotated[Site, Level.POINT]
+    shape: Annotated[Shape, Level.POINT]
+    role: Annotated[Role, Level.POINT]
+    candidate: Annotated[str, Level.KEY]
+    part: Annotated[str, Level.KEY]
     """A stage's name, :data:`PER_LAYER_TOTAL` or :data:`PER_FORWARD_TOTAL`."""
-    regime: Regime
-    outcome: Outcome
-    detail: str = ""
+    regime: Annotated[Regime, Level.KEY]
+    outcome: Annotated[Outcome, Level.RESULT]
+    detail: Annotated[str, Level.RESULT] = ""
     """One line: why the outcome is not ``ok``; empty otherwise."""
-    latency_us: float | None = None
+    latency_us: Annotated[float | None, Level.TIMING] = None
     """Median of the samples, microseconds."""
-    ci_low_us: float | None = None
-    ci_high_us: float | None = None
+    ci_low_us: Annotated[float | None, Level.TIMING] = None
+    ci_high_us: Annotated[float | None, Level.TIMING] = None
     """Distribution-free 95 % confidence interval of the median (order statistics)."""
-    num_samples: int = 0
-    samples_us: tuple[float, ...] = ()
+    num_samples: Annotated[int, Level.TIMING] = 0
+    samples_us: Annotated[tuple[float, ...], Level.SAMPLES] = ()
     """Raw samples in the order taken; empty when read back from an export, which keeps only the summary."""
-    stopped_by: Stop | None = None
-    """Why sampling ended; None for a failure, and for what was measured before this was recorded."""
-    power_capped: bool = False
-    """Some of the samples were taken under the GPU's power cap, which did not go away: what a heavy kernel meets."""
-    quarantined: tuple[Quarantined, ...] = ()
-    """Disturbed samples of the same timing. Empty when read back: :meth:`Database.quarantined` has them."""
-    first_call_s: float | None = None
+    first_call_s: Annotated[float | None, Level.RESULT] = None
     """Seconds of the first call in its process, compilation and module load included. Once per candidate."""
-    workspace_bytes: int | None = None
+    workspace_bytes: Annotated[int | None, Level.RESULT] = None
     """Peak device memory of the candidate beyond its inputs and output, bytes. Once per candidate."""
-
-    launches: str = ""
+    stopped_by: Annotated[Stop | None, Level.RESULT] = None
+    """Why sampling ended; None for a failure, and for what was measured before this was recorded."""
+    power_capped: Annotated[bool, Level.RESULT] = False
+    """Some of the samples were taken under the GPU's power cap, which did not go away: what a heavy kernel meets."""
+    launches: Annotated[str, Level.RESULT] = ""
     """Digest of the tuned launch parameters that its kernels ran with; empty for the defaults."""
+    quarantined: Annotated[tuple[Quarantined, ...], Level.APART] = ()
+    """Disturbed samples of the same timing. Empty when read back: :meth:`Database.quarantined` has them."""
 
     @property
     def key(self) -> tuple[str, Shape, str, str, str]:
@@ -121,6 +141,29 @@ class Measurement:
         """The key as messages show it: ``prefill_attention/swa_only/h64 (1, 64, 8192) sparse_fwd attention graph``."""
         shape = f"({self.shape.num_reqs}, {self.shape.num_qo_tokens}, {self.shape.kv_tokens})"
         return f"{self.site.key} {shape} {self.candidate} {self.part} {self.regime}"
+
+
+_ANNOTATIONS = get_type_hints(Measurement, include_extras=True)
+
+
+@dataclass(frozen=True, slots=True)
+class StoredField:
+    """A field of a measurement, as whoever stores it needs to know it."""
+
+    name: str
+    kind: Any
+    """Its annotation."""
+    default: Any
+    """``dataclasses.MISSING`` where it must be given."""
+
+
+def stored(*levels: Level) -> tuple[StoredField, ...]:
+    """The fields of a measurement at these levels, in the order in which they are declared."""
+    return tuple(
+        StoredField(entry.name, get_args(_ANNOTATIONS[entry.name])[0], entry.default)
+        for entry in fields(Measurement)
+        if get_args(_ANNOTATIONS[entry.name])[1] in levels
+    )
 
 
 @dataclass(frozen=True, slots=True)

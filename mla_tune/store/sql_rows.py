@@ -6,14 +6,16 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
-from typing import Any
+from enum import Enum
+from types import NoneType
+from typing import Any, get_args
 
 from mla_tune.hardware.sku import Environment, KernelLibrary
 from mla_tune.sites.launch_parameters import make_launch, parameters
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
 from mla_tune.store.limit_try import Try
-from mla_tune.store.measurement import Measurement, Outcome, QuarantinedTiming, Regime, Role, Stop
+from mla_tune.store.measurement import Level, Measurement, Outcome, QuarantinedTiming, Regime, Role, StoredField, stored
 from mla_tune.store.tuned import Tuned
 
 Row = Mapping[str, Any]
@@ -50,26 +52,31 @@ def key_from(row: Row) -> tuple[str, Shape, str, str, str]:
 
 def measurement_row(measurement: Measurement, *, environment: str, point: int, finished_at: str) -> dict[str, Any]:
     """Row of the table ``measurements``."""
-    return {
-        "environment": environment,
-        "point": point,
-        "candidate": measurement.candidate,
-        "part": measurement.part,
-        "regime": measurement.regime.value,
-        "outcome": measurement.outcome.value,
-        "detail": measurement.detail,
-        "latency_us": measurement.latency_us,
-        "ci_low_us": measurement.ci_low_us,
-        "ci_high_us": measurement.ci_high_us,
-        "num_samples": measurement.num_samples,
-        "samples_us": _packed(measurement.samples_us),
-        "first_call_s": measurement.first_call_s,
-        "workspace_bytes": measurement.workspace_bytes,
-        "stopped_by": measurement.stopped_by or "",
-        "power_capped": int(measurement.power_capped),
-        "launches": measurement.launches,
-        "finished_at": finished_at,
-    }
+    values = {column.name: _to_sql(getattr(measurement, column.name)) for column in _COLUMNS}
+    return {"environment": environment, "point": point, **values, "finished_at": finished_at}
+
+
+_COLUMNS = stored(Level.KEY, Level.RESULT, Level.TIMING, Level.SAMPLES)
+"""Columns of the table ``measurements`` that are fields of a measurement."""
+
+
+def _to_sql(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return _packed(value)
+    return value.value if isinstance(value, Enum) else int(value) if isinstance(value, bool) else value
+
+
+def _from_sql(column: StoredField, value: Any) -> Any:
+    """``value`` as the field has it. An empty text stands for no enumerated value: the column cannot be null."""
+    kind = next((kind for kind in get_args(column.kind) if kind is not NoneType), column.kind)
+    if column.name in _SAMPLES:
+        return _unpacked(value)
+    if issubclass(kind, Enum):
+        return kind(value) if value or column.default is not None else None
+    return bool(value) if kind is bool else value
+
+
+_SAMPLES = {column.name for column in stored(Level.SAMPLES)}
 
 
 def quarantine_rows(
@@ -148,26 +155,8 @@ def measurement_from(row: Row) -> Measurement:
 
     Raises ``ValueError``, ``TypeError``, ``struct.error`` or ``UsageError`` on one that was edited by hand.
     """
-    return Measurement(
-        site=Site.parse(row["site"]),
-        shape=shape_from(row),
-        role=Role(row["role"]),
-        candidate=row["candidate"],
-        part=row["part"],
-        regime=Regime(row["regime"]),
-        outcome=Outcome(row["outcome"]),
-        detail=row["detail"],
-        latency_us=row["latency_us"],
-        ci_low_us=row["ci_low_us"],
-        ci_high_us=row["ci_high_us"],
-        num_samples=row["num_samples"],
-        samples_us=_unpacked(row["samples_us"]),
-        first_call_s=row["first_call_s"],
-        workspace_bytes=row["workspace_bytes"],
-        stopped_by=Stop(row["stopped_by"]) if row["stopped_by"] else None,
-        power_capped=bool(row["power_capped"]),
-        launches=row["launches"],
-    )
+    values = {column.name: _from_sql(column, row[column.name]) for column in _COLUMNS}
+    return Measurement(site=Site.parse(row["site"]), shape=shape_from(row), role=Role(row["role"]), **values)
 
 
 def quarantined_from(row: Row) -> QuarantinedTiming:

@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import ast
+import json
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 
-from mla_tune.store.measurement import Measurement, Outcome, fault
+from mla_tune.store import measurement as measurement_module
+from mla_tune.store.lines import encode_line, encode_point
+from mla_tune.store.measurement import Level, Measurement, Outcome, fault, stored
+from mla_tune.store.sql_rows import measurement_row
 from tests.store.strategies import failure, measurement_lists, timing
 
 
@@ -39,3 +45,25 @@ def test_a_fault_is_named_in_one_line(measurement: Measurement, words: str) -> N
     assert reason is not None
     assert words in reason
     assert "\n" not in reason
+
+
+def test_columns_and_lines_follow_from_the_declaration_of_a_measurement() -> None:
+    """A field that is declared is stored: nothing lists the fields a second time."""
+    declared = {field.name for field in fields(Measurement)}
+    assert declared == {entry.name for entry in stored(*Level)}
+    assert len(stored(*Level)) == len(declared)
+    row = measurement_row(timing(), environment="e", point=1, finished_at="now")
+    columns = {entry.name for entry in stored(Level.KEY, Level.RESULT, Level.TIMING, Level.SAMPLES)}
+    assert set(row) - {"environment", "point", "finished_at"} == columns
+    line = encode_line(encode_point([timing()]))
+    (result,) = json.loads(line)["results"]
+    assert set(result) <= {"candidate", "timings", "parts", *(entry.name for entry in stored(Level.RESULT))}
+    assert all(len(entry) == 2 + len(stored(Level.TIMING)) for entry in result["timings"])
+
+
+def test_no_module_of_the_store_lists_the_fields_again() -> None:
+    told = {entry.name for entry in stored(Level.RESULT, Level.TIMING)} - {"outcome", "detail", "latency_us"}
+    for name in ("lines", "sql_rows"):
+        tree = ast.parse((Path(measurement_module.__file__).parent / f"{name}.py").read_text())
+        keywords = {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
+        assert keywords & told <= {"first_call_s"}, name  # a probe's try has one of its own
