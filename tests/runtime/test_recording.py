@@ -163,6 +163,20 @@ def test_the_histogram_is_bounded(tmp_path: Path) -> None:
     assert written.dropped == 50
 
 
+def test_the_histogram_is_bounded_over_all_flushes_and_every_forward_beyond_is_counted(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "t.jsonl")
+    record = recorder.site("prefill_attention", "deepseek-v4-flash")
+    for index in range(MAX_CELLS_PER_SITE + 50):
+        if index == MAX_CELLS_PER_SITE:
+            recorder.flush()
+        for _ in range(1 + (index >= MAX_CELLS_PER_SITE)):
+            record(index % 60, index // 60 % 60, index // 3600)
+    recorder.flush()
+    written = read_traffic(tmp_path / "t.jsonl")
+    assert len(written.forwards) == MAX_CELLS_PER_SITE
+    assert written.dropped == 100
+
+
 def test_flushing_and_counting_at_once_lose_nothing(tmp_path: Path) -> None:
     recorder = Recorder(tmp_path / "t.jsonl")
     record = recorder.site("prefill_attention", "deepseek-v4-flash")
