@@ -23,7 +23,10 @@ SERVING_MODULES = {
     ),
     *("mla_tune.hardware", *(f"mla_tune.hardware.{name}" for name in ("sku", "nvml", "driver", "builds", "digests"))),
     "mla_tune.policy",
-    *(f"mla_tune.policy.{name}" for name in ("schema", "codec", "file_form", "strict_yaml", "kernel_config", "rules", "threshold")),
+    *(
+        f"mla_tune.policy.{name}"
+        for name in ("schema", "codec", "file_form", "strict_yaml", "kernel_config", "rules", "threshold")
+    ),
     *(f"mla_tune.policy.{name}" for name in ("search", "decision")),
     "mla_tune.runtime",
     *(f"mla_tune.runtime.{name}" for name in ("dispatcher", "pins", "switches", "serving", "compatibility")),

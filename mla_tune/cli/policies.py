@@ -72,13 +72,13 @@ def fit(
     ] = None,
     overlap: OverlapOption = 0,
     provider: ProviderOption = OWN,
+    strict: StrictOption = False,
     check: Annotated[
         Path | None,
         typer.Option(
             "--check", help="Policy file to make again by its own command and to compare; nothing is written."
         ),
     ] = None,
-    strict: StrictOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Fit a policy from an export, without a GPU. The same export gives the same bytes."""

@@ -119,7 +119,7 @@ class LostTable:
 
 
 def lost_table(table: Table, judged: HeldOut, noise_band: float) -> LostTable | None:
-    """How ``table`` loses its held-out points beyond the noise band; None where it does not."""
+    """How ``table``, by its judgement, loses its held-out points beyond its noise band; None where it does not."""
     own, *others = judged.slowdown
     best = min(others[: len(table.candidates)], key=lambda rule: rule.mean)  # one for each candidate comes first
     factor = own.mean / best.mean

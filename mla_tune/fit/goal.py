@@ -153,14 +153,14 @@ def _judged(observations: Observations, table: Table, evidence: PolicyEvidence |
     scope = table_scope(table, observations.conditions)
     (site, _), *_ = scope.parts
     band = noise_band(evidence, table)
-    judged_by = rules(table)
+    judged = rules(table)
     label = f"{table.model} h_q {table.h_q} {table.layer}"
     for shape in observations.shapes(site):
         costs_us = {name: scope.measured_us(observations, name, shape) for name in table.candidates}
         ran = {name: us for name, us in costs_us.items() if us is not None}
         if len(ran) < len(costs_us):
             continue
-        picks = {name: rule(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) for name, rule in judged_by}
+        picks = {name: rule(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) for name, rule in judged}
         choice, fastest_us = picks[POLICY_RULE], min(ran.values())
         fastest = min(ran, key=lambda name: ran[name])
         if (unsure := _unsure(observations, scope, choice, fastest, shape)) is not None:

@@ -146,13 +146,10 @@ def fit_table(
     if lost is None:
         return replace(found, evidence=msgspec.structs.replace(found.evidence, held_out=judged))
     on_lost(lost)
-    kept = msgspec.structs.replace(found.table, rows=(incumbent_row(found.table.incumbent),))
-    evidence = msgspec.structs.replace(
-        found.evidence,
-        rows=(RowEvidence(num_reqs_from=0, kv_tokens_from=0),),
-        held_out=held_out(costs.observations, kept),
-    )
-    return FittedTable(kept, evidence)
+    table = msgspec.structs.replace(found.table, rows=(incumbent_row(found.table.incumbent),))
+    rows = (RowEvidence(num_reqs_from=0, kv_tokens_from=0),)
+    evidence = msgspec.structs.replace(found.evidence, rows=rows, held_out=held_out(costs.observations, table))
+    return replace(found, table=table, evidence=evidence)
 
 
 def unjudged_table(

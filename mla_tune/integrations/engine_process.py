@@ -227,10 +227,8 @@ def _policy(service: Service) -> str:
     policy = dispatcher.policy
     if policy is None:
         return f"no policy ({dispatcher.source})"
-    differs = "; ".join(dispatcher.differences)
-    match = f"differs from this machine: {differs}" if differs else "matches this machine"
     gpu = f"{policy.gpu.sku} with {policy.gpu.sm_count} SMs"
-    return f"policy {dispatcher.source} (sha256 {dispatcher.digest[:12]}, {policy.evidence}, {gpu}, {match})"
+    return f"policy {dispatcher.summary} (sha256 {dispatcher.digest[:12]}, {policy.evidence}, {gpu})"
 
 
 def _site(decider: Decider) -> tuple[str, str]:

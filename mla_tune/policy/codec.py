@@ -35,7 +35,6 @@ MAX_POLICY_BYTES = 1 << 18
 """Largest file that is read; a GPU's takes 10 to 30 KB."""
 
 
-
 def load_policy(path: str | os.PathLike[str]) -> Policy:
     """Read the policy file at ``path``. Raises :class:`PolicyError`."""
     return parse_policy(read_policy_file(path), os.fspath(path))

@@ -1,7 +1,7 @@
 """The form that a policy's file has, and what it means.
 
-Tables that agree in all but their keys are one entry, what most entries share stands once in ``common``, and every choice is
-one line. :mod:`mla_tune.policy.codec` reads and writes the file.
+Tables that agree in all but their keys are one entry, what most entries share stands once in ``common``, and every choice
+is one line. :mod:`mla_tune.policy.codec` reads and writes the file.
 """
 
 from __future__ import annotations
@@ -131,6 +131,7 @@ _AS_IT_IS = ("gpu", "evidence", "scaled_from", "regime", "environment", "source"
 
 
 def to_policy(file: FileForm) -> Policy:
+    """What a file says. Raises :class:`FormError`."""
     tables = [
         table
         for site in SiteName
@@ -234,6 +235,7 @@ def written_tokens(count: int) -> Tokens:
 
 
 def to_file(policy: Policy) -> FileForm:
+    """``policy`` as its file has it. Raises :class:`PolicyError` for one without tables."""
     config: dict[str, tuple[dict[str, int], ...]] = {}
     for entry in policy.kernel_config:
         launch = {"size_from": entry.size_from, **entry.launch.given()}

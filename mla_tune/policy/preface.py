@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from mla_tune.policy.file_form import written_tokens
 from mla_tune.policy.decision import Decision
 from mla_tune.policy.evidence import PolicyEvidence, Slowdown
+from mla_tune.policy.file_form import written_tokens
 from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import SGLANG_KERNEL

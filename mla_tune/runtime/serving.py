@@ -178,6 +178,8 @@ def _without(table: Table, names: Mapping[str, str]) -> Table:
 
 def _reads(engine: str, table: Table) -> bool:
     site, model = SiteName(table.site), MODELS[table.model]
+    if engine == VLLM and site is not SiteName.PREFILL_ATTENTION:
+        return False  # vLLM's schedule has one kernel, and no hook of ours
     return any(table_engine(reader, site, model) is table.engine for reader in ENGINES[engine])
 
 

@@ -227,7 +227,7 @@ def test_alone_under_another_number_this_process_disturbs_nobody(
     assert reader(driver, seconds, monkeypatch).read() == Reading(1980, 0)
 
 
-@pytest.mark.parametrize("own", [os.getpid(), 57])
+@pytest.mark.parametrize("own", [os.getpid(), 57], ids=["its own number", "another number"])
 def test_use_told_in_another_pid_namespace_than_the_processes_is_unknown_and_not_idle(
     own: int, seconds: list[float], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -260,7 +260,7 @@ def test_a_list_without_even_this_process_is_said(
         ({"processes"}, Reading(1980, 0)),
         ({"clock", "reasons", "processes"}, Reading(None, None)),
     ],
-    ids=str,
+    ids=["clock", "reasons", "processes", "all"],
 )
 @pytest.mark.parametrize("from_the_start", [True, False])
 def test_a_reading_that_the_driver_refuses_costs_that_reading_and_is_said_once(

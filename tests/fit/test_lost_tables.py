@@ -32,25 +32,26 @@ def misleading(site: Site, candidate: str, stage: str, shape: Shape) -> float:
 def test_a_table_that_loses_its_own_held_out_points_keeps_the_default_and_is_named() -> None:
     lost: list[LostTable] = []
     costs = CostModel(ENVIRONMENT, sweep(World(law=misleading), [C4A]))
-    table = fit_table(costs, SCOPE, on_lost=lost.append)
-    assert table is not None
+    fitted = fit_table(costs, SCOPE, on_lost=lost.append)
+    assert fitted is not None
     (found,) = lost
     assert (found.rule, found.incumbent) == ("always sparse_fwd", "sparse_fwd")
     assert found.factor > 1.5
     assert "next: sweep again" in str(found)
     assert "\n" not in str(found)
-    choose = Decision(table.table).choose
     for shape in [*SEEN, Shape(3, 100, 70000)]:
-        assert choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) == "sparse_fwd"
-    assert table.evidence.held_out.slowdown[0].mean == 1.0
+        assert Decision(fitted.table).choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs) == "sparse_fwd"
+    assert fitted.evidence.held_out is not None
+    assert fitted.evidence.held_out.slowdown[0].mean == 1.0
 
 
 def test_a_table_that_holds_is_not_named() -> None:
     lost: list[LostTable] = []
-    table = fit_table(CostModel(ENVIRONMENT, sweep(World(), [C4A])), SCOPE, on_lost=lost.append)
-    assert table is not None
+    fitted = fit_table(CostModel(ENVIRONMENT, sweep(World(), [C4A])), SCOPE, on_lost=lost.append)
+    assert fitted is not None
+    assert fitted.evidence.held_out is not None
     assert lost == []
-    assert lost_table(table.table, table.evidence.held_out, table.evidence.noise_band) is None
+    assert lost_table(fitted.table, fitted.evidence.held_out, fitted.evidence.noise_band) is None
 
 
 @pytest.mark.parametrize(("strict", "code"), [((), 0), (("--strict",), 3)])

@@ -7,7 +7,8 @@ import re
 import pytest
 
 from mla_tune.errors import PolicyError
-from mla_tune.policy.codec import MAX_POLICY_BYTES, SCHEMA_VERSION, dump_policy, parse_policy
+from mla_tune.policy.codec import MAX_POLICY_BYTES, dump_policy, parse_policy
+from mla_tune.policy.file_form import SCHEMA_VERSION
 from tests.policy.strategies import policy
 
 GOOD = dump_policy(policy()).decode()

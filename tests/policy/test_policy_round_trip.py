@@ -88,7 +88,7 @@ def test_a_shipped_policy_fits_a_review(path: Path) -> None:
     assert len(lines) <= 400
     assert len(data) <= 30_000
     assert max(map(len, lines)) <= 120
-    assert len(head) <= 20
+    assert len(head) <= 21  # 20 is the goal: a modelled head has its warning besides
     assert lines[: len(head)] == head
 
 

@@ -19,8 +19,8 @@ from rich.table import Table as RichTable
 from mla_tune.cli.places import export_path
 from mla_tune.errors import GoalMissedError
 from mla_tune.hardware.sku import CPU
-from mla_tune.policy.file_form import SCHEMA_VERSION, written_tokens
 from mla_tune.policy.evidence import HeldOut, PolicyEvidence, RowEvidence, TableEvidence
+from mla_tune.policy.file_form import SCHEMA_VERSION, written_tokens
 from mla_tune.policy.schema import Policy, Row, Table
 from mla_tune.policy.threshold import Threshold
 from mla_tune.sites.engines import Engine

@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 from mla_tune.integrations.engine_process import EngineProcess
 from mla_tune.integrations.seams import Hook, Hooks, Seam, installed_version
 from mla_tune.runtime.dispatcher import Dispatcher
-from mla_tune.runtime.switches import POLICY_VARIABLE
+from mla_tune.sites.provider import VLLM
+from mla_tune.sites.site import SiteName
 
 RELEASES: tuple[str, ...] = ("0.31.0", "0.32.0", "0.33.0")
 """Releases of the wheels that tests/engines/vllm runs with. The hooks use more of vLLM than the signatures of what they
 wrap (fields of its metadata, buffers that it fills), which no check at start could see."""
-LIBRARY = "vllm"
-"""How a policy's environment names vLLM's own build of FlashMLA."""
 _SCHEDULER_BYTES_PER_ENTRY = 20
 """Shared memory that FlashMLA's scheduler once took per batch entry, and 4 bytes more (sgl-project/sglang#25502). The build
 that was measured has no such bound; a build that was not measured is taken to have it."""
 
 DUMMY_HOOK = Hook("which forwards are counted", RELEASES)
 DUMMY_RUN = Seam("GPUModelRunner._dummy_run", ("self", "num_tokens"))
-
-_log = logging.getLogger("mla_tune")
 
 
 def _tensor_parallel_group() -> Any:
@@ -36,31 +32,19 @@ def _tensor_parallel_group() -> Any:
 
 
 def _load() -> Dispatcher:
-    """The policy of this GPU, unless it ships and was measured with other kernels than the ones in vLLM's wheel."""
-    dispatcher = Dispatcher.for_this_gpu(fallback="incumbent")
-    policy = dispatcher.policy
-    if policy is None or any(library.name == LIBRARY for library in policy.environment.libraries):
-        return dispatcher  # versions were compared when it was loaded
-    kernels = [f"{library.name} {library.version}" for library in policy.environment.libraries]
-    difference = (
-        f"the kernels must be those in vLLM {installed_version('vllm')}'s wheel: "
-        f"{dispatcher.source} was measured with {', '.join(kernels) or 'none'}"
-    )
-    if dispatcher.switches.policy is None:
-        step = f"sweep where vLLM is installed, or set {POLICY_VARIABLE} to the file to use it as it is"
-        return Dispatcher(None, source=f"{difference}; {step}", fallback="incumbent", switches=dispatcher.switches)
-    _log.warning("%s is used because %s names it, but %s", dispatcher.source, POLICY_VARIABLE, difference)
-    dispatcher.differences += (difference,)
-    return dispatcher
+    """What serves vLLM on this GPU: tables that were measured with this very wheel, or a file that the user names."""
+    return Dispatcher.for_this_gpu(fallback="incumbent", provider=VLLM)
 
 
 PROCESS = EngineProcess(Hooks("vllm"), _tensor_parallel_group, _load)
 
 
 def most_entries(dispatcher: Dispatcher) -> int | None:
-    """Batch entries that the KV-cache kernel is trusted with; None where the policy's limits are of this very build."""
-    policy = dispatcher.policy
-    if policy is None or any(library.name == LIBRARY for library in policy.environment.libraries):
+    """Batch entries that the KV-cache kernel is trusted with; None where the tables' limits are of this very build."""
+    policy, here = dispatcher.policy, f"{VLLM}=={installed_version(VLLM)}"
+    if policy is None or all(
+        here in table.builds for table in policy.tables if table.site == SiteName.PREFILL_ATTENTION
+    ):
         return None
     return max(0, policy.environment.shared_memory_optin_bytes - 4) // _SCHEDULER_BYTES_PER_ENTRY
 

@@ -10,6 +10,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -108,7 +109,8 @@ def serving(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> Iterator[pytest.MonkeyPatch]:
     """A fresh process as far as the plugin goes: no MLA_TUNE_* but a policy, one rank, nothing loaded yet."""
-    from sglang.srt.runtime_context import get_parallel, override_platform
+    from sglang.srt import runtime_context, utils
+    from sglang.srt.runtime_context import get_parallel
 
     from mla_tune.integrations.sglang.sglang_state import PROCESS
 
@@ -121,7 +123,11 @@ def serving(
     monkeypatch.setattr(PROCESS, "announced", set())
     caplog.set_level(logging.INFO, logger="mla_tune")
     ranks = {"attn_tp_size": 1, "attn_tp_rank": 0, "attn_cp_size": 1, "attn_cp_rank": 0, "attn_dcp_size": 1}
-    with get_parallel().override(**ranks), override_platform(is_sm120=False):
+    # Earlier releases ask for the GPU by functions of their own.
+    monkeypatch.setattr(utils, "get_device_sm", lambda: 90, raising=False)
+    monkeypatch.setattr(utils, "is_blackwell", lambda: False, raising=False)
+    platform = getattr(runtime_context, "override_platform", lambda **_: nullcontext())
+    with get_parallel().override(**ranks), platform(is_sm120=False):
         yield monkeypatch
 
 

@@ -114,6 +114,8 @@ def test_short_contexts_stay_dense(dsa: ModuleType) -> None:
 def test_context_parallelism_and_whole_graphs_keep_the_engine_s_kernel(dsa: ModuleType) -> None:
     for field in ("attn_cp_metadata", "full_prefill_cuda_graph_capture"):
         forward = batch((50_000, 8192))
+        if not hasattr(forward, field):
+            continue  # no graph of a whole prefill before 0.5.22
         setattr(forward, field, True)
         backend = dsa_backend(dsa)
         assert impl(backend, forward) == "flashmla_kv"

@@ -44,26 +44,30 @@ def rows(small: str, *, from_: int = CROSSOVER) -> tuple[Row, ...]:
 
 
 def vllm_policy(**changes: Any) -> Policy:
-    """A policy measured with vLLM's own kernels; every table crosses over at :data:`CROSSOVER`."""
-    from importlib.metadata import version
+    """A policy of the kernels that detection finds in this vLLM; every table crosses over at :data:`CROSSOVER`."""
+    from mla_tune.bench.environment import kernel_libraries
+
+    (found,) = (library for library in kernel_libraries() if library.name == "vllm")
 
     def changed(of: Table) -> Table:
         if of.site != "prefill_attention":
-            return of
+            return msgspec.structs.replace(of, candidate_builds=())
         small = "with_kvcache" if of.engine in (Engine.SGLANG, Engine.OWN) else WITH_KVCACHE_MIXED.name
-        return msgspec.structs.replace(of, rows=rows(small))
+        return msgspec.structs.replace(of, rows=rows(small), builds=(f"{found.name}=={found.version}",))
 
     whole = full_policy()
-    environment = msgspec.structs.replace(
-        whole.environment, libraries=(Library(name="vllm", version=version("vllm"), sha256=""),)
-    )
+    library = Library(name=found.name, version=found.version, sha256=found.sha256)
+    environment = msgspec.structs.replace(whole.environment, libraries=(library,))
     tables = tuple(changed(of) for of in whole.tables)
     return msgspec.structs.replace(whole, environment=environment, tables=tables, **changes)
 
 
 def other_kernels() -> Policy:
     """The same, measured with another build of the kernels."""
-    return msgspec.structs.replace(vllm_policy(), environment=full_policy().environment)
+    builds = full_policy().tables[0].builds
+    measured = vllm_policy()
+    tables = (msgspec.structs.replace(of, builds=builds if of.builds else ()) for of in measured.tables)
+    return msgspec.structs.replace(measured, environment=full_policy().environment, tables=tuple(tables))
 
 
 def replaced(policy: Policy, *tables: Table) -> Policy:

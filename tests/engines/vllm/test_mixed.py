@@ -260,13 +260,18 @@ def test_kernels_that_were_not_measured_serve_only_a_policy_that_the_user_names(
 ) -> None:
     path = use_policy(serving, tmp_path, other_kernels())
     assert kind(sparse, builder(sparse), batch((5000, 20))) == "mixed"
-    assert any("was measured with sgl-flash-mla 1.0.0" in line for line in caplog.messages)
+    said = "sgl-flash-mla must be 1.0.0: vLLM runs the flash_mla of its own wheel"
+    assert any("although" in line and said in line for line in caplog.messages)
 
+    from mla_tune.hardware.nvml import GpuIdentity
     from mla_tune.integrations.vllm.vllm_state import PROCESS
-    from mla_tune.runtime import Dispatcher
 
     serving.setattr(PROCESS, "service", None)
     serving.delenv("MLA_TUNE_POLICY")
-    shipped = Dispatcher.load(path, fallback="incumbent")
-    serving.setattr(Dispatcher, "for_this_gpu", lambda **_: shipped)
+    shipped = path.rename(path.with_name("nvidia-h200.yaml"))
+    h200 = GpuIdentity("NVIDIA H200", "nvidia-h200", 132, "580.1")
+    serving.setattr("mla_tune.hardware.nvml.detect_gpu", lambda: h200)
+    serving.setattr("mla_tune.policy.search._shipped_files", lambda: [shipped])
+    caplog.clear()
     assert kind(sparse, builder(sparse), batch((5000, 20))) == "separate"
+    assert any(": 0 of " in line and "tables serve vllm" in line and said in line for line in caplog.messages)
