@@ -21,7 +21,7 @@ HOME_VARIABLE = "MLA_TUNE_HOME"
 """The folder of what this user's sweeps and fits leave; by default ``mla-tune`` in XDG_DATA_HOME."""
 
 
-_SAME_POLICY = {"nvidia-h800": "nvidia-h100", "nvidia-b300": "nvidia-b200", "nvidia-gb300": "nvidia-gb200"}
+_SAME_POLICY = {"nvidia-gb300": "nvidia-gb200"}
 """Products without a shipped file of their own, and the one whose modelled policy names them: their datasheets agree in all
 that it is made of. A test holds both to it."""
 
