@@ -111,11 +111,12 @@ def _prompts(text: str, longest: int) -> Prompts:
 
     tokens, _, weight = text.partition(":")
     try:
-        found = Prompts(token_count(tokens), float(weight) if weight else 1.0)
+        parsed = token_count(tokens), float(weight) if weight else 1.0
     except (ValueError, UsageError):
         raise UsageError(
             f"--prompt must be TOKENS or TOKENS:WEIGHT: got {text[:40]!r}; accepted: 131072, 8192:3"
         ) from None
+    found = Prompts(*parsed)
     if found.tokens > longest:
         raise UsageError(f"--prompt must fit the model's context of {longest} tokens: got {str(found.tokens)[:20]}")
     return found

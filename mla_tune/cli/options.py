@@ -111,7 +111,9 @@ def token_count(text: object) -> int:
     digits = found[1].replace("_", "") if found else ""
     count = int(digits) * _COUNT[found[2]] if found and len(digits) <= 18 else 1 << 63
     if count >= 1 << 63:
-        raise UsageError(f"a count must be a whole number: got {str(text)[:60]!r}; accepted: 131072, 128K or 1M")
+        raise UsageError(
+            f"a count must be a whole number below 2^63: got {str(text)[:60]!r}; accepted: 131072, 128K or 1M"
+        )
     return count
 
 

@@ -108,6 +108,8 @@ def write_policy(path: str | os.PathLike[str], policy: Policy, evidence: PolicyE
     from mla_tune.policy.evidence import dump_evidence, evidence_path
 
     data = dump_policy(policy, evidence)
+    if os.path.isdir(path):  # said before the evidence is written beside it
+        raise PolicyError(f"a policy file must be writable: got {path}: Is a directory; check the path")
     try:
         if evidence is not None:
             write_atomically(evidence_path(path), dump_evidence(evidence, digest(data)))

@@ -39,7 +39,9 @@ def _paragraphs(policy: Policy, evidence: PolicyEvidence | None) -> Iterator[str
     builds = ", ".join(f"{library.name} {library.version}" for library in environment.libraries) or "no kernel library"
     around = f", around attention the kernels of {policy.provider}" if policy.provider else ""
     if f"+{SGLANG_KERNEL}@" in (policy.provider or ""):
-        around += f"; no table depends on {SGLANG_KERNEL}, whose top-k transform changes no choice for V3.2"
+        around += (
+            f"; V3.2's timings hold that {SGLANG_KERNEL}'s top-k transform, its tables serve with any other release"
+        )
     yield (
         f"Rests on {policy.source.measurements} timings ({policy.regime} time) on {policy.scaled_from or gpu.sku} with "
         f"driver {environment.driver or '-'}, torch {environment.torch}, {builds}{around}."

@@ -112,7 +112,8 @@ class Sweep:
         self._restarts = self._vain_retries = 0
         self._recovered: list[str] = []
         self._unsupported: dict[tuple[Site, str], str | None] = {}
-        self._ended_from_outside: Counter[tuple[Site, str]] = Counter()
+        self._ended_from_outside: dict[tuple[Site, str], list[str]] = {}
+        """By site and candidate, what each worker said whose end came from outside."""
         self._launches = DEFAULT_LAUNCHES
         self._worker = WorkerProcess(kind, added.module)
         self.environment: Environment = self._worker.hello.environment
@@ -222,8 +223,9 @@ class Sweep:
                 reasons[name] = Failure(Outcome.UNSUPPORTED, unsupported)
             elif (skipped := tracker.skip_reason(task.point, name)) is not None:
                 reasons[name] = skipped
-            elif (ended := self._ended_from_outside[task.point.site, name]) >= _MOST_OUTSIDE_ENDS:
-                reasons[name] = Failure(Outcome.DISTURBED, f"not tried again in this sweep: {ended} workers were ended")
+            elif len(ended := self._ended_from_outside.get((task.point.site, name), [])) >= _MOST_OUTSIDE_ENDS:
+                text = f"not tried again in this sweep: {len(ended)} workers were ended, the last: {ended[-1]}"
+                reasons[name] = Failure(Outcome.DISTURBED, text)
         worth_trying = tuple(name for name in task.candidates if name not in reasons)
         rows = self._measure(replace(task, candidates=worth_trying, sampling_s=self._sampling_s))
         for name, failure in reasons.items():
@@ -255,7 +257,8 @@ class Sweep:
                 more, blamed, failure = self._after_failure(job, result, result.failure)
                 for name in blamed:
                     rows += failures(task.point, name, failure, self.regimes)
-                    self._ended_from_outside[task.point.site, name] += failure.outcome is Outcome.DISTURBED
+                    if failure.outcome is Outcome.DISTURBED:
+                        self._ended_from_outside.setdefault((task.point.site, name), []).append(failure.detail)
                 queue.extendleft(reversed(more))
         return rows
 

@@ -49,7 +49,10 @@ def commands_after(text: str, word: str) -> list[str]:
 
 def test_a_sweep_writes_database_export_and_policy_and_nothing_else(swept: Swept) -> None:
     assert swept.result.returncode == 0, swept.result.stderr
-    assert set(contents(swept.folder)) == {"db", "policies", *map(str, (POLICY, EXPORT, DATABASE))}
+    assert set(contents(swept.folder)) == {
+        *("db", "policies", str(POLICY.with_suffix(".evidence.json"))),
+        *map(str, (POLICY, EXPORT, DATABASE)),
+    }
 
 
 def test_a_sweep_prints_its_table_the_policys_path_and_what_it_did(swept: Swept) -> None:

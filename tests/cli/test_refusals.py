@@ -81,7 +81,10 @@ USAGE = {
     "no arguments": (["lookup"], "Missing"),
     "no context": (["lookup", "1", *PLACE], "context_tokens"),
     "no model": (["lookup", "1", "1", "--gpu", "cpu"], "'--model'"),
-    "tokens in words": (["lookup", "one", "1", *PLACE], "'query_tokens': a count must be a whole number: got 'one'"),
+    "tokens in words": (
+        ["lookup", "one", "1", *PLACE],
+        "'query_tokens': a count must be a whole number below 2^63: got 'one'",
+    ),
     "tokens in floating point": (["lookup", "1e3", "4096", *PLACE], "got '1e3'"),
     "zero tokens": (["lookup", "0", "10", *PLACE], "num_qo_tokens=0"),
     "negative tokens": (["lookup", *PLACE, "--", "-4", "10"], "got '-4'"),
@@ -113,7 +116,7 @@ FAILURES = {
     "a folder as policy": (["policy", "show", "--policy", "db"], "db: Is a directory"),
     "a database as policy": (["policy", "show", "--policy", "db/cpu.db"], "db/cpu.db:"),
     "an export as policy": (["policy", "show", "--policy", "db/cpu.jsonl"], "db/cpu.jsonl"),
-    "endless zeros as policy": (["policy", "show", "--policy", "/dev/zero"], "at most 1048576 bytes"),
+    "endless zeros as policy": (["policy", "show", "--policy", "/dev/zero"], "at most 262144 bytes"),
     "an export that is not there": (["fit", "--measurements", "no.jsonl"], "no.jsonl: No such file"),
     "a folder as export": (["fit", "--measurements", "db"], "db: Is a directory"),
     "a policy as export": (["fit", "--measurements", "policies/cpu.yaml"], "policies/cpu.yaml, line 1"),
@@ -222,12 +225,12 @@ def test_a_newer_database_asks_for_an_upgrade(
 @pytest.mark.parametrize(
     ("old", "new", "said"),
     [
-        ("schema: 3\n", "schema: 4\n", "upgrade mla-tune"),
-        ("schema: 3\n", "schema: one\n", "schema must be one that is read here: got 'one'"),
+        ("schema: 4\n", "schema: 5\n", "upgrade mla-tune"),
+        ("schema: 4\n", "schema: one\n", "schema must be one that is read here: got 'one'"),
         ("evidence: measured\n", "evidence: measured\nauthor: me\n", "author"),
         ("regime: eager\n", "", "regime"),
-        ("noise_band: ", "noise_band: x", "noise_band"),
-        ("candidates: [deep_gemm, jit]", "candidates: [deep_gemm]", "incumbent must be a known one: got 'jit'"),
+        ("sm_count: ", "sm_count: x", "sm_count"),
+        ("among: [deep_gemm, jit]", "among: [deep_gemm]", "must be a known one: got 'jit'"),
     ],
     ids=["newer", "no number", "unknown key", "missing key", "wrong type", "unknown candidate"],
 )

@@ -122,7 +122,7 @@ def test_the_order_of_measurements_does_not_matter_to_a_byte() -> None:
 
 def test_held_out_timings_reach_the_judgement_alone() -> None:
     def disturbed(m: Measurement) -> Measurement:
-        factor = 3.0 if m.candidate == "sparse_fwd" else 1.0
+        factor = 1.01 if m.candidate == "sparse_fwd" else 1.0  # a table that loses to one candidate has its own test
         return m if m.role is Role.FIT else replace(m, latency_us=(m.latency_us or 0) * factor)
 
     before, after = _fitted(CLEAN), _fitted([disturbed(m) for m in CLEAN])

@@ -28,6 +28,7 @@ from mla_tune.sites.engines import Engine, model_incumbent
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, LayerType, Site, SiteName
 from mla_tune.sites.stages import Law
+from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import Outcome
 from tests.fit.synthetic import C4A, ENVIRONMENT, FLASH, METADATA, SOURCE, World, attention_sites, sweep
 
@@ -252,7 +253,9 @@ def test_where_the_uncertainty_spans_the_crossover_the_incumbent_stays(
 
 def test_limits_are_carried_over_on_the_same_architecture_alone() -> None:
     failing = World(failures={("with_kvcache", 16384): (Outcome.RUNTIME_ERROR, "illegal memory access")})
-    costs = CostModel(ENVIRONMENT, sweep(failing, [C4A]))
+    seen = ((16383, Outcome.OK, ""), (16384, Outcome.RUNTIME_ERROR, "illegal memory access"))
+    tries = [Try(C4A, "with_kvcache", Shape(1, count, 131072), outcome, detail) for count, outcome, detail in seen]
+    costs = CostModel(ENVIRONMENT, sweep(failing, [C4A]), tries)
     hopper, blackwell = (model_policy(costs, datasheet(sku), SOURCE) for sku in ("nvidia-h100", "nvidia-b200"))
     (limit,) = hopper.evidence.tables[0].limits
     assert [entry.num_qo_tokens for entry in hopper.policy.tables[0].limits] == [limit.num_qo_tokens]
