@@ -224,11 +224,7 @@ def _mode(service: Service) -> str:
 
 def _policy(service: Service) -> str:
     dispatcher = service.dispatcher
-    policy = dispatcher.policy
-    if policy is None:
-        return f"no policy ({dispatcher.source})"
-    gpu = f"{policy.gpu.sku} with {policy.gpu.sm_count} SMs"
-    return f"policy {dispatcher.summary} (sha256 {dispatcher.digest[:12]}, {policy.evidence}, {gpu})"
+    return f"no policy ({dispatcher.source})" if dispatcher.policy is None else f"policy {dispatcher.summary}"
 
 
 def _site(decider: Decider) -> tuple[str, str]:

@@ -92,8 +92,17 @@ class Serving:
         parts = [f"{len(self.tables)} of {self.total} tables serve {self.engine}"]
         parts += [self.fault] if self.fault is not None else map(str, self.left_out)
         parts += [f"although {reason}" for reason in self.overridden]
-        source = "no policy file" if self.file is None else f"{self.file} ({self.file.place})"
-        return f"{source}: {'; '.join([*parts, *(f'passed over {reason}' for reason in self.passed_over)])}"
+        return f"{self.source}: {'; '.join([*parts, *(f'passed over {reason}' for reason in self.passed_over)])}"
+
+    @property
+    def source(self) -> str:
+        """The file, where it was found, its digest, and what was measured on which GPU."""
+        if self.file is None:
+            return "no policy file"
+        if self.policy is None:
+            return f"{self.file} ({self.file.place})"
+        evidence, of = self.policy.evidence, GpuKey(self.policy.gpu.sku, self.policy.gpu.sm_count)
+        return f"{self.file} ({self.file.place}, sha256 {self.digest[:12]}, {evidence} for {of})"
 
 
 def find_serving(

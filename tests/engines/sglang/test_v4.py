@@ -240,8 +240,9 @@ def test_one_line_says_what_decides(v4: ModuleType, caplog: pytest.LogCaptureFix
         v4_backend(v4)
     (line,) = [record.getMessage() for record in caplog.records if record.getMessage().startswith("mla-tune ")]
     for part in (
-        "policy.yaml (sha256 ",
-        "measured, nvidia-h200 with 132 SMs, differs from this machine: the GPU must be the measured nvidia-h200",
+        "policy.yaml (named, sha256 ",
+        "measured for nvidia-h200 with 132 SMs): 20 of 20 tables serve sglang",
+        "although the GPU must be nvidia-h200 with 132 SMs: got none",
         "mode auto",
         "prefill_attention of deepseek-v4-flash with 64 heads, by swa_only, c4a, c128a: policy",
         "indexer_metadata of deepseek-v4-flash, by c4a: policy",
