@@ -36,11 +36,13 @@ class Tables:
     """The indexer's, of the whole forward."""
     noise_band: float = LEAST_DIFFERENCE
     """Relative difference below which two candidates of :attr:`attention` count as equal."""
+    served: ModelConfig | None = None
+    """A model that takes another one's tables, with its own layer counts; None for the tables' own."""
 
     @property
     def model(self) -> ModelConfig:
         """The model that they are for."""
-        return MODELS[self.attention.model]
+        return self.served or MODELS[self.attention.model]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
