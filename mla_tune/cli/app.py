@@ -16,6 +16,7 @@ from mla_tune.cli import (
     planning,
     policies,
     probing,
+    reviewing,
     spotting,
     sweeping,
     traffic_command,
@@ -59,6 +60,7 @@ app.add_typer(_database, name="db")
 
 _policy = typer.Typer(help="Policy files.", no_args_is_help=True)
 _policy.command("show")(policies.show)
+_policy.command("schema")(reviewing.schema)
 app.add_typer(_policy, name="policy")
 
 
