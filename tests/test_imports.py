@@ -132,3 +132,9 @@ def test_importing_the_package_loads_nothing_else() -> None:
 def test_no_two_modules_share_a_name() -> None:
     names = [path.stem for path in files() if path.stem not in ("__init__", "__main__")]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    trees = [ast.parse(path.read_text()) for path in files()]
+    names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert sorted({name for name in names if names.count(name) > 1 and not name.startswith("_")}) == []
