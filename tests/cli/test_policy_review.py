@@ -14,7 +14,7 @@ import pytest
 from mla_tune.cli import run
 from mla_tune.policy.codec import load_policy, write_policy
 from mla_tune.policy.schema import Limit, Policy
-from mla_tune.sites.served_shapes import Shape, Traffic, write_traffic
+from mla_tune.sites.served_shapes import ServedShape, Traffic, write_traffic
 from tests.policy.strategies import modelled_policy
 
 ROOT = Path(__file__).parents[2]
@@ -110,7 +110,9 @@ def test_what_the_curves_expect_is_marked_as_a_prediction(repository: Path, caps
 def test_recorded_traffic_takes_the_place_of_the_grid(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_policy(NAME, changed(load_policy(NAME)))
     site = "prefill_attention", "deepseek-v3.2"
-    write_traffic("met.jsonl", Traffic({Shape(*site, 16, 1 << 20, 1): 3, Shape(*site, 8192, 1 << 17, 1): 997}))
+    write_traffic(
+        "met.jsonl", Traffic({ServedShape(*site, 16, 1 << 20, 1): 3, ServedShape(*site, 8192, 1 << 17, 1): 997})
+    )
     told = " ".join(printed(capsys, "diff", f"HEAD:{NAME}", NAME, "--traffic", "met.jsonl").split())
     assert "0.30 % of forwards (3 of 1000) change the answer" in told
 

@@ -16,7 +16,7 @@ from mla_tune.policy.comparison import compare_policies, evidence_changes, grid_
 from mla_tune.policy.decision import Decision
 from mla_tune.policy.schema import Choice, Gpu, Limit, Policy, Range, Row, Table
 from mla_tune.policy.threshold import Threshold
-from mla_tune.sites.served_shapes import Shape, Traffic
+from mla_tune.sites.served_shapes import ServedShape, Traffic
 from tests.policy.strategies import evidence, policies, policy, table
 
 SMALL = Range(num_qo_tokens=(1, 4096), kv_tokens=(1024, 1 << 20), num_reqs=(1, 4))
@@ -111,14 +111,16 @@ def test_a_new_table_is_compared_with_the_engines_own_choice() -> None:
 
 def test_recorded_traffic_weighs_the_shapes_by_their_forwards() -> None:
     site = "prefill_attention", "deepseek-v4-flash"
-    traffic = Traffic({Shape(*site, 100, 2048, 1): 5, Shape(*site, 3000, 4096, 2): 7, Shape("x", "y", 1, 1, 1): 100})
+    traffic = Traffic(
+        {ServedShape(*site, 100, 2048, 1): 5, ServedShape(*site, 3000, 4096, 2): 7, ServedShape("x", "y", 1, 1, 1): 100}
+    )
     change = compare_policies(policy(crossing(64)), policy(crossing(512)), traffic)
     assert (change.forwards, change.changed, change.tables[0].shapes) == (12, 5, 2)
     assert change.tables[0].share == pytest.approx(5 / 12)
 
 
 def test_traffic_of_another_model_and_another_gpus_policy_are_refused() -> None:
-    foreign = Traffic({Shape("prefill_attention", "deepseek-v3.2", 1, 1024, 1): 1})
+    foreign = Traffic({ServedShape("prefill_attention", "deepseek-v3.2", 1, 1024, 1): 1})
     with pytest.raises(UsageError, match=r"got prefill_attention of deepseek-v3\.2"):
         compare_policies(policy(), policy(), foreign)
     with pytest.raises(UsageError, match="of one GPU are compared: got nvidia-h200 and nvidia-h100"):
@@ -147,7 +149,7 @@ def test_better_evidence_is_told_with_its_figures() -> None:
 @given(policies(), policies())
 def test_any_two_policies_of_one_gpu_are_compared_shape_by_shape(before: Policy, other: Policy) -> None:
     after = msgspec.structs.replace(other, gpu=before.gpu)
-    traffic = Traffic({Shape(t.site, t.model, 7, 9000, 2): 3 for t in (*before.tables, *after.tables)})
+    traffic = Traffic({ServedShape(t.site, t.model, 7, 9000, 2): 3 for t in (*before.tables, *after.tables)})
     with suppress(PolicyError):  # a table may have limits that leave nothing to run
         list(map(Decision, (*before.tables, *after.tables)))
         _check_comparison(before, after, traffic)
