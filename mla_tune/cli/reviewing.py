@@ -12,7 +12,7 @@ import typer
 from mla_tune.cli.options import JsonOption
 
 if TYPE_CHECKING:
-    from mla_tune.cli.output.change_output import Judged
+    from mla_tune.cli.output.change_output import ChangeJudgement
     from mla_tune.cli.revisions import NamedVersion
     from mla_tune.policy.comparison import PolicyChange
     from mla_tune.sites.served_shapes import Traffic
@@ -45,7 +45,7 @@ def diff(
 
     Example: mla-tune policy diff HEAD:policies/nvidia-h200.yaml policies/nvidia-h200.yaml
     """
-    from mla_tune.cli.output.change_output import DiffReport, Judged, print_diff
+    from mla_tune.cli.output.change_output import ChangeJudgement, DiffReport, print_diff
     from mla_tune.cli.revisions import read_version
     from mla_tune.policy.comparison import compare_policies, evidence_changes
     from mla_tune.sites.served_shapes import read_traffic
@@ -57,7 +57,9 @@ def diff(
         old=before,
         new=after,
         change=change,
-        judged=_judged(change, after, db, recorded if predict else None, predict) if change.changed else Judged(),
+        judged=_judged(change, after, db, recorded if predict else None, predict)
+        if change.changed
+        else ChangeJudgement(),
         evidence=tuple(evidence_changes(before.stated, after.stated)),
     )
     print_diff(report, markdown=markdown, as_json=as_json)
@@ -67,17 +69,17 @@ def diff(
 
 def _judged(
     change: PolicyChange, after: NamedVersion, db: Path | None, traffic: Traffic | None, predict: bool
-) -> Judged:
+) -> ChangeJudgement:
     """What the measurements behind the new policy say, or why they say nothing."""
-    from mla_tune.cli.output.change_output import Judged
+    from mla_tune.cli.output.change_output import ChangeJudgement
 
     if find_spec("numpy") is None or find_spec("scipy") is None:
-        return Judged(reason="measurements are read with numpy and scipy: pip install 'mla-tune[tune]'")
+        return ChangeJudgement(reason="measurements are read with numpy and scipy: pip install 'mla-tune[tune]'")
     export = db or Path(after.policy.source.file)
     if db is None and not export.is_file():
-        return Judged(reason=f"no export {export} here; run this in a checkout that has it, or pass --db")
+        return ChangeJudgement(reason=f"no export {export} here; run this in a checkout that has it, or pass --db")
     if after.policy.scaled_from is not None and not predict:
-        return Judged(reason="nothing was timed on this GPU; --predict says what the scaled curves expect")
+        return ChangeJudgement(reason="nothing was timed on this GPU; --predict says what the scaled curves expect")
     from mla_tune.cli.named_policy import measured_costs
     from mla_tune.policy.comparison import asked_shapes
     from mla_tune.replay.measured_changes import judge_changes, mean_ratio, predict_changes
@@ -87,7 +89,7 @@ def _judged(
     asked = [list(asked_shapes(table.before, table.after, traffic)) for table in change.tables]
     predicted = tuple(predict_changes(costs, change, asked)) if predict else ()
     reason = "nothing was timed on this GPU" if after.policy.scaled_from is not None else None
-    return Judged(measured, predicted, mean_ratio(measured), str(export), reason)
+    return ChangeJudgement(measured, predicted, mean_ratio(measured), str(export), reason)
 
 
 def schema(

@@ -24,7 +24,7 @@ _CONTEXT_STEPS = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Move:
+class MovedAnswers:
     """Shapes whose answer goes from one candidate to another, and where they lie."""
 
     before: str
@@ -47,7 +47,7 @@ class TableChange:
     """Shapes that were asked."""
     forwards: int
     """What they count for: themselves on a grid, their forwards in traffic."""
-    moves: tuple[Move, ...]
+    moves: tuple[MovedAnswers, ...]
     settings: tuple[str, ...]
     """What else changed: limits, builds, ranges, candidates; one line each."""
 
@@ -199,9 +199,9 @@ def _table_change(before: Table | None, after: Table | None, asked: Mapping[Grid
     )
 
 
-def _move(before: str, after: str, shapes: Sequence[GridShape], asked: Mapping[GridShape, int]) -> Move:
+def _move(before: str, after: str, shapes: Sequence[GridShape], asked: Mapping[GridShape, int]) -> MovedAnswers:
     query_tokens, context, requests = zip(*shapes, strict=True)
-    return Move(
+    return MovedAnswers(
         before=before,
         after=after,
         shapes=len(shapes),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from mla_tune.cli.revisions import NamedVersion
-from mla_tune.policy.comparison import Move, PolicyChange, TableChange, table_name
+from mla_tune.policy.comparison import MovedAnswers, PolicyChange, TableChange, table_name
 from mla_tune.policy.file_form import written_tokens
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ ALIKE = "no difference that a server sees"
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class ChangeJudgement:
     """What the measurements say of a change."""
 
     measured: tuple[MeasuredChange, ...] = ()
@@ -45,7 +45,7 @@ class DiffReport:
     old: NamedVersion
     new: NamedVersion
     change: PolicyChange
-    judged: Judged
+    judged: ChangeJudgement
     evidence: tuple[str, ...] = ()
     """How the judgement beside the policies differs."""
 
@@ -126,7 +126,7 @@ def _table_lines(report: DiffReport, table: TableChange) -> Iterator[str]:
     yield from _judged_lines(report.judged, table)
 
 
-def _move_text(move: Move, change: PolicyChange) -> str:
+def _move_text(move: MovedAnswers, change: PolicyChange) -> str:
     tokens, context, requests = (_span(ends) for ends in (move.query_tokens, move.context, move.requests))
     return (
         f"{move.before} -> {move.after}: {move.forwards} {_units(change)}, within query tokens {tokens}, context "
@@ -134,7 +134,7 @@ def _move_text(move: Move, change: PolicyChange) -> str:
     )
 
 
-def _judged_lines(judged: Judged, table: TableChange) -> Iterator[str]:
+def _judged_lines(judged: ChangeJudgement, table: TableChange) -> Iterator[str]:
     found = next((entry for entry in judged.measured if entry.key == table.key), None)
     if found is not None and table.changed:
         if found.ratio is None or found.best is None or found.worst is None:
@@ -160,7 +160,7 @@ def _markdown(report: DiffReport) -> Iterator[str]:
     yield ""
     yield f"Compared with `{report.old.name}`; {change.forwards} {_units(change)} asked."
     if report.judged.by:
-        yield f"Judged by the measurements in `{report.judged.by}`."
+        yield f"ChangeJudgement by the measurements in `{report.judged.by}`."
     for version in (report.old, report.new):
         if version.fault is not None:
             yield f"\n> **Warning:** {version.fault}"
