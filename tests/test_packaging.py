@@ -126,7 +126,7 @@ def test_an_old_python_is_named_with_its_version(checkout: Path, tmp_path: Path)
     ("arguments", "reason"),
     [
         ([], "needs a folder of wheels"),
-        (["/nonexistent"], "FOLDER must be a folder of wheels: /nonexistent is none"),
+        (["{here}/none"], "/none is none; see "),
         (["{here}", "{here}/policies"], "TARGET must be new, empty or made by this script"),
         (["{here}", "{here}/new"], "that has torch and triton: none of /nonexistent/python3"),
     ],
