@@ -52,6 +52,7 @@ LAYERS: dict[str, set[str]] = {
     "fit": {"store", "policy"} | VALUES,
     "replay": {"store", "fit", "policy"} | VALUES,
     "report": {"replay", "store", "fit", "policy"} | VALUES,
+    "trace": {"errors"},
     "integrations": {"runtime", "policy", "errors", "sites"},
 }
 """What each part may import of the others; ``cli`` and ``__main__`` may import everything, inside their commands."""

@@ -19,6 +19,7 @@ from mla_tune.cli import (
     reviewing,
     spotting,
     sweeping,
+    trace_diffing,
     traffic_command,
     tuning,
     validating,
@@ -49,6 +50,7 @@ app.command()(traffic_command.traffic)
 app.command()(spotting.spot_check)
 app.command()(chunking.chunks)
 app.command()(planning.plan)
+app.command()(trace_diffing.trace_diff)
 app.command()(machine.verify)
 app.command()(machine.env)
 
