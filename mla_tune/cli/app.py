@@ -65,6 +65,7 @@ app.add_typer(_database, name="db")
 _policy = typer.Typer(help="Policy files.", no_args_is_help=True)
 _policy.command("show")(policies.show)
 _policy.command("diff")(reviewing.diff)
+_policy.command("lint")(reviewing.lint)
 _policy.command("schema")(reviewing.schema)
 app.add_typer(_policy, name="policy")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +91,31 @@ def _judged(
     predicted = tuple(predict_changes(costs, change, asked)) if predict else ()
     reason = "nothing was timed on this GPU" if after.policy.scaled_from is not None else None
     return ChangeJudgement(measured, predicted, mean_ratio(measured), str(export), reason)
+
+
+def lint(
+    files: Annotated[list[str], typer.Argument(help="Policy files.", metavar="FILE...")],
+    strict: Annotated[bool, typer.Option("--strict", help="Take warnings for errors.")] = False,
+    builds: Annotated[
+        bool, typer.Option("--builds/--no-builds", help="Compare with the kernel libraries that are installed here.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """Check policy files for what a server or a reviewer would stumble over; exit 1 for an error.
+
+    Example: mla-tune policy lint policies/*.yaml
+    """
+    from mla_tune.cli.staleness import stale_builds
+    from mla_tune.policy.lint import Severity, lint_policy
+
+    found = [finding for file in files for finding in lint_policy(file, stale_builds if builds else None)]
+    if as_json:
+        print(json.dumps([{"file": of.file, "severity": of.severity, "message": of.message} for of in found]))
+    else:
+        for finding in found:
+            print(finding)
+    if any(strict or finding.severity is Severity.ERROR for finding in found):
+        raise typer.Exit(1)
 
 
 def schema(

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
+from mla_tune.kernels.prepare import Preparation
+from mla_tune.kernels.prepare_jobs import IndexJob, RowsJob
 from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.kernels.workspace import SparseWorkspace
 from mla_tune.sites.candidates import SPARSE_FWD_FUSED

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -171,3 +172,29 @@ def test_evidence_of_another_policy_is_a_warning(repository: Path, capsys: pytes
     told = " ".join(printed(capsys, "diff", f"HEAD:{NAME}", NAME).split())
     assert f"warning evidence of {NAME}: must be the evidence of the policy beside it" in told
     assert told.endswith("verdict: no difference that a server sees")
+
+
+def test_lint_prints_a_line_per_finding_and_its_exit_code_says_how_bad(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert printed(capsys, "lint", "--no-builds", "--strict", NAME) == ""
+    warned = printed(capsys, "lint", NAME)
+    assert warned.startswith(f"{NAME}: warning: not installed here, so whether tables are stale is not known: ")
+    assert printed(capsys, "lint", "--strict", NAME, code=1) == warned
+    Path(NAME).write_text(Path(NAME).read_text() + f"# {'x' * 119}\n")
+    told = printed(capsys, "lint", "--no-builds", NAME, code=1).splitlines()
+    assert all(re.match(rf"{re.escape(NAME)}: (error|warning): .", line) for line in told)
+    found = json.loads(printed(capsys, "lint", "--no-builds", "--json", NAME, code=1))
+    assert [f"{of['file']}: {of['severity']}: {of['message']}" for of in found] == told
+
+
+def test_lint_goes_on_after_a_file_that_cannot_be_read(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    told = printed(capsys, "lint", "--no-builds", "none.yaml", "policies", NAME, code=1).splitlines()
+    assert len(told) == 2
+    assert told[0].startswith("none.yaml: error: a policy file must be readable: got none.yaml: No such file")
+    assert told[1].startswith("policies: error: a policy file must be readable: got policies: Is a directory")
+
+
+def test_lint_without_a_file_is_a_wrong_call(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["policy", "lint"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

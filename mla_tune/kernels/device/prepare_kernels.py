@@ -15,7 +15,7 @@ import triton.language as tl
 from mla_tune.kernels.device.cache_rows import constants_of, dequantize_rows, layout_of, requests_of, slots_of
 from mla_tune.kernels.device.combine_kernels import combine_tokens
 from mla_tune.kernels.device.launcher import BoundLaunch, Launcher
-from mla_tune.kernels.prepare import IndexJob, RowsJob
+from mla_tune.kernels.prepare_jobs import IndexJob, RowsJob
 from mla_tune.sites.launch_parameters import PrepareConfig
 
 _REQUESTS = 64
