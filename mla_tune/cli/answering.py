@@ -103,7 +103,9 @@ class Answering:
         """What stands beside the policy. Raises :class:`PolicyError` for what is another's."""
         return None if self.serving.file is None else load_evidence(str(self.serving.file), self.serving.digest)
 
-    def resolve(self, site: str, model: str, layer: str = FORWARD, h_q: int | None = None) -> Resolved:
+    def resolve(
+        self, site: str, model: str, layer: str = FORWARD, h_q: int | None = None, engine: Engine | None = None
+    ) -> Resolved:
         """Who chooses at a place, as the plugin asks; the engine itself where no table serves there.
 
         Raises :class:`UsageError` for a place that the model does not have, and :class:`PolicyError` where a named file
@@ -120,7 +122,7 @@ class Answering:
                 model=model,
                 layer=layer,
                 h_q=h_q,
-                engine=self.engine,
+                engine=engine or self.engine,
                 fallback=None if self.named else "incumbent",
             )
 

@@ -31,7 +31,7 @@ from mla_tune.cli.options import (
     parsed_count,
 )
 from mla_tune.cli.places import policy_path, policy_sku, readable_export
-from mla_tune.cli.priced import measured_costs
+from mla_tune.cli.priced import costs_behind
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.policy.schema import Policy
 from mla_tune.sites.provider import OWN, SGLANG
@@ -191,7 +191,7 @@ def explain(
     from mla_tune.cli.output import render
     from mla_tune.fit.explanation import explain as explain_choice
 
-    told = explain_choice(measured_costs(found, measurements), table, shape)
+    told = explain_choice(costs_behind(found, measurements), table, shape)
     render.explanation(found, told, table, as_json)
 
 

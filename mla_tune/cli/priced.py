@@ -24,19 +24,22 @@ def policy_conditions(policy: Policy) -> Conditions:
     return Conditions(policy.overlap, Provider.parse(policy.provider) if policy.provider else None)
 
 
-def measured_costs(found: Answering, measurements: Path | None) -> CostModel:
+def costs_behind(found: Answering, measurements: Path | None) -> CostModel:
     """Cost curves of the measurements behind the policy that answers; ``measurements`` is an export that the user names.
 
     Raises :class:`StoreError` without them and :class:`EnvironmentMismatchError` for another GPU's.
     """
+    return measured_costs(found.policy, found.serving.name, measurements or _behind(found))
+
+
+def measured_costs(policy: Policy, name: str, export: Path) -> CostModel:
+    """Cost curves of ``export``, which must be of the GPU that ``policy`` was measured on. Raises as above."""
     from mla_tune.cli.output import render
     from mla_tune.fit.costs import CostModel
     from mla_tune.fit.usable import usable
     from mla_tune.store.export import export_sha256, read_export
     from mla_tune.store.measurement import Regime
 
-    policy, name = found.policy, found.serving.name
-    export = measurements or _behind(found)
     read = read_export(export)
     environment, measured_sku = read.environment, policy.scaled_from or policy.gpu.sku
     if environment.sku != measured_sku:
@@ -118,4 +121,4 @@ def evidence(model: str, h_q: int | None, found: Answering, measurements: Path |
         noise_band=noise_band(stated, whole),
         served=config,
     )
-    return Evidence(Pricer(measured_costs(found, measurements), tables), found, stated)
+    return Evidence(Pricer(costs_behind(found, measurements), tables), found, stated)

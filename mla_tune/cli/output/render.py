@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from mla_tune.cli.answering import Answering
     from mla_tune.fit.evaluation import LostTable, Weighted
     from mla_tune.fit.explanation import Explanation
-    from mla_tune.policy.decision import Explanation as Decision
+    from mla_tune.policy.decision import ExplainedChoice
     from mla_tune.runtime.dispatcher import Resolved
     from mla_tune.store.database import EnvironmentSummary
 
@@ -45,7 +45,7 @@ def header(found: Answering) -> None:
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def choice(found: Answering, resolved: Resolved, answer: Decision, as_json: bool) -> None:
+def choice(found: Answering, resolved: Resolved, answer: ExplainedChoice, as_json: bool) -> None:
     """What is taken at one shape, and who decides it."""
     if as_json:
         told = {**asdict(answer), "rule": resolved.rule, "kept": resolved.fallback}
@@ -329,7 +329,7 @@ _FIXED = (OWN, *KernelSource)
 """Whose kernels run without any ``--provider``."""
 
 
-def _bracket(decision: Decision, table: Table, stated: PolicyEvidence | None) -> tuple[int, int] | None:
+def _bracket(decision: ExplainedChoice, table: Table, stated: PolicyEvidence | None) -> tuple[int, int] | None:
     """Query tokens between which the crossover to the choice lies."""
     evidence = stated.of(table) if stated else None
     if evidence is None or decision.num_qo_tokens_from is None:
@@ -341,7 +341,7 @@ def _bracket(decision: Decision, table: Table, stated: PolicyEvidence | None) ->
     return None
 
 
-def _because(decision: Decision, bracket: tuple[int, int] | None) -> str:
+def _because(decision: ExplainedChoice, bracket: tuple[int, int] | None) -> str:
     if decision.num_qo_tokens_from is None:
         return str(decision.reason)
     inside = f", crossover inside [{bracket[0]}, {bracket[1]}]" if bracket else ""
