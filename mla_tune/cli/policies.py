@@ -81,7 +81,10 @@ def fit(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
+    """Fit a policy from an export, without a GPU. The same export gives the same bytes.
+
+    Example: mla-tune fit --gpu h200 --out policy.yaml
+    """
     if check is not None:
         _check(check)
         return
@@ -141,7 +144,10 @@ def lookup(
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the candidate that a policy answers for one forward."""
+    """Print the candidate that a policy answers for one forward.
+
+    Example: mla-tune lookup 8192 128K --model deepseek-v4-pro --gpu h200
+    """
     Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
     loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
@@ -163,7 +169,10 @@ def explain(
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
+    """Print the choice, the threshold behind it, and what each candidate costs, stage by stage.
+
+    Example: mla-tune explain 512 128K --model deepseek-v4-pro --gpu h200
+    """
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
     loaded, name = named_policy(policy, gpu)
     resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
@@ -180,7 +189,10 @@ def show(
     policy: PolicyOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
+    """Print a policy's tables, its provenance, and how every rule did on the held-out points.
+
+    Example: mla-tune policy show --gpu h200
+    """
     from mla_tune.cli.output import render
 
     loaded, name = named_policy(policy, gpu)
