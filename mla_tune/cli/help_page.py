@@ -23,7 +23,7 @@ _WORDS = {
     "FACTOR": ("speed",),
     "FILE": (
         *("check", "db", "forwards", "html", "measurements", "out", "policy", "record", "trace", "traffic"),
-        *("source", "png"),
+        "png",
     ),
     "GPU": ("from", "gpu", "to"),
     "HEADS": ("h-q",),
@@ -86,7 +86,7 @@ def _name_type(parameter: Any) -> None:
 
 
 def _word(parameter: Any, name: str) -> str:
-    if name in _WORD_OF and (parameter.param_type_name == "option" or name == "source"):
+    if name in _WORD_OF and parameter.param_type_name == "option":
         return _WORD_OF[name]
     descriptor = getattr(parameter, "type_descriptor", None)
     if descriptor is not None and getattr(descriptor.annotation, "__name__", "") in _BY_TYPE:
