@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from mla_tune.cli.answering import WORDS
 from mla_tune.hardware.sku import CPU, SKUS
 from mla_tune.sites.candidates import CANDIDATES
-from mla_tune.sites.engines import Engine
 from mla_tune.sites.launch_parameters import KERNELS
 from mla_tune.sites.provider import PROVIDERS
 from mla_tune.sites.site import FORWARD, MODELS, OVERLAPS, LayerType, SiteName
@@ -43,7 +43,7 @@ _BY_TYPE = {"int": "NUMBER", "float": "NUMBER"}
 _VALUES: dict[str, Callable[[], Iterator[str]]] = {
     "candidate": lambda: (found.name for listed in CANDIDATES.values() for found in listed),
     "effort": lambda: iter(("quick", "default", "full")),
-    "engine": lambda: (str(engine) for engine in Engine),
+    "engine": lambda: iter(WORDS),
     "gpu": lambda: iter(("auto", CPU, *(sku.name.removeprefix("nvidia-") for sku in SKUS))),
     "kernel": lambda: iter(KERNELS),
     "layer": lambda: iter((*map(str, LayerType), FORWARD)),

@@ -67,10 +67,10 @@ def test_every_command_has_an_example_that_its_options_accept(
 
 READ_WRONGLY = {
     "a number of seconds": (["sweep", "--budget", "ten"], "Invalid value for '--budget': it must be a number: got 'ten'"),
-    "a count": (["validate", "--points", "many"], "it must be a whole number: got 'many'"),
-    "a fraction as a count": (["validate", "--points", "1.5"], "it must be a whole number: got '1.5'"),
+    "a count": (["validate", "--points", "many"], "whole number below 2^63: got 'many'"),
+    "a fraction as a count": (["trace-diff", "a", "b", "--top", "1.5"], "it must be a whole number: got '1.5'"),
     "tokens": (["lookup", "one", "1", "--model", "x"], "got 'one'"),
-    "an engine": (["lookup", "1", "1", "--model", "x", "--engine", "tgi"], "'tgi' is not one of 'sglang'"),
+    "an engine": (["lookup", "1", "1", "--model", "x", "--engine", "tgi"], "got 'tgi'; accepted: sglang, "),
     "names of a diff": (["trace-diff", "a", "b", "--top", "all"], "it must be a whole number: got 'all'"),
 }  # fmt: skip
 
