@@ -14,6 +14,7 @@ import numpy as np
 
 from mla_tune.policy.decision import Answer, Decision
 from mla_tune.policy.evidence import RowEvidence, TableEvidence, ThresholdEvidence
+from mla_tune.policy.rules import MAX_INT64
 from mla_tune.policy.schema import Table, row_ends
 from mla_tune.policy.threshold import Threshold
 
@@ -51,10 +52,14 @@ class Area:
         return start <= num_qo_tokens < end
 
     def outline(self) -> tuple[tuple[int, int], ...]:
-        """Corners (query tokens, context tokens), around the area; where it has no width both sides meet."""
+        """Corners (query tokens, context tokens), around the area; where it has no width both sides meet.
+
+        Less what no forward is: one has at least as many context tokens as query tokens.
+        """
         level = self.left.is_level and (self.right is None or self.right.is_level)
-        contexts = sorted(set(self.kv_tokens)) if level else spread(*self.kv_tokens)
-        spans = [self.span(kv_tokens) for kv_tokens in contexts]
+        whole = level and self.span(self.kv_tokens[0])[1] <= self.kv_tokens[0]
+        contexts = sorted(set(self.kv_tokens)) if whole else spread(*self.kv_tokens)
+        spans = [tuple(min(count, kv + 1) for count in self.span(kv)) for kv in contexts]
         up = [(start, kv) for kv, (start, _) in zip(contexts, spans, strict=True)]
         down = [(end, kv) for kv, (_, end) in zip(contexts, spans, strict=True)]
         return (*up, *reversed(down))
@@ -82,18 +87,21 @@ def spread(low: int, high: int) -> list[int]:
     return sorted({low, high, *(int(count) for count in np.geomspace(max(low, 1), max(high, 1), _STEPS)[1:-1])})
 
 
-def areas(table: Table, num_reqs: int) -> tuple[Area, ...]:
-    """Everything that the measured range holds for forwards of ``num_reqs`` requests. No two areas share a shape."""
-    return tuple(_areas(table, num_reqs))
+def areas(table: Table, num_reqs: int, most_context: int = MAX_INT64) -> tuple[Area, ...]:
+    """Everything that the measured range holds for forwards of ``num_reqs`` requests. No two areas share a shape.
+
+    ``most_context`` cuts off contexts that the model cannot have.
+    """
+    return tuple(_areas(table, num_reqs, most_context))
 
 
-def _areas(table: Table, num_reqs: int) -> Iterator[Area]:
+def _areas(table: Table, num_reqs: int, most_context: int) -> Iterator[Area]:
     decision = Decision(table)
     low, high = table.measured.num_qo_tokens
     cuts = {limit.num_qo_tokens + 1 for limit in table.limits}
     ends = [low, *sorted(cut for cut in cuts if low < cut <= high), high + 1]
     for index in _rows_of(table, num_reqs):
-        kv_from, kv_to = _contexts(table, index)
+        kv_from, kv_to = _contexts(table, index, most_context)
         if kv_from > kv_to:
             continue
         lines = [choice.threshold for choice in table.rows[index].choices]
@@ -114,21 +122,26 @@ def _answered(decision: Decision, area: Area, num_reqs: int) -> Answer | None:
     return None
 
 
-def crossings(table: Table, evidence: TableEvidence | None, num_reqs: int) -> tuple[Crossing, ...]:
-    """The thresholds that forwards of ``num_reqs`` requests meet, those of a row in its order."""
-    return tuple(_crossings(table, evidence, num_reqs))
+def crossings(
+    table: Table, evidence: TableEvidence | None, num_reqs: int, most_context: int = MAX_INT64
+) -> tuple[Crossing, ...]:
+    """The thresholds that forwards of ``num_reqs`` requests meet, those of a row in its order; see :func:`areas`."""
+    return tuple(_crossings(table, evidence, num_reqs, most_context))
 
 
-def _crossings(table: Table, evidence: TableEvidence | None, num_reqs: int) -> Iterator[Crossing]:
+def _crossings(table: Table, evidence: TableEvidence | None, num_reqs: int, most_context: int) -> Iterator[Crossing]:
     for index in _rows_of(table, num_reqs):
-        kv_from, kv_to = _contexts(table, index)
+        kv_from, kv_to = _contexts(table, index, most_context)
         if kv_from > kv_to:
             continue
         row = table.rows[index]
         for place, (before, after) in enumerate(pairwise(row.choices)):
             found = _evidence(evidence.rows[index] if evidence else None, place)
             level = after.threshold.is_level
-            contexts = sorted({kv_from, kv_to}) if level else spread(kv_from, kv_to)
+            found_at = sorted({kv_from, kv_to}) if level else spread(kv_from, kv_to)
+            contexts = [kv for kv in found_at if after.threshold.at(kv) <= kv]
+            if not contexts:  # no forward has so many query tokens
+                continue
             counts = tuple(after.threshold.at(kv) for kv in contexts)
             yield Crossing(
                 before=before.candidate,
@@ -159,7 +172,7 @@ def _rows_of(table: Table, num_reqs: int) -> list[int]:
     return [index for index, row in enumerate(table.rows) if row.num_reqs_from == reached]
 
 
-def _contexts(table: Table, index: int) -> tuple[int, int]:
+def _contexts(table: Table, index: int, most_context: int) -> tuple[int, int]:
     """Least and most context tokens of a row inside the measured range."""
     low, high = table.measured.kv_tokens
-    return max(table.rows[index].kv_tokens_from, low), min(row_ends(table)[index] - 1, high)
+    return max(table.rows[index].kv_tokens_from, low), min(row_ends(table)[index] - 1, high, most_context)

@@ -64,23 +64,26 @@ class Boundary(msgspec.Struct, frozen=True, kw_only=True):
     win: tuple[float, float] | None
 
 
-class View(msgspec.Struct, frozen=True, kw_only=True):
-    """What one range of request counts has of its own."""
-
-    num_reqs: tuple[int, int]
-    """Both ends inside."""
-    regions: tuple[Region, ...]
-    boundaries: tuple[Boundary, ...]
-    cells: tuple[ModelledCell, ...]
-    """Of a modelled policy; otherwise none."""
-
-
 class RuleLine(msgspec.Struct, frozen=True, kw_only=True):
     """One typed constant; its two ends are (query tokens, context tokens)."""
 
     label: str
     meaning: str
     ends: tuple[tuple[float, float], ...]
+
+
+class View(msgspec.Struct, frozen=True, kw_only=True):
+    """What one range of request counts has of its own."""
+
+    num_reqs: tuple[int, int]
+    """Both ends inside."""
+    kv_tokens: tuple[int, int]
+    """Contexts inside the measured range that so many requests of the model can have."""
+    regions: tuple[Region, ...]
+    boundaries: tuple[Boundary, ...]
+    typed_rules: tuple[RuleLine, ...]
+    cells: tuple[ModelledCell, ...]
+    """Of a modelled policy; otherwise none."""
 
 
 class JudgedPoint(msgspec.Struct, frozen=True, array_like=True):
@@ -127,7 +130,6 @@ class SiteMap(msgspec.Struct, frozen=True, kw_only=True):
     noise_band: float | None
     views: tuple[View, ...]
     points: tuple[MeasuredPoint, ...]
-    typed_rules: tuple[RuleLine, ...]
     rules: tuple[str, ...]
     """Names of the rules that the held-out points judge."""
     judged: tuple[JudgedPoint, ...]
@@ -216,7 +218,6 @@ def _site_map(measured: Measured, index: int, table: Table, where: Scope, stages
     points = () if modelled else measured_points(costs.observations, where, table)
     views = tuple(_view(measured, table, where, evidence, num_reqs) for num_reqs in request_ranges(table))
     cells = [cell for view in views for cell in view.cells]
-    box = table.measured.num_qo_tokens, table.measured.kv_tokens
     return SiteMap(
         policy=index,
         site=table.site,
@@ -232,9 +233,6 @@ def _site_map(measured: Measured, index: int, table: Table, where: Scope, stages
         noise_band=evidence.noise_band if evidence else None,
         views=views,
         points=points,
-        typed_rules=tuple(
-            RuleLine(label=rule.label, meaning=rule.meaning, ends=rule.ends(*box)) for rule in typed_rules(table.site)
-        ),
         rules=() if modelled else tuple(name for name, _ in rules(table)),
         judged=() if modelled else tuple(_judged(costs, table)),
         bounds=tuple(_bound(costs, table, where, evidence, name) for name in table.candidates),
@@ -249,9 +247,12 @@ def _view(
 ) -> View:
     place = {name: index for index, name in enumerate(table.candidates)}
     modelled = measured.policy.scaled_from is not None
+    low, high = table.measured.kv_tokens
+    most = max(low, min(high, where.model.max_context * num_reqs[1]))
     return View(
         num_reqs=num_reqs,
-        regions=tuple(Region(place[area.candidate], area.outline()) for area in areas(table, num_reqs[0])),
+        kv_tokens=(low, most),
+        regions=tuple(Region(place[area.candidate], area.outline()) for area in areas(table, num_reqs[0], most)),
         boundaries=tuple(
             Boundary(
                 before=place[found.before],
@@ -261,7 +262,11 @@ def _view(
                 bracket=found.bracket,
                 win=found.win,
             )
-            for found in crossings(table, evidence, num_reqs[0])
+            for found in crossings(table, evidence, num_reqs[0], most)
+        ),
+        typed_rules=tuple(
+            RuleLine(label=rule.label, meaning=rule.meaning, ends=rule.ends(table.measured.num_qo_tokens, (low, most)))
+            for rule in typed_rules(table.site)
         ),
         cells=modelled_cells(measured.costs, table, where, evidence, num_reqs) if modelled else (),
     )

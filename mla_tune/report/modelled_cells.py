@@ -34,7 +34,7 @@ def modelled_cells(
     costs: CostModel, table: Table, where: Scope, evidence: TableEvidence | None, num_reqs: tuple[int, int]
 ) -> tuple[ModelledCell, ...]:
     """Shapes an octave apart along both axes, of as many requests as lie in the middle of ``num_reqs``."""
-    shapes = _grid(table, round(float(np.sqrt(num_reqs[0] * num_reqs[1]))))
+    shapes = _grid(table, where.model.max_context, round(float(np.sqrt(num_reqs[0] * num_reqs[1]))))
     if not shapes:
         return ()
     works = [work(site, shapes) for site, _ in where.parts]
@@ -58,10 +58,12 @@ def _cell(shape: Shape, table: Table, latencies_us: Sequence[float], band: float
     )
 
 
-def _grid(table: Table, num_reqs: int) -> list[Shape]:
+def _grid(table: Table, max_context: int, num_reqs: int) -> list[Shape]:
     """Powers of two inside the measured range that a forward of so many requests can have."""
     queries, contexts = (
         [1 << octave for octave in range(63) if low <= 1 << octave <= high]
         for low, high in (table.measured.num_qo_tokens, table.measured.kv_tokens)
     )
-    return [Shape(num_reqs, qo, kv) for qo in queries for kv in contexts if num_reqs <= qo <= kv]
+    return [
+        Shape(num_reqs, qo, kv) for qo in queries for kv in contexts if num_reqs <= qo <= kv <= max_context * num_reqs
+    ]

@@ -253,7 +253,8 @@
     const traces = [];
     for (const b of view.boundaries) {
       if (shown.bracket && b.bracket.length) {
-        const low = b.bracket.map(([edge]) => Math.max(edge, 0.5)), high = b.bracket.map(([, edge]) => edge);
+        const inside = (edge, kv) => Math.max(map.num_qo_tokens[0], Math.min(edge, map.num_qo_tokens[1], kv));
+        const low = b.bracket.map(([edge], i) => inside(edge, b.kv_tokens[i])), high = b.bracket.map(([, edge], i) => inside(edge, b.kv_tokens[i]));
         traces.push({
           type: "scatter", mode: "lines", x: [...low, ...high.slice().reverse()], y: [...b.kv_tokens, ...b.kv_tokens.slice().reverse()],
           fill: "toself", fillcolor: faint(isDark() ? "#ffffff" : "#000000", 0.13), line: { width: 0.8, color: css("quiet"), dash: "dot" }, hoverinfo: "skip",
@@ -272,9 +273,9 @@
     return traces;
   }
 
-  function ruleTraces(map) {
+  function ruleTraces(view) {
     const dashes = ["dash", "dashdot", "dot"];
-    return map.typed_rules.map((rule, index) => {
+    return view.typed_rules.map((rule, index) => {
       if (!rule.ends.length) return null;
       const [[x0, y0], [x1, y1]] = rule.ends;
       const steps = [...Array(25).keys()].map((i) => i / 24);
@@ -284,16 +285,20 @@
       };
     }).filter(Boolean);
   }
-  function ruleLabels(map) {
+  function ruleLabels(view, xRange, yRange) {
+    const box = at("map").getBoundingClientRect();
+    const rise = (box.height - 75) / (yRange[1] - yRange[0]), run = (box.width - (narrow() ? 66 : 90)) / (xRange[1] - xRange[0]);
+    const slope = -Math.atan(rise / run) * (180 / Math.PI);  // a ratio is a line of slope 1 on two logarithms
     let uprights = 0;
-    return map.typed_rules.filter((rule) => rule.ends.length).map((rule) => {
+    return view.typed_rules.filter((rule) => rule.ends.length).map((rule) => {
       const [[x0, y0], [x1, y1]] = rule.ends;
       const upright = x0 === x1;
       const top = upright && uprights++ === 0;
-      const place = upright ? (top ? 0.985 : 0.015) : 0.6;
+      const place = upright ? (top ? 0.985 : 0.015) : 0.7;
       return {
-        x: Math.log10(x0 * (x1 / x0) ** place), y: Math.log10(y0 * (y1 / y0) ** place), text: rule.label, showarrow: false, textangle: upright ? -90 : 0,
-        xanchor: "right", yanchor: top ? "top" : "bottom", bgcolor: upright ? "rgba(0,0,0,0)" : faint(css("ground"), 0.75),
+        x: Math.log10(x0 * (x1 / x0) ** place), y: Math.log10(y0 * (y1 / y0) ** place), text: rule.label, showarrow: false, textangle: upright ? -90 : slope,
+        xanchor: upright ? "right" : "center", yanchor: top ? "top" : upright ? "bottom" : "middle", xshift: upright ? 0 : -9 * Math.sin(-slope * Math.PI / 180),
+        yshift: upright ? 0 : 9 * Math.cos(-slope * Math.PI / 180), bgcolor: upright ? faint(css("ground"), 0.65) : "rgba(0,0,0,0)",
         font: { size: narrow() ? 10.5 : 12, color: css("quiet") }, borderpad: 1,
       };
     });
@@ -319,7 +324,7 @@
     });
     if (view.boundaries.length) answers.push([swatch("line", css("text")), "its threshold"]);
     const bracket = view.boundaries.some((b) => b.bracket.length) ? [[swatch("area", isDark() ? "#ffffff" : "#000000"), "Bracket: the crossing lies inside", "bracket"]] : [];
-    const typed = map.typed_rules.some((rule) => rule.ends.length) ? [[swatch("dash", css("quiet")), "Typed constants", "rules"]] : [];
+    const typed = view.typed_rules.some((rule) => rule.ends.length) ? [[swatch("dash", css("quiet")), "Typed constants", "rules"]] : [];
     key(at("map-key"), [...entries, ...answers, ...bracket, ...typed]);
   }
 
@@ -328,16 +333,17 @@
   async function drawMap(map) {
     const view = inView(map);
     mapKey(map, view);
-    const traces = [...(shown.areas ? areaTraces(map, view) : []), ...boundaryTraces(map, view), ...(shown.rules ? ruleTraces(map) : [])];
+    const traces = [...(shown.areas ? areaTraces(map, view) : []), ...boundaryTraces(map, view), ...(shown.rules ? ruleTraces(view) : [])];
     if (shown.points) traces.push(...cellTraces(map, view), ...pointTraces(map, view));
-    const x = map.num_qo_tokens, y = map.kv_tokens;
+    const x = map.num_qo_tokens, y = view.kv_tokens;
     const pad = (low, high) => [Math.log10(low / 1.35), Math.log10(high * 1.35)];
     const ySpan = y[0] === y[1] ? [y[0] / 8, y[1] * 8] : y;
     const highest = Math.max(x[1], ...pointsOf(map, view).map(aside));
+    const spans = [pad(x[0], highest), pad(...ySpan)];
     await Plotly.react("map", traces, layout(
-      { title: { text: "query tokens of the forward" }, range: pad(x[0], highest), ...ticks(x[0], highest * 1.3, narrow() ? 4 : 2) },
-      { title: { text: "context tokens of the forward" }, range: pad(...ySpan), ...ticks(ySpan[0], ySpan[1], 2) },
-      { annotations: shown.rules ? ruleLabels(map) : [] },
+      { title: { text: "query tokens of the forward" }, range: spans[0], ...ticks(x[0], highest * 1.3, narrow() ? 4 : 2) },
+      { title: { text: "context tokens of the forward" }, range: spans[1], ...ticks(ySpan[0], ySpan[1], 2) },
+      { annotations: shown.rules ? ruleLabels(view, ...spans) : [] },
     ), config);
     order = [];
     traces.forEach((trace, curve) => { if (trace.meta === "points") trace.x.forEach((qo, index) => order.push([qo, trace.y[index], curve, index])); });

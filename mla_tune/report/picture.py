@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from io import BytesIO
-from math import log2
+from math import atan2, degrees, log2
 from typing import Any
 
 from mla_tune.errors import MissingPackageError
@@ -17,6 +17,8 @@ from mla_tune.report.palette import look, model_words, request_words, site_words
 _INCHES, _DOTS = (10.0, 6.9), 160
 _TEXT, _QUIET = "#1b1f24", "#57606a"
 _DASHES = ((0, (6, 3)), (0, (6, 2, 1.5, 2)), (0, (1.5, 2)))
+_ALONG = 0.72
+"""How far along a slanted line its label stands."""
 _SIDE = 1.09
 """Shapes that differ only in their requests are drawn side by side, each this factor to the right of the one before."""
 
@@ -31,19 +33,20 @@ def picture(found: Contents, entry: SiteMap, view: View) -> bytes:
             f"a picture is drawn by matplotlib: {error.name} is not installed; next: {INSTALL}"
         ) from None
     figure = Figure(figsize=_INCHES, dpi=_DOTS, facecolor="white")
-    axes = figure.add_axes((0.085, 0.215, 0.895, 0.645))
+    axes = figure.add_axes((0.085, 0.205, 0.895, 0.61))
     _answers(axes, entry, view)
-    _brackets(axes, view)
-    _typed(axes, entry)
+    _brackets(axes, entry, view)
+    _typed(axes, view)
     _signs(axes, entry, view)
     _frame(axes, entry, view)
-    figure.text(0.02, 0.955, _title(found, entry, view), fontsize=15.5, fontweight="bold", color=_TEXT)
-    figure.text(0.02, 0.895, _subtitle(found, entry), fontsize=11, color=_QUIET)
+    figure.text(0.02, 0.95, _title(found, entry), fontsize=18, fontweight="bold", color=_TEXT)
+    figure.text(0.02, 0.895, _subtitle(found, entry, view), fontsize=10.8, color=_QUIET)
+    figure.text(0.02, 0.848, _told(entry), fontsize=10.8, color=_TEXT)
     figure.legend(
         handles=_legend(entry, view),
         loc="lower center",
         ncols=3,
-        fontsize=10.5,
+        fontsize=10.6,
         frameon=False,
         bbox_to_anchor=(0.53, 0.0),
         columnspacing=1.6,
@@ -66,20 +69,29 @@ def _small(data: bytes) -> bytes:
     return small.getvalue()
 
 
-def _title(found: Contents, entry: SiteMap, view: View) -> str:
-    name = found.sku.removeprefix("nvidia-").upper()
-    layer = "whole forward" if is_whole_forward(entry) else f"{entry.layer} layers"
-    parts = (model_words(entry.model, entry.h_q), site_words(entry.site).lower(), layer, request_words(view.num_reqs))
-    return f"NVIDIA {name}: {', '.join(parts)}"
+def _title(found: Contents, entry: SiteMap) -> str:
+    return f"{model_words(entry.model, entry.h_q)}, on an NVIDIA {found.sku.removeprefix('nvidia-').upper()}"
 
 
-def _subtitle(found: Contents, entry: SiteMap) -> str:
+def _subtitle(found: Contents, entry: SiteMap, view: View) -> str:
     origin = found.policies[entry.policy]
     kind = f"modelled from {origin.modelled_from}" if origin.modelled_from else "GPU time"
+    layer = "whole forward" if is_whole_forward(entry) else f"{entry.layer} layers"
+    where = f"{site_words(entry.site)}, {layer}, {request_words(view.num_reqs)}"
     default = entry.candidates[entry.incumbent]
-    gains = [point.gain for point in entry.points if point.gain and not point.ambiguous and not point.failures]
-    best = f" and up to {max(gains):.2g}x slower than its alternative" if gains and max(gains) > 1 else ""
-    return f"{entry.engine_words}'s default is {default} everywhere{best}. {kind}, with {origin.provider}."
+    return f"{where}; {kind}, {origin.provider}. {entry.engine_words}'s default: always {default}."
+
+
+def _told(entry: SiteMap) -> str:
+    """The verdict, short."""
+    win, kind = entry.win, "modelled" if entry.views[0].cells else "measured"
+    if not win.other_path:
+        return f"The policy keeps the default at all {win.shapes} {kind} shapes."
+    reqs = f"{entry.views[0].num_reqs[0]} to {entry.views[-1].num_reqs[1]} requests"
+    return (
+        f"Where the policy takes the other path it is {win.mean:.2f}x faster (geometric mean; {win.best:.2f}x at best): "
+        f"{win.other_path} of {win.shapes} {kind} shapes of {reqs}."
+    )
 
 
 def _answers(axes: Any, entry: SiteMap, view: View) -> None:
@@ -88,10 +100,14 @@ def _answers(axes: Any, entry: SiteMap, view: View) -> None:
         axes.fill(*zip(*corners, strict=True), color=look(entry.candidates[region.candidate]).light, alpha=0.16, lw=0)
 
 
-def _brackets(axes: Any, view: View) -> None:
+def _brackets(axes: Any, entry: SiteMap, view: View) -> None:
+    least, most = entry.num_qo_tokens
     for line in view.boundaries:
         if line.bracket:
-            low, high = ([max(edges[side], 0.5) for edges in line.bracket] for side in (0, 1))
+            low, high = (
+                [max(least, min(edges[side], most, kv)) for edges, kv in zip(line.bracket, line.kv_tokens, strict=True)]
+                for side in (0, 1)
+            )
             axes.fill_betweenx(line.kv_tokens, low, high, color="#000000", alpha=0.13, lw=0)
     for line in view.boundaries:
         axes.plot(_at_least(line), line.kv_tokens, color=_TEXT, lw=2.6, solid_capstyle="round", zorder=3)
@@ -101,22 +117,31 @@ def _at_least(line: Boundary) -> Sequence[float]:
     return [max(count, 0.5) for count in line.num_qo_tokens]
 
 
-def _typed(axes: Any, entry: SiteMap) -> None:
+def _typed(axes: Any, view: View) -> None:
     uprights = 0
-    for dashes, rule in zip(_DASHES, entry.typed_rules, strict=False):
+    for dashes, rule in zip(_DASHES, view.typed_rules, strict=False):
         if not rule.ends:
             continue
         (x0, y0), (x1, y1) = rule.ends
         axes.plot([x0, x1], [y0, y1], color=_QUIET, lw=1.6, ls=dashes, zorder=2)
-        style = {"fontsize": 10, "color": _QUIET, "zorder": 5}
+        ground = {"facecolor": "white", "alpha": 0.65, "edgecolor": "none", "pad": 1.0}
+        style = {"fontsize": 11, "color": _QUIET, "zorder": 3.5, "bbox": ground}
         if x0 == x1:
             top = uprights == 0
             uprights += 1
             y, side = (y1 / 1.3, "top") if top else (y0 * 1.3, "bottom")
             axes.text(x0 / 1.04, y, rule.label, rotation=90, ha="right", va=side, **style)
-        else:
-            x, y = x0 * (x1 / x0) ** 0.93, y0 * (y1 / y0) ** 0.93
-            axes.text(x / 1.35, y, rule.label, ha="right", va="center", **style)
+        else:  # along the line, just above it
+            x, y = x0 * (x1 / x0) ** _ALONG, y0 * (y1 / y0) ** _ALONG
+            axes.text(
+                *(x, y, rule.label),
+                **{**style, "bbox": None},
+                rotation=degrees(atan2(y1, x1)),
+                transform_rotates_text=True,
+                rotation_mode="anchor",
+                ha="center",
+                va="bottom",
+            )
 
 
 def _signs(axes: Any, entry: SiteMap, view: View) -> None:
@@ -173,8 +198,8 @@ def _legend(entry: SiteMap, view: View) -> list[Any]:
     handles: list[Any] = [
         Line2D([], [], ls="", markersize=8, label=words, **style) for there, words, style in signs if there
     ]
-    for name in dict.fromkeys(entry.candidates[region.candidate] for region in view.regions):
-        handles.append(Patch(color=look(name).light, alpha=0.3, lw=0, label=f"the policy takes {name}"))
+    names = dict.fromkeys(entry.candidates[region.candidate] for region in view.regions)
+    handles += [Patch(color=look(name).light, alpha=0.3, lw=0, label=f"the policy takes {name}") for name in names]
     if view.boundaries:
         handles.append(Line2D([], [], color=_TEXT, lw=2.6, label="the policy's threshold"))
     if any(line.bracket for line in view.boundaries):
@@ -192,7 +217,7 @@ def _frame(axes: Any, entry: SiteMap, view: View) -> None:
     axes.set_yscale("log", base=2)
     counts = [point.num_qo_tokens for point in entry.points if view.num_reqs[0] <= point.num_reqs <= view.num_reqs[1]]
     ends = entry.num_qo_tokens[0], max([entry.num_qo_tokens[1], *counts])
-    for axis, (low, high) in (("x", ends), ("y", entry.kv_tokens)):
+    for axis, (low, high) in (("x", ends), ("y", view.kv_tokens)):
         marks = [1 << octave for octave in range(0, 40, 2) if low / 1.2 <= 1 << octave <= high * 1.2]
         getattr(axes, f"set_{axis}lim")(low / 1.4, high * 1.4)
         getattr(axes, f"set_{axis}ticks")(marks, [tokens(mark) for mark in marks], fontsize=12)
