@@ -12,7 +12,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from mla_tune.policy.decision import Answer, Decision
+from mla_tune.policy.decision import Decision, Leaf
 from mla_tune.policy.evidence import RowEvidence, TableEvidence, ThresholdEvidence
 from mla_tune.policy.rules import MAX_INT64
 from mla_tune.policy.schema import Table, row_ends
@@ -40,7 +40,7 @@ class Area:
     def span(self, kv_tokens: int) -> tuple[int, int]:
         """First query tokens inside and first behind, at a context of the area; empty where they are equal."""
         low, high = self.num_qo_tokens
-        start = max(low, self.left.at(kv_tokens))
+        start = min(max(low, self.left.at(kv_tokens)), high)
         end = high if self.right is None else min(high, self.right.at(kv_tokens))
         return start, max(start, end)
 
@@ -112,7 +112,7 @@ def _areas(table: Table, num_reqs: int, most_context: int) -> Iterator[Area]:
                     yield Area(found.candidate, (kv_from, kv_to), (start, end), left, right)
 
 
-def _answered(decision: Decision, area: Area, num_reqs: int) -> Answer | None:
+def _answered(decision: Decision, area: Area, num_reqs: int) -> Leaf | None:
     """What ``decision`` says in ``area``; None where the area holds no shape."""
     for kv_tokens in np.geomspace(*area.kv_tokens, _PROBES):
         kv = min(max(round(float(kv_tokens)), area.kv_tokens[0]), area.kv_tokens[1])

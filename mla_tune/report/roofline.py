@@ -16,12 +16,14 @@ import numpy as np
 from mla_tune.fit.work import Array, Work
 from mla_tune.hardware.datasheet import Datasheet, Figure
 from mla_tune.sites.site import LayerType, Site
-from mla_tune.sites.stages import Law
+from mla_tune.sites.stages import Law, Stage
 
 _D_V = 512
 _V4_ROW, _DSA_ROW = (584, 512), (656, 576)
 """Bytes of a cached row, and elements of the bf16 row that it becomes."""
 _INDEX_BYTES = 4
+_ROW_IDS = "slot_ids"
+"""The kernel that looks row ids up: it goes by the same laws as those that move rows, and moves none."""
 _BF16_BYTES = 2
 
 MEASURED_COPY_GBPS = {
@@ -47,9 +49,9 @@ class LeastWork:
         return np.asarray(self.moved_bytes / (copy_gbps.value * 1e3))
 
 
-def least_work(site: Site, law: Law, work: Work) -> LeastWork | None:
+def least_work(site: Site, stage: Stage, work: Work) -> LeastWork | None:
     """The bytes and multiply-adds of one stage; None for one that has no line."""
-    count = _COUNTED.get(law)
+    count = None if _ROW_IDS in stage.launches else _COUNTED.get(stage.law)
     return count(site, work) if count else None
 
 

@@ -129,7 +129,7 @@ def _of_candidate(costs: CostModel, site: Site, name: str, sheet: Datasheet | No
                 axis=axis.words,
                 along=_words(axis),
                 points=() if modelled else tuple(_points(costs.observations, site, name, stage, axis)),
-                curve=_curve(sizes, curve.latency_us(load), least_work(site, stage.law, load), sheet),
+                curve=_curve(sizes, curve.latency_us(load), least_work(site, stage, load), sheet),
                 error=significant(error),
             )
 

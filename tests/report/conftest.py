@@ -33,23 +33,24 @@ def in_short(table: Table) -> bool:
     return table.model in MODELS and table.h_q in (None, 64) and table.engine in (Engine.SGLANG, Engine.VLLM)
 
 
-def _made_once(file: Path, *names: str) -> Contents:
-    """The short report on the policies ``names``, made by whichever test process comes first."""
+def _made_once(folders: pytest.TempPathFactory, worker: str, name: str, *policies: str) -> Contents:
+    """The short report on ``policies``, made by whichever test process of this run comes first."""
+    own = folders.getbasetemp()
+    file = (own if worker == "master" else own.parent) / f"{name}.json"
     with FileLock(f"{file}.lock"):
         if not file.is_file():
-            found = contents([measured(name) for name in names], in_short)
+            found = contents([measured(policy) for policy in policies], in_short)
             file.write_bytes(msgspec.json.encode(found))
     return msgspec.json.decode(file.read_bytes(), type=Contents)
 
 
 @pytest.fixture(scope="session")
-def h100(tmp_path_factory: pytest.TempPathFactory) -> Contents:
+def h100(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Contents:
     """The short report of a measured GPU with two providers."""
-    file = tmp_path_factory.getbasetemp().parent / "report-h100.json"
-    return _made_once(file, "nvidia-h100", "nvidia-h100.sglang")
+    return _made_once(tmp_path_factory, worker_id, "h100", "nvidia-h100", "nvidia-h100.sglang")
 
 
 @pytest.fixture(scope="session")
-def h800(tmp_path_factory: pytest.TempPathFactory) -> Contents:
+def h800(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Contents:
     """The short report of a modelled GPU."""
-    return _made_once(tmp_path_factory.getbasetemp().parent / "report-h800.json", "nvidia-h800")
+    return _made_once(tmp_path_factory, worker_id, "h800", "nvidia-h800")

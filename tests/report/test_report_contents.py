@@ -19,7 +19,7 @@ from mla_tune.report.measured_points import MeasuredCost, MeasuredPoint, measure
 from mla_tune.report.palette import look, tokens
 from mla_tune.report.roofline import least_work
 from mla_tune.report.wins import win
-from mla_tune.sites.candidates import SPARSE_FWD
+from mla_tune.sites.candidates import SPARSE_FWD, WITH_KVCACHE
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import DEEPSEEK_V3_2, LayerType, SiteName
 from mla_tune.sites.stages import Law
@@ -128,7 +128,8 @@ def test_the_roofline_of_dequantizing_is_its_bytes_over_the_datasheets_bandwidth
     model = DEEPSEEK_V3_2 if layer is LayerType.DSA else DEEPSEEK_V4_FLASH
     site = model.site(SiteName.PREFILL_ATTENTION, layer)
     load = work(site, [Shape(1, 64, 1 << 17)])
-    least = least_work(site, Law.COMPRESSED_ROWS, load)
+    stage = next(stage for stage in SPARSE_FWD.stages(site) if stage.name == "dequantize_compressed")
+    least = least_work(site, stage, load)
     assert least is not None
     rows = (1 << 17) // layer.compress_ratio
     assert least.time_us(datasheet("nvidia-h200"))[0] == pytest.approx(rows * row_bytes / 4.8e6)
@@ -137,7 +138,7 @@ def test_the_roofline_of_dequantizing_is_its_bytes_over_the_datasheets_bandwidth
 def test_the_roofline_of_attention_is_its_multiply_adds_where_queries_are_many() -> None:
     site = DEEPSEEK_V3_2.site(SiteName.PREFILL_ATTENTION, LayerType.DSA)
     load = work(site, [Shape(1, 8192, 1 << 17)])
-    least = least_work(site, Law.WORKSPACE_ATTENTION, load)
+    least = least_work(site, SPARSE_FWD.stages(site)[-1], load)
     assert least is not None
     flops = 2 * (576 + 512) * 128 * 8192 * 2048
     assert least.time_us(datasheet("nvidia-h200"))[0] == pytest.approx(flops / 989.5e6)
@@ -159,10 +160,9 @@ def test_no_timed_stage_passes_its_roofline_where_its_data_is_larger_than_the_ca
 def test_stages_without_a_bound_of_bytes_have_no_line() -> None:
     site = DEEPSEEK_V3_2.site(SiteName.PREFILL_ATTENTION, LayerType.DSA)
     load = work(site, [Shape(1, 64, 8192)])
-    assert least_work(site, Law.SCHEDULE, load) is None
-    assert all(
-        least_work(site, stage.law, load) is None for stage in SPARSE_FWD.stages(site) if stage.name == "row_ids"
-    )
+    lines = {stage.name: least_work(site, stage, load) is not None for stage in SPARSE_FWD.stages(site)}
+    assert lines == {"row_ids": False, "dequantize_compressed": True, "attention": True}
+    assert [least_work(site, stage, load) for stage in WITH_KVCACHE.stages(site) if stage.law is Law.SCHEDULE] == [None]
 
 
 costs = st.floats(1, 1e6, allow_nan=False).map(lambda us: MeasuredCost(us, us * 0.99, us * 1.01))
