@@ -533,16 +533,19 @@
       draw().then(() => at("map-title").scrollIntoView({ block: "start" }));
     });
   }
+  const fit = () => Promise.all(["map", "spread", "stage"].filter((id) => at(id).data && at(id).offsetParent).map((id) => Plotly.Plots.resize(at(id))));
   // On paper everything is on light ground, and as wide as the page.
   const paper = async (on) => {
     printing = on;
     if (on) document.documentElement.dataset.theme = "light"; else theme();
+    await fit();
     await draw();
-    for (const id of ["map", "spread", "stage"]) if (at(id).data) Plotly.Plots.resize(at(id));
   };
   window.matchMedia("print").addEventListener("change", (event) => paper(event.matches));
   let width = window.innerWidth;
-  window.addEventListener("resize", () => { if ((width < 640) !== narrow()) { width = window.innerWidth; draw(); } });
+  window.addEventListener("resize", () => {
+    if ((width < 640) !== narrow()) { width = window.innerWidth; fit().then(draw); }
+  });
 
   theme();
   readHash();
