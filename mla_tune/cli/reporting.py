@@ -66,21 +66,36 @@ def report(
         )
     target = png or out or Path("report.html")
     make_folder(target)
-    from mla_tune.report.contents import contents
-
-    measured = [_measured(path, measurements) for path in files]
     if png is None:
-        from mla_tune.report.page import page
-
-        data = page(contents(measured))
+        data = _page(files, measurements)
     else:
-        from mla_tune.report.picture import picture
-
-        measured, table = _chosen_table(measured, (site, model, h_q, layer, engine), provider)
-        found = contents(measured, lambda entry: entry.key == table.key)
-        data = picture(found, found.maps[0], _chosen_view(found.maps[0], num_reqs))
+        data = _picture(files, measurements, (site, model, h_q, layer, engine), provider, num_reqs)
     write_atomically(target, data)
     print(f"{target}: {len(data) / 1e6:.1f} MB" if len(data) >= 1e6 else f"{target}: {len(data) / 1e3:.0f} kB")
+
+
+_Wanted = tuple[str, str | None, int | None, str, Engine]
+"""Site, model, heads, layer and engine of the table to draw."""
+
+
+def _page(files: list[Path], measurements: Path | None) -> bytes:
+    from mla_tune.report.contents import contents
+    from mla_tune.report.page import page, plotly_code
+
+    plotly_code()  # refuses before a minute's work
+    return page(contents([_measured(path, measurements) for path in files]))
+
+
+def _picture(
+    files: list[Path], measurements: Path | None, wanted: _Wanted, provider: str | None, num_reqs: int
+) -> bytes:
+    from mla_tune.report.contents import contents
+    from mla_tune.report.picture import empty_figure, picture
+
+    empty_figure()
+    measured, table = _chosen_table([_measured(path, measurements) for path in files], wanted, provider)
+    found = contents(measured, lambda entry: entry.key == table.key)
+    return picture(found, found.maps[0], _chosen_view(found.maps[0], num_reqs))
 
 
 def _policy_files(sku: str) -> list[Path]:
@@ -108,9 +123,7 @@ def _measured(path: Path, measurements: Path | None) -> Measured:
     )
 
 
-def _chosen_table(
-    measured: list[Measured], wanted: tuple[str, str | None, int | None, str, Engine], provider: str | None
-) -> tuple[list[Measured], Table]:
+def _chosen_table(measured: list[Measured], wanted: _Wanted, provider: str | None) -> tuple[list[Measured], Table]:
     """The table that the options name, with its policy: the last that has it, since an engine's kernels come last."""
     site, model, h_q, layer, engine = wanted
     for entry in reversed(measured):

@@ -37,7 +37,7 @@ _LONG_CALL_S = 0.05
 
 def page(found: Contents) -> bytes:
     """The whole file. Equal contents and packages give equal bytes. Raises :class:`MissingPackageError` without plotly."""
-    code, version = _plotly()
+    code, version = plotly_code()
     packed = base64.b64encode(gzip.compress(code.encode(), 9, mtime=0)).decode()
     parts = [
         "<!doctype html>",
@@ -61,8 +61,8 @@ def page(found: Contents) -> bytes:
     return "\n".join(parts).encode()
 
 
-def _plotly() -> tuple[str, str]:
-    """plotly.js and the version of the package that has it."""
+def plotly_code() -> tuple[str, str]:
+    """plotly.js and the version of the package that has it. Raises :class:`MissingPackageError` without that."""
     try:
         import plotly
         from plotly.offline import get_plotlyjs

@@ -25,14 +25,7 @@ _SIDE = 1.09
 
 def picture(found: Contents, entry: SiteMap, view: View) -> bytes:
     """The map of ``entry`` for the requests of ``view``. Raises :class:`MissingPackageError` without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise MissingPackageError(
-            f"a picture is drawn by matplotlib: {error.name} is not installed; next: {INSTALL}"
-        ) from None
-    figure = Figure(figsize=_INCHES, dpi=_DOTS, facecolor="white")
+    figure = empty_figure()
     axes = figure.add_axes((0.085, 0.205, 0.895, 0.61))
     _answers(axes, entry, view)
     _brackets(axes, entry, view)
@@ -53,9 +46,22 @@ def picture(found: Contents, entry: SiteMap, view: View) -> bytes:
         handletextpad=0.5,
     )
     data = BytesIO()
-    FigureCanvasAgg(figure)
     figure.savefig(data, format="png", dpi=_DOTS, facecolor="white", metadata={"Software": None})
     return _small(data.getvalue())
+
+
+def empty_figure() -> Any:
+    """A figure to draw on. Raises :class:`MissingPackageError` without matplotlib."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise MissingPackageError(
+            f"a picture is drawn by matplotlib: {error.name} is not installed; next: {INSTALL}"
+        ) from None
+    figure = Figure(figsize=_INCHES, dpi=_DOTS, facecolor="white")
+    FigureCanvasAgg(figure)
+    return figure
 
 
 def _small(data: bytes) -> bytes:
