@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import measured_costs
-from mla_tune.cli.options import PolicyOption, parsed_count
-from mla_tune.cli.places import make_folder, policy_path, policy_sku
+from mla_tune.cli.options import parsed_count
+from mla_tune.cli.places import make_folder, policy_sku
+from mla_tune.cli.priced import export_behind, measured_costs
 from mla_tune.errors import PolicyError, UsageError
 from mla_tune.files import write_atomically
 from mla_tune.policy.codec import digest, parse_policy, read_policy_file
 from mla_tune.policy.evidence import load_evidence
-from mla_tune.policy.search import packaged_policies, policy_file, policy_name
+from mla_tune.policy.search import policy_file, policy_files
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN, PROVIDERS
 from mla_tune.sites.site import FORWARD
@@ -28,9 +28,11 @@ def report(
     gpu: Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose policies are shown.")] = "auto",
     out: Annotated[Path | None, typer.Option("--out", "-o", help="HTML file to write (default report.html).")] = None,
     png: Annotated[Path | None, typer.Option("--png", help="Write the map of one table as a PNG instead.")] = None,
-    policy: PolicyOption = None,
+    policy: Annotated[
+        Path | None, typer.Option("--policy", help="Policy file (default: the user's, else the shipped ones).")
+    ] = None,
     measurements: Annotated[
-        Path | None, typer.Option("--measurements", help="Export behind --policy (default db/<sku>.jsonl).")
+        Path | None, typer.Option("--measurements", help="Export behind --policy (default: the one it names).")
     ] = None,
     model: Annotated[
         str | None, typer.Option("--model", help="Of --png: deepseek-v3.2, ... (default: the first).")
@@ -99,14 +101,13 @@ def _picture(
 
 
 def _policy_files(sku: str) -> list[Path]:
-    """The policies of a GPU, our own kernels' first; those of the current folder, else those that ship."""
-    local = [path for word in PROVIDERS if (path := policy_path(sku, word)).is_file()]
-    if local:
-        return local
-    shipped = packaged_policies()
-    names = [policy_name(sku, word).removesuffix(".yaml") for word in PROVIDERS]
-    found = [Path(str(shipped[name])) for name in names if name in shipped]
-    return found or [Path(str(policy_file(sku).path))]
+    """The policies of a GPU, our own kernels' first; of each the user's, else the one that ships."""
+    found = []
+    for word in PROVIDERS:
+        files = (Path(str(file)) for file in policy_files(sku, word))
+        # An engine without a policy of its own is served by our kernels', which is there once.
+        found += [next((path for path in files if word == OWN or f".{word}." in path.name), None)]
+    return [path for path in found if path is not None] or [Path(str(policy_file(sku)))]
 
 
 def _measured(path: Path, measurements: Path | None) -> Measured:
@@ -119,7 +120,7 @@ def _measured(path: Path, measurements: Path | None) -> Measured:
         digest=digest(data),
         file=path.name,
         evidence=load_evidence(path, digest(data)),
-        costs=measured_costs(found, path.name, measurements),
+        costs=measured_costs(found, path.name, measurements or export_behind(found, path, path.name)),
     )
 
 

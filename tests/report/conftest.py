@@ -8,7 +8,7 @@ import msgspec
 import pytest
 from filelock import FileLock
 
-from mla_tune.cli.named_policy import measured_costs
+from mla_tune.cli.priced import measured_costs
 from mla_tune.policy.codec import digest, load_policy
 from mla_tune.policy.evidence import load_evidence
 from mla_tune.policy.schema import Table
