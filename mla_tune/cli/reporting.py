@@ -21,7 +21,7 @@ from mla_tune.sites.site import FORWARD
 
 if TYPE_CHECKING:
     from mla_tune.policy.schema import Table
-    from mla_tune.report.contents import Measured, SiteMap, View
+    from mla_tune.report.contents import MeasuredPolicy, SiteMap, View
 
 
 def report(
@@ -110,12 +110,12 @@ def _policy_files(sku: str) -> list[Path]:
     return [path for path in found if path is not None] or [Path(str(policy_file(sku)))]
 
 
-def _measured(path: Path, measurements: Path | None) -> Measured:
-    from mla_tune.report.contents import Measured
+def _measured(path: Path, measurements: Path | None) -> MeasuredPolicy:
+    from mla_tune.report.contents import MeasuredPolicy
 
     data = read_policy_file(path)
     found = parse_policy(data, path.name)
-    return Measured(
+    return MeasuredPolicy(
         policy=found,
         digest=digest(data),
         file=path.name,
@@ -124,7 +124,9 @@ def _measured(path: Path, measurements: Path | None) -> Measured:
     )
 
 
-def _chosen_table(measured: list[Measured], wanted: _Wanted, provider: str | None) -> tuple[list[Measured], Table]:
+def _chosen_table(
+    measured: list[MeasuredPolicy], wanted: _Wanted, provider: str | None
+) -> tuple[list[MeasuredPolicy], Table]:
     """The table that the options name, with its policy: the last that has it, since an engine's kernels come last."""
     site, model, h_q, layer, engine = wanted
     for entry in reversed(measured):

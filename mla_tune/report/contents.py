@@ -34,7 +34,7 @@ _ENGINES = {
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Measured:
+class MeasuredPolicy:
     """One policy of the GPU, and the measurements that it was made from."""
 
     policy: Policy
@@ -95,7 +95,7 @@ class JudgedPoint(msgspec.Struct, frozen=True, array_like=True):
     slowdowns: tuple[float, ...]
 
 
-class Bound(msgspec.Struct, frozen=True, kw_only=True):
+class CandidateBound(msgspec.Struct, frozen=True, kw_only=True):
     """What is known of one candidate beyond its steady cost."""
 
     candidate: str
@@ -125,7 +125,7 @@ class SiteMap(msgspec.Struct, frozen=True, kw_only=True):
     """Index of the engine's own choice."""
     candidates: tuple[str, ...]
     num_qo_tokens: tuple[int, int]
-    """Measured range, as the next two; outside of them the engine's choice is kept."""
+    """MeasuredPolicy range, as the next two; outside of them the engine's choice is kept."""
     kv_tokens: tuple[int, int]
     noise_band: float | None
     views: tuple[View, ...]
@@ -133,7 +133,7 @@ class SiteMap(msgspec.Struct, frozen=True, kw_only=True):
     rules: tuple[str, ...]
     """Names of the rules that the held-out points judge."""
     judged: tuple[JudgedPoint, ...]
-    bounds: tuple[Bound, ...]
+    bounds: tuple[CandidateBound, ...]
     censored: tuple[str, ...]
     """Ranges whose paths cross outside of what was measured."""
     win: Win
@@ -173,7 +173,7 @@ class Contents(msgspec.Struct, frozen=True, kw_only=True):
     stages: tuple[StagePlot, ...]
 
 
-def contents(found: Sequence[Measured], wanted: Callable[[Table], bool] = lambda _: True) -> Contents:
+def contents(found: Sequence[MeasuredPolicy], wanted: Callable[[Table], bool] = lambda _: True) -> Contents:
     """The report on the tables of ``found`` that are wanted, all policies of one GPU. Equal input gives an equal value."""
     maps: list[SiteMap] = []
     stages: list[StagePlot] = []
@@ -193,7 +193,7 @@ def contents(found: Sequence[Measured], wanted: Callable[[Table], bool] = lambda
 
 
 def _stages(
-    measured: Measured,
+    measured: MeasuredPolicy,
     table: Table,
     where: Scope,
     stages: list[StagePlot],
@@ -212,7 +212,7 @@ def _stages(
     return tuple(indices)
 
 
-def _site_map(measured: Measured, index: int, table: Table, where: Scope, stages: tuple[int, ...]) -> SiteMap:
+def _site_map(measured: MeasuredPolicy, index: int, table: Table, where: Scope, stages: tuple[int, ...]) -> SiteMap:
     costs, evidence = measured.costs, measured.evidence.of(table) if measured.evidence else None
     modelled = measured.policy.scaled_from is not None
     points = () if modelled else measured_points(costs.observations, where, table)
@@ -243,7 +243,7 @@ def _site_map(measured: Measured, index: int, table: Table, where: Scope, stages
 
 
 def _view(
-    measured: Measured, table: Table, where: Scope, evidence: TableEvidence | None, num_reqs: tuple[int, int]
+    measured: MeasuredPolicy, table: Table, where: Scope, evidence: TableEvidence | None, num_reqs: tuple[int, int]
 ) -> View:
     place = {name: index for index, name in enumerate(table.candidates)}
     modelled = measured.policy.scaled_from is not None
@@ -279,11 +279,11 @@ def _judged(costs: CostModel, table: Table) -> Iterator[JudgedPoint]:
         yield JudgedPoint(shape.num_reqs, shape.num_qo_tokens, shape.kv_tokens, slowdowns)
 
 
-def _bound(costs: CostModel, table: Table, where: Scope, evidence: TableEvidence | None, name: str) -> Bound:
+def _bound(costs: CostModel, table: Table, where: Scope, evidence: TableEvidence | None, name: str) -> CandidateBound:
     limit = next((entry.num_qo_tokens for entry in table.limits if entry.candidate == name), None)
     proof = next((entry for entry in evidence.limits if entry.candidate == name), None) if evidence else None
     first_calls = [costs.observations.first_call_s(site, name) for site, _ in where.parts]
-    return Bound(
+    return CandidateBound(
         candidate=name,
         limit=limit,
         fails_at=proof.fails_at if proof and limit is not None else None,
@@ -304,7 +304,7 @@ def _censored(table: Table, evidence: TableEvidence | None) -> Iterator[str]:
             )
 
 
-def _origin(measured: Measured) -> Origin:
+def _origin(measured: MeasuredPolicy) -> Origin:
     policy = measured.policy
     off = (
         [entry.relative for table in measured.evidence.tables for entry in table.uncertainty]

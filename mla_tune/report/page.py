@@ -17,7 +17,7 @@ import msgspec
 from mla_tune import __version__
 from mla_tune.errors import MissingPackageError
 from mla_tune.hardware.datasheet import DATASHEETS
-from mla_tune.report.contents import Bound, Contents, Origin, SiteMap, is_whole_forward
+from mla_tune.report.contents import CandidateBound, Contents, Origin, SiteMap, is_whole_forward
 from mla_tune.report.palette import look, model_words, site_words
 from mla_tune.report.roofline import MEASURED_COPY_GBPS
 from mla_tune.sites.engines import Engine
@@ -198,9 +198,9 @@ def _bounds(found: Contents) -> Iterable[str]:
     yield "</section>"
 
 
-def _by_candidate(maps: Sequence[SiteMap]) -> list[tuple[str, str, Bound]]:
+def _by_candidate(maps: Sequence[SiteMap]) -> list[tuple[str, str, CandidateBound]]:
     """Site, layer type with heads, and bound of each candidate: once, however many models and engines share it."""
-    found: dict[tuple[str, str, str], tuple[str, str, Bound]] = {}
+    found: dict[tuple[str, str, str], tuple[str, str, CandidateBound]] = {}
     for entry in maps:
         where = entry.layer if entry.h_q is None else f"{entry.layer}, {entry.h_q} heads"
         for bound in () if is_whole_forward(entry) else entry.bounds:
@@ -208,7 +208,7 @@ def _by_candidate(maps: Sequence[SiteMap]) -> list[tuple[str, str, Bound]]:
     return list(found.values())
 
 
-def _bound_row(site: str, where: str, bound: Bound) -> tuple[str, ...]:
+def _bound_row(site: str, where: str, bound: CandidateBound) -> tuple[str, ...]:
     where = where if site == SiteName.PREFILL_ATTENTION else f"{where} ({site_words(site).lower()})"
     return (
         escape(where),

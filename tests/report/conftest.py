@@ -12,20 +12,20 @@ from mla_tune.cli.priced import measured_costs
 from mla_tune.policy.codec import digest, load_policy
 from mla_tune.policy.evidence import load_evidence
 from mla_tune.policy.schema import Table
-from mla_tune.report.contents import Contents, Measured, contents
+from mla_tune.report.contents import Contents, MeasuredPolicy, contents
 from mla_tune.sites.engines import Engine
 
 ROOT = Path(__file__).parents[2]
 MODELS = ("deepseek-v4-flash", "deepseek-v3.2")
 
 
-def measured(name: str) -> Measured:
+def measured(name: str) -> MeasuredPolicy:
     """One committed policy with its measurements."""
     path = ROOT / "policies" / f"{name}.yaml"
     policy = load_policy(path)
     sha256 = digest(path.read_bytes())
     costs = measured_costs(policy, name, ROOT / policy.source.file)
-    return Measured(policy, sha256, path.name, load_evidence(path, sha256), costs)
+    return MeasuredPolicy(policy, sha256, path.name, load_evidence(path, sha256), costs)
 
 
 def in_short(table: Table) -> bool:

@@ -14,7 +14,7 @@ from mla_tune.fit.evaluation import table_scope
 from mla_tune.fit.work import work
 from mla_tune.hardware.datasheet import datasheet
 from mla_tune.policy.decision import Decision
-from mla_tune.report.contents import Contents, Measured, is_whole_forward
+from mla_tune.report.contents import Contents, MeasuredPolicy, is_whole_forward
 from mla_tune.report.measured_points import MeasuredCost, MeasuredPoint, measured_points, significant
 from mla_tune.report.palette import look, tokens
 from mla_tune.report.roofline import least_work
@@ -29,11 +29,11 @@ from tests.report.conftest import in_short, measured
 
 
 @pytest.fixture(scope="session")
-def sglang() -> Measured:
+def sglang() -> MeasuredPolicy:
     return measured("nvidia-h100.sglang")
 
 
-def test_each_measured_shape_is_one_point_of_its_map_with_the_fits_own_medians(sglang: Measured) -> None:
+def test_each_measured_shape_is_one_point_of_its_map_with_the_fits_own_medians(sglang: MeasuredPolicy) -> None:
     observations = sglang.costs.observations
     for entry in filter(in_short, sglang.policy.tables):
         where = table_scope(entry, observations.conditions)
@@ -73,7 +73,7 @@ def test_points_at_one_place_of_a_map_are_drawn_side_by_side(h100: Contents) -> 
         assert set(places.values()) <= {1}
 
 
-def test_answers_of_points_are_the_policys(sglang: Measured, h100: Contents) -> None:
+def test_answers_of_points_are_the_policys(sglang: MeasuredPolicy, h100: Contents) -> None:
     by_key = {found.key: found for found in sglang.policy.tables}
     for entry in h100.maps:
         if h100.policies[entry.policy].is_own:
@@ -85,7 +85,7 @@ def test_answers_of_points_are_the_policys(sglang: Measured, h100: Contents) -> 
             assert entry.candidates[point.answer] == answer
 
 
-def test_held_out_slowdowns_are_those_of_the_evidence(sglang: Measured, h100: Contents) -> None:
+def test_held_out_slowdowns_are_those_of_the_evidence(sglang: MeasuredPolicy, h100: Contents) -> None:
     assert sglang.evidence is not None
     compared = 0
     for entry in h100.maps:
