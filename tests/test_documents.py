@@ -51,6 +51,8 @@ Words = tuple[str, ...]
 def own_command(line: str) -> Words | None:
     """The arguments that a line of a shell gives to mla-tune; None for any other line."""
     words = shlex.split(line.removeprefix("$ "), comments=True)
+    while words and re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        del words[0]
     for start in ("mla-tune", "./scripts/run"):
         if words[:1] == [start] and len(words) > 1:
             return tuple(words[1:])
