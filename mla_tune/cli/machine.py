@@ -17,7 +17,10 @@ from mla_tune.sites.provider import OWN
 def verify(
     gpu: GpuOption = "auto", model: ModelOption = None, site: SiteOption = None, as_json: JsonOption = False
 ) -> None:
-    """Compare every candidate with the torch reference on small shapes; exit 1 if one differs."""
+    """Compare every candidate with the torch reference on small shapes; exit 1 if one differs.
+
+    Example: mla-tune verify --model deepseek-v4-flash
+    """
     device = this_device(gpu)
     models, names = chosen_models(model), chosen_sites(site)
     from mla_tune.store.measurement import Outcome
@@ -37,7 +40,10 @@ def verify(
 
 
 def env(as_json: JsonOption = False) -> None:
-    """Print what this machine is, as measurements record it, and what would serve each engine. Needs no torch."""
+    """Print what this machine is, as measurements record it, and what would serve each engine. Needs no torch.
+
+    Example: mla-tune env --json
+    """
     from mla_tune.bench.environment import detect_environment, environment_without_torch
     from mla_tune.hardware.nvml import detect_gpu
 
