@@ -34,6 +34,11 @@ def named_evidence(path: Path | None, gpu: str) -> PolicyEvidence | None:
     return load_evidence(file, digest(read_policy_file(file)))
 
 
+def named_digest(path: Path | None, gpu: str) -> str:
+    """SHA-256 of the file that the options name."""
+    return digest(read_policy_file(_named_file(path, gpu)[0]))
+
+
 def _named_file(path: Path | None, gpu: str) -> tuple[Path, str]:
     """The file that the options name, and what to call it in messages."""
     if path is not None:

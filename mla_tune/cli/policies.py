@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import measured_costs, named_evidence, named_policy
+from mla_tune.cli.named_policy import measured_costs, named_digest, named_evidence, named_policy
 from mla_tune.cli.options import (
     OverlapOption,
     PolicyOption,
@@ -29,6 +29,7 @@ from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD
+from mla_tune.sites.site import model as find_model
 
 GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose policy is meant.")]
 MeasurementsOption = Annotated[
@@ -47,6 +48,10 @@ ContextArgument = Annotated[
     typer.Argument(
         parser=parsed_count, metavar="CONTEXT_TOKENS", help="Context tokens of all requests together: 131072, 128K, 1M."
     ),
+]
+ModelsOption = Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")]
+LayersOption = Annotated[
+    list[str] | None, typer.Option("--layer", help="Only this layer type, row by row; may be repeated.")
 ]
 NumReqsOption = Annotated[
     int, typer.Option("--num-reqs", parser=parsed_count, metavar="COUNT", help="Requests in the forward.")
@@ -91,7 +96,7 @@ def fit(
         )
     from mla_tune.cli import pipeline
     from mla_tune.cli.fit_options import Wishes
-    from mla_tune.cli.output import render
+    from mla_tune.cli.output import policy_output, render
     from mla_tune.store.export import read_export
 
     wishes = Wishes(
@@ -103,7 +108,7 @@ def fit(
     overlap = checked_overlap(overlap)
     target = out or policy_path(read_export(source).environment.sku, provider, overlap)
     fitted = pipeline.fit(source, target, first_call_bound, overlap, provider=provider, wishes=wishes)
-    render.policy_summary(fitted.policy, fitted.evidence, target, as_json)
+    policy_output.policy_summary(fitted.policy, fitted.evidence, target, as_json)
     if not as_json:
         render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
         render.unsettled(fitted.unsupported, fitted.suspects)
@@ -178,17 +183,31 @@ def explain(
 def show(
     gpu: GpuOption = "auto",
     policy: PolicyOption = None,
+    model: ModelsOption = None,
+    layer: LayersOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every table, row by row, and where it all is from.")
+    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line for each choice, for a spreadsheet.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
-    from mla_tune.cli.output import render
+    """Print a policy on one screen: what it is for, what it takes for each model, and how that did on held-out points.
+
+    Example: mla-tune policy show --gpu h200 --layer c4a
+    """
+    from mla_tune.cli.output import policy_output
 
     loaded, name = named_policy(policy, gpu)
-    stated = named_evidence(policy, gpu)
-    render.policy_summary(loaded, stated, Path(name), as_json)
-    if not as_json:
-        render.held_out(stated)
-        render.provenance(loaded, name)
+    shown = policy_output.ShownPolicy(
+        policy=loaded,
+        name=name,
+        sha256=named_digest(policy, gpu),
+        stated=named_evidence(policy, gpu),
+        models=tuple(find_model(word).name for word in model or ()),
+        layers=tuple(layer or ()),
+        everything=everything,
+    )
+    policy_output.print_policy(shown, as_csv=as_csv, as_json=as_json)
 
 
 def _require_table(table: Table | None, name: str) -> Table:

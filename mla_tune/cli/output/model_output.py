@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.table import Table as RichTable
 
-from mla_tune.cli.output.render import console, note, policy_json, policy_summary
+from mla_tune.cli.output.policy_output import policy_json, policy_summary
+from mla_tune.cli.output.render import console, note
 from mla_tune.fit.published_check import Checked
 from mla_tune.fit.table_rows import FittedPolicy
 
