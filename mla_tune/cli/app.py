@@ -20,6 +20,7 @@ from mla_tune.cli import (
     spotting,
     sweeping,
     trace_diffing,
+    trace_recording,
     traffic_command,
     tuning,
     validating,
@@ -50,6 +51,7 @@ app.command()(traffic_command.traffic)
 app.command()(spotting.spot_check)
 app.command()(chunking.chunks)
 app.command()(planning.plan)
+app.command()(trace_recording.trace)
 app.command()(trace_diffing.trace_diff)
 app.command()(machine.verify)
 app.command()(machine.env)

@@ -13,7 +13,8 @@ from tests.trace.traces import document, kernel, write
 
 README = (ROOT / "mla_tune" / "trace" / "README.md").read_text()
 COMMANDS = [line for block in re.findall(r"```\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-COMPARISONS = [line for line in COMMANDS if line.startswith("mla-tune trace-diff ")]
+COMPARISONS = [line for line in COMMANDS if line.startswith("mla-tune trace-diff ") and "cpu." not in line]
+RECORDED = [line for line in COMMANDS if line not in COMPARISONS]
 
 
 @pytest.fixture
@@ -33,6 +34,14 @@ def test_a_comparison_in_the_readme_runs(command: str, folder: Path, capsys: pyt
     assert run_here(command.split()[1:]) == 0
     assert "CUDA wall" in capsys.readouterr().out
     assert (folder / "diff.html").exists() == ("--html" in command)
+
+
+def test_the_pair_of_the_readme_is_recorded_and_compared(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record, compare = RECORDED
+    assert run_here([*record.split()[1:], "--gpu", "cpu", "--repeats", "1"]) == 0
+    assert f"next: {compare}\n" in capsys.readouterr().out
+    assert run_here(compare.split()[1:]) == 0
+    assert "CPU wall: B takes" in capsys.readouterr().out
 
 
 def test_the_readme_names_commands_and_scripts_that_exist() -> None:

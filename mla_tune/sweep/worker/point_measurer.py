@@ -94,7 +94,7 @@ class PointMeasurer:
         self.device = replace(self.device, launches=task.launches)
         ready: dict[str, _Ready] = {}
         try:
-            self._require_memory(point)
+            self.require_memory(point)
             judge = self.judge(point)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -116,7 +116,8 @@ class PointMeasurer:
         enter(TIMING)
         yield from self._time_fairly(task, ready)
 
-    def _require_memory(self, point: Point) -> None:
+    def require_memory(self, point: Point) -> None:
+        """Raise ``torch.OutOfMemoryError`` for inputs that would not fit, before any is built."""
         if point.site.name is SiteName.INDEXER_METADATA:
             return
         needed = required_bytes(point.site, point.built)
