@@ -81,19 +81,16 @@ def _judged(
         return ChangeJudgement(reason=f"no export {export} here; run this in a checkout that has it, or pass --db")
     if after.policy.scaled_from is not None and not predict:
         return ChangeJudgement(reason="nothing was timed on this GPU; --predict says what the scaled curves expect")
+    from mla_tune.cli.priced import measured_costs
     from mla_tune.policy.comparison import asked_shapes
-    from mla_tune.replay.measured_changes import costs_behind, judge_changes, mean_ratio, predict_changes
+    from mla_tune.replay.measured_changes import judge_changes, mean_ratio, predict_changes
 
-    behind = costs_behind(after.policy, export)
-    costs, by = (
-        behind.costs,
-        str(export) if behind.unchanged else f"{export}, which is not what {after.name} was made of",
-    )
+    costs = measured_costs(after.policy, after.name, export)
     measured = () if after.policy.scaled_from is not None else tuple(judge_changes(costs.observations, change))
     asked = [list(asked_shapes(table.before, table.after, traffic)) for table in change.tables]
     predicted = tuple(predict_changes(costs, change, asked)) if predict else ()
     reason = "nothing was timed on this GPU" if after.policy.scaled_from is not None else None
-    return ChangeJudgement(measured, predicted, mean_ratio(measured), by, reason)
+    return ChangeJudgement(measured, predicted, mean_ratio(measured), str(export), reason)
 
 
 def lint(

@@ -9,26 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from mla_tune.errors import EnvironmentMismatchError
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.evaluation import table_scope
-from mla_tune.fit.modelled import ModelledCosts
 from mla_tune.fit.observations import Observations
 from mla_tune.fit.scope import Scope
-from mla_tune.fit.usable import usable
 from mla_tune.fit.work import work
-from mla_tune.hardware.datasheet import datasheet
 from mla_tune.policy.comparison import GridShape, PolicyChange, TableChange, rule_of
-from mla_tune.policy.schema import Policy, TableKey
-from mla_tune.sites.provider import Provider
+from mla_tune.policy.schema import TableKey
 from mla_tune.sites.shape import MAX_REQS, Shape
-from mla_tune.sites.site import Conditions
-from mla_tune.store.export import export_sha256, read_export
-from mla_tune.store.measurement import Regime, Role
+from mla_tune.store.measurement import Role
 
 _MOST_PREDICTED = 4096
 """Changed shapes of a table that are predicted at most, evenly drawn from all: a mean needs no more."""
@@ -63,34 +55,6 @@ class PredictedChange:
     """Geometric mean of predicted old time over predicted new time."""
     best: float
     worst: float
-
-
-@dataclass(frozen=True, slots=True)
-class CostsBehind:
-    """Cost curves of an export, as a policy was made of them."""
-
-    costs: CostModel
-    unchanged: bool
-    """Whether the export is the very one that the policy names."""
-
-
-def costs_behind(policy: Policy, export: Path) -> CostsBehind:
-    """The measurements of ``export`` under the conditions of ``policy``, scaled where that is modelled.
-
-    Raises :class:`StoreError` for what is no export, and :class:`EnvironmentMismatchError` for another GPU's.
-    """
-    found, measured_sku = read_export(export), policy.scaled_from or policy.gpu.sku
-    if found.environment.sku != measured_sku:
-        raise EnvironmentMismatchError(
-            f"changes are judged by measurements of the policy's GPU: got {found.environment.sku}; accepted: "
-            f"{measured_sku}; name its export with --db"
-        )
-    conditions = Conditions(policy.overlap, Provider.parse(policy.provider) if policy.provider else None)
-    rows = usable(found.measurements, found.tuned, conditions)
-    costs = CostModel(found.environment, rows, regime=Regime(policy.regime))
-    if policy.scaled_from is not None:
-        costs = ModelledCosts(costs, datasheet(policy.gpu.sku))
-    return CostsBehind(costs, export_sha256(export) == policy.source.sha256)
 
 
 def judge_changes(observations: Observations, change: PolicyChange) -> list[MeasuredChange]:

@@ -43,6 +43,12 @@ class ShownPolicy:
     layers: tuple[str, ...] = ()
     everything: bool = False
     """Every table with all of its rows, and where it all comes from."""
+    path: Path | None = None
+    """Where the file lies, if :attr:`name` does not say."""
+    reader: str = ""
+    """The engine that was asked about, and how much of the policy serves it; empty where none was."""
+    of_own_engine: bool = False
+    """Whether the tables of mla-tune's own engine are asked for."""
 
     @property
     def detailed(self) -> bool:
@@ -54,10 +60,13 @@ class ShownPolicy:
         """What is asked for. Tables of mla-tune's own engine, which no server reads, only on request."""
         asked = [t for t in self.policy.tables if not self.models or t.model in self.models]
         asked = [t for t in asked if not self.layers or t.layer in self.layers]
-        return asked if self.everything else [t for t in asked if t.engine is not Engine.OWN] or asked
+        hides = not (self.everything or self.of_own_engine)
+        return [t for t in asked if not hides or t.engine is not Engine.OWN] or asked
 
 
-def print_policy(shown: ShownPolicy, *, as_csv: bool, as_json: bool) -> None:
+def print_policy(
+    shown: ShownPolicy, *, as_csv: bool, as_json: bool, answered_by: dict[str, object] | None = None
+) -> None:
     """Print a policy in the form that was asked for. Raises :class:`UsageError` where it has no such table."""
     if as_csv and as_json:
         raise UsageError("a policy is printed in one form: got --csv and --json; pass one of them")
@@ -68,16 +77,17 @@ def print_policy(shown: ShownPolicy, *, as_csv: bool, as_json: bool) -> None:
         raise UsageError(f"--model and --layer must name tables of {shown.name}: got {wanted}; accepted: {have}")
     if as_json:
         tables = msgspec.structs.replace(shown.policy, tables=tuple(whole.tables))
-        print(json.dumps(policy_json(tables, shown.stated, Path(shown.name))))
+        told = policy_json(tables, shown.stated, shown.name)
+        print(json.dumps(told if answered_by is None else {**told, "answered_by": answered_by}))
     elif as_csv:
         print(policy_csv(whole), end="")
     else:
         print("\n".join(policy_text(shown)))
 
 
-def policy_summary(policy: Policy, stated: PolicyEvidence | None, path: Path, as_json: bool) -> None:
+def policy_summary(policy: Policy, stated: PolicyEvidence | None, path: str, as_json: bool) -> None:
     """A policy that was just made, as ``policy show`` prints it."""
-    print_policy(ShownPolicy(policy, str(path), stated=stated), as_csv=False, as_json=as_json)
+    print_policy(ShownPolicy(policy, path, stated=stated), as_csv=False, as_json=as_json)
 
 
 def _layers_of(policy: Policy) -> dict[str, list[str]]:
@@ -88,9 +98,9 @@ def _layers_of(policy: Policy) -> dict[str, list[str]]:
     return found
 
 
-def policy_json(policy: Policy, stated: PolicyEvidence | None, path: Path) -> dict[str, object]:
+def policy_json(policy: Policy, stated: PolicyEvidence | None, path: str) -> dict[str, object]:
     """A policy, where it lies and what stands beside it, for scripts."""
-    return {"path": str(path), **msgspec.to_builtins(policy), "justified_by": msgspec.to_builtins(stated)}
+    return {"path": path, **msgspec.to_builtins(policy), "justified_by": msgspec.to_builtins(stated)}
 
 
 def policy_text(shown: ShownPolicy, width: int | None = None) -> list[str]:
@@ -117,13 +127,15 @@ def _head(shown: ShownPolicy) -> Iterator[str]:
     yield f"GPU       {', '.join(policy.gpu.skus)}, {policy.gpu.sm_count} {'threads' if policy.gpu.sku == CPU else 'SMs'}"
     yield f"policy    {shown.name} (schema {SCHEMA_VERSION}{sha256})"
     yield f"provider  {f'kernels of {policy.provider}' if policy.provider else 'own: the kernels of mla-tune'}"
+    if shown.reader:
+        yield f"engine    {shown.reader}"
     whose = f"modelled from {policy.scaled_from}" if policy.scaled_from else policy.evidence
     yield f"evidence  {whose}: {source.measurements} timings ({policy.regime}), {source.file} ({source.sha256[:12]})"
     libraries = (
         ", ".join(f"{library.name} {library.version}" for library in environment.libraries) or "no kernel library"
     )
     yield f"builds    {libraries}; torch {environment.torch}"
-    yield f"date      {_date(Path(shown.name))}"
+    yield f"date      {_date(shown.path or Path(shown.name))}"
     if shown.everything:
         yield (
             f"measured  with driver {environment.driver or '-'}, CUDA {environment.cuda or '-'}, Triton "

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from mla_tune.cli.places import export_path
 from mla_tune.errors import GoalMissedError
 from mla_tune.policy.evidence import HeldOut, PolicyEvidence
 from mla_tune.policy.schema import Policy, Table
@@ -24,14 +23,36 @@ from mla_tune.sites.provider import OWN
 from mla_tune.sites.stages import KernelSource
 
 if TYPE_CHECKING:
+    from mla_tune.cli.answering import Answering
     from mla_tune.fit.evaluation import LostTable, Weighted
     from mla_tune.fit.explanation import Explanation
     from mla_tune.policy.decision import ExplainedChoice
+    from mla_tune.runtime.dispatcher import Resolved
     from mla_tune.store.database import EnvironmentSummary
 
 # Tables wider than a narrow pipe would be cut: where there is no terminal there is no width to fit into.
 console = Console() if Console().is_terminal else Console(width=160)
 status = Console(stderr=True)
+
+
+def header(found: Answering) -> None:
+    """Which policy, GPU, provider and evidence answer."""
+    for line in found.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def choice(found: Answering, resolved: Resolved, answer: ExplainedChoice, as_json: bool) -> None:
+    """What is taken at one shape, and who decides it."""
+    if as_json:
+        told = {**asdict(answer), "rule": resolved.rule, "kept": resolved.fallback}
+        print(json.dumps({**told, "answered_by": found.as_json()}))
+        return
+    header(found)
+    why = f"because: {_because(answer, None)}"
+    if resolved.fallback is not None:  # of a file from which nothing serves, the first line has said why
+        kept = "nothing serves it" if resolved.fallback == found.dispatcher.source else resolved.fallback
+        why = f"{found.word}'s own, which stays: {kept}"
+    console.print(f"choice: {answer.candidate}, {why}", highlight=False, markup=False, soft_wrap=True)
 
 
 def note(line: str) -> None:
@@ -120,23 +141,22 @@ def next_command(policy: Policy, path: Path) -> None:
     kv_tokens = max(row.kv_tokens_from, table.measured.kv_tokens[0])
     tokens = max(row.choices[-1].threshold.at(kv_tokens), table.measured.num_qo_tokens[0], num_reqs)
     words = [*_this_command(), "explain", "--policy", str(path)]
-    if Path(policy.source.file) != export_path(policy.gpu.sku):
-        words += ["--measurements", policy.source.file]
     words += ["--site", table.site, "--model", table.model, "--layer", table.layer]
     words += [] if table.h_q is None else ["--h-q", str(table.h_q)]
-    words += [] if table.engine is Engine.SGLANG else ["--engine", table.engine.value]
+    words += [] if table.engine is Engine.SGLANG else ["--engine", OWN if table.engine is Engine.OWN else table.engine]
     words += [] if num_reqs == 1 else ["--num-reqs", str(num_reqs)]
     print(f"policy written to {path}")
     print(f"next: {shlex.join([*words, str(tokens), str(max(kv_tokens, tokens))])}")
 
 
-def explanation(result: Explanation, table: Table, stated: PolicyEvidence | None, as_json: bool) -> None:
+def explanation(found: Answering, result: Explanation, table: Table, as_json: bool) -> None:
     """A choice with the bracket of its threshold, and what each candidate costs stage by stage."""
     shape, decision = result.shape, result.decision
-    bracket = _bracket(decision, table, stated)
+    bracket = _bracket(decision, table, found.stated)
     if as_json:
-        print(json.dumps({**asdict(result), "bracket": bracket}))
+        print(json.dumps({**asdict(result), "bracket": bracket, "answered_by": found.as_json()}))
         return
+    header(found)
     console.print(
         f"{table.site} of {model_text(table)}, layer {table.layer}, h_q {table.h_q or '-'}: "
         f"{shape.num_qo_tokens} query tokens, {shape.kv_tokens} context tokens in {shape.num_reqs} requests",
