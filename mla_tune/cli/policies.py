@@ -91,7 +91,10 @@ def fit(
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Fit a policy from an export, without a GPU. The same export gives the same bytes."""
+    """Fit a policy from an export, without a GPU. The same export gives the same bytes.
+
+    Example: mla-tune fit --gpu h200 --out policy.yaml
+    """
     if check is not None:
         _check(check)
         return
@@ -158,7 +161,10 @@ def lookup(
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the candidate that a server answers for one forward, and by which policy; or why the engine's own stays."""
+    """Print the candidate that a server answers for one forward, and by which policy; or why the engine's own stays.
+
+    Example: mla-tune lookup 8192 128K --model deepseek-v4-pro --gpu h200
+    """
     Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
     from mla_tune.cli.output import render
 
@@ -184,7 +190,10 @@ def explain(
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
+    """Print the choice, the threshold behind it, and what each candidate costs, stage by stage.
+
+    Example: mla-tune explain 512 128K --model deepseek-v4-pro --gpu h200
+    """
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
     found = answering(Question(engine, gpu, policy, allow_modelled))
     table = found.table(site, model, layer, h_q)
@@ -204,7 +213,10 @@ def show(
     allow_modelled: AllowModelledOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
+    """Print a policy's tables, its provenance, and how every rule did on the held-out points.
+
+    Example: mla-tune policy show --gpu h200
+    """
     from mla_tune.cli.output import render
 
     reader = engine or (SGLANG if policy is None else OWN)

@@ -78,7 +78,10 @@ def sweep(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure this machine, fit a policy and write it. Run again, it measures only what is missing."""
+    """Measure this machine, fit a policy and write it. Run again, it measures only what is missing.
+
+    Example: mla-tune sweep --model deepseek-v4-pro --budget 600
+    """
     device = this_device(gpu)
     models, names = chosen_models(model), chosen_sites(site)
     preset = find_preset(effort)
