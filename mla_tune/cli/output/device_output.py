@@ -14,7 +14,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from mla_tune.cli.output.render import console, note, policy_json, status
+from mla_tune.cli.output.policy_output import policy_json
+from mla_tune.cli.output.render import console, note, status
 
 if TYPE_CHECKING:
     from mla_tune.cli.pipeline import Fitted, Measured
