@@ -54,9 +54,10 @@ def impl(backend: Any, forward: Any) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What SGLang sets for V3.2 when it starts: dense attention up to top-k tokens of context."""
+def _started(dsa: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SGLang sets for V3.2 when it starts: dense attention up to top-k tokens of context, no context parallelism."""
     monkeypatch.setenv("SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD", "2048")
+    monkeypatch.setattr(dsa, "is_dsa_enable_prefill_cp", lambda: False, raising=False)  # asks arguments, up to 0.5.21
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
