@@ -20,7 +20,8 @@ def kit() -> ModuleType:
     """scripts/gpu_sglang_kit, in this process: SGLang is imported already."""
     path = str(ROOT / "scripts" / "gpu_sglang_kit")
     spec = spec_from_loader("gpu_sglang_kit", SourceFileLoader("gpu_sglang_kit", path))
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     module = module_from_spec(spec)
     sys.modules["gpu_sglang_kit"] = module  # which its dataclasses look up
     spec.loader.exec_module(module)
