@@ -42,5 +42,9 @@ class FitError(MlaTuneError):
     """The measurements do not support a policy: none for a site, or no held-out point to judge it by."""
 
 
+class TraceError(MlaTuneError):
+    """A profiler's trace is cut short, damaged or no trace, or two of them cannot be compared."""
+
+
 class MissingPackageError(MlaTuneError):
     """An optional dependency is absent; the message names the package and the extra that installs it."""

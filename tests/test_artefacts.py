@@ -89,7 +89,7 @@ def test_the_committed_policy_is_rebuilt_byte_for_byte_without_torch(path: Path,
 def test_a_modelled_policy_has_the_tables_of_the_measured_one_and_says_first_that_it_is_modelled(path: Path) -> None:
     modelled, measured = load_policy(path), load_policy(ROOT / "policies" / "nvidia-h200.yaml")
     assert [(t.key, t.incumbent) for t in modelled.tables] == [(t.key, t.incumbent) for t in measured.tables]
-    assert path.read_text().splitlines()[1].startswith("# WARNING: modelled, not measured")
+    assert path.read_text().splitlines()[2].startswith("# WARNING: modelled, not measured")
     assert modelled.scaled_from == "nvidia-h200"
     stated = load_evidence(path, digest(path.read_bytes()))
     assert stated is not None

@@ -6,6 +6,7 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,7 @@ LAYERS: dict[str, set[str]] = {
     "fit": {"store", "policy"} | VALUES,
     "replay": {"store", "fit", "policy"} | VALUES,
     "report": {"replay", "store", "fit", "policy"} | VALUES,
+    "trace": {"errors"},
     "integrations": {"runtime", "policy", "errors", "sites"},
 }
 """What each part may import of the others; ``cli`` and ``__main__`` may import everything, inside their commands."""
@@ -74,6 +76,7 @@ def imports(tree: ast.Module) -> Iterator[str]:
                 yield from (f"mla_tune.{alias.name}" for alias in node.names if alias.name != "__version__")
             elif node.module is not None and node.module.startswith("mla_tune."):
                 yield node.module
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)  # a module of it, or a name in it
 
 
 def files() -> list[Path]:
@@ -132,3 +135,15 @@ def test_importing_the_package_loads_nothing_else() -> None:
 def test_no_two_modules_share_a_name() -> None:
     names = [path.stem for path in files() if path.stem not in ("__init__", "__main__")]
     assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def test_no_two_public_classes_share_a_name() -> None:
+    trees = [ast.parse(path.read_text()) for path in files()]
+    names = [node.name for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert sorted({name for name in names if names.count(name) > 1 and not name.startswith("_")}) == []
+
+
+def test_no_modules_import_each_other_at_the_top_or_inside_a_function() -> None:
+    names = {".".join(("mla_tune", *path.relative_to(PACKAGE).with_suffix("").parts)): path for path in files()}
+    graph = {name: set(imports(ast.parse(path.read_text()))) & set(names) - {name} for name, path in names.items()}
+    assert tuple(TopologicalSorter(graph).static_order())

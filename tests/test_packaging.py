@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import mla_tune
+from mla_tune.policy.codec import SCHEMA_FILE
 from tests.checkout import ROOT, copy_checkout
 
 
@@ -63,7 +64,8 @@ def test_the_packages_listed_for_the_wheel_are_the_folders_that_exist() -> None:
 
 def test_a_wheel_holds_every_file_of_the_package_and_every_policy_and_nothing_else(wheel: Path, checkout: Path) -> None:
     package = {path.relative_to(checkout) for path in (checkout / "mla_tune").rglob("*") if path.is_file()}
-    policies = {Path("mla_tune", "policies", path.name) for path in (checkout / "policies").glob("*.yaml")}
+    shipped = [*(checkout / "policies").glob("*.yaml"), *(checkout / "policies").glob("README.md")]
+    policies = {Path("mla_tune", "policies", name) for name in (SCHEMA_FILE, *(path.name for path in shipped))}
     with zipfile.ZipFile(wheel) as archive:
         held = {Path(name) for name in archive.namelist() if ".dist-info/" not in name}
     assert Path("mla_tune", "policies", "nvidia-test.yaml") in held
@@ -124,7 +126,7 @@ def test_an_old_python_is_named_with_its_version(checkout: Path, tmp_path: Path)
     ("arguments", "reason"),
     [
         ([], "needs a folder of wheels"),
-        (["/nonexistent"], "FOLDER must be a folder of wheels: /nonexistent is none"),
+        (["{here}/none"], "/none is none; see "),
         (["{here}", "{here}/policies"], "TARGET must be new, empty or made by this script"),
         (["{here}", "{here}/new"], "that has torch and triton: none of /nonexistent/python3"),
     ],

@@ -21,7 +21,7 @@ Run = Callable[[], object]
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class TimedWork:
     """Something to time. With ``baseline`` a sample is the difference of two runs taken back to back.
 
     The difference serves a step that cannot be launched alone, such as one that a library runs inside the first call
@@ -36,7 +36,7 @@ class Work:
 class Timer(Protocol):
     """Takes samples of several works in turn."""
 
-    def measure(self, works: Sequence[Work], effort: Effort) -> list[Sampled]:
+    def measure(self, works: Sequence[TimedWork], effort: Effort) -> list[Sampled]:
         """Samples of each work in microseconds."""
         ...
 
@@ -50,12 +50,12 @@ class WallTimer:
         self._before = before or _nothing
         self._watch = watch
 
-    def measure(self, works: Sequence[Work], effort: Effort) -> list[Sampled]:
+    def measure(self, works: Sequence[TimedWork], effort: Effort) -> list[Sampled]:
         """Samples of each work in microseconds."""
         takes = [self._take(work) for work in works]
         return sample_rounds(takes, effort, self._watch, may_be_zero=_differences(works))
 
-    def _take(self, work: Work) -> Callable[[], float]:
+    def _take(self, work: TimedWork) -> Callable[[], float]:
         def take() -> float:
             elapsed = self._once(work.run)
             return elapsed if work.baseline is None else max(0.0, elapsed - self._once(work.baseline))
@@ -91,7 +91,7 @@ class GraphTimer:
         """Evict everything from the L2 (asynchronously, on the current stream)."""
         self._torch.sum(self._flush_source, dim=None, out=self._flush_sink)
 
-    def measure(self, works: Sequence[Work], effort: Effort) -> list[Sampled]:
+    def measure(self, works: Sequence[TimedWork], effort: Effort) -> list[Sampled]:
         """Samples of each work in microseconds. Each run must have been called before (warm)."""
         self._torch.cuda.synchronize()
         # One for all captures of a call, whose works may read what another left; the next call's must not share it: a
@@ -132,7 +132,7 @@ class GraphTimer:
         return lambda: max(0.0, run() - baseline())
 
 
-def _differences(works: Sequence[Work]) -> list[bool]:
+def _differences(works: Sequence[TimedWork]) -> list[bool]:
     """Of which works a sample is a difference, which may be 0."""
     return [work.baseline is not None for work in works]
 

@@ -16,8 +16,11 @@ from mla_tune.cli import (
     planning,
     policies,
     probing,
+    reviewing,
     spotting,
     sweeping,
+    trace_diffing,
+    trace_recording,
     traffic_command,
     tuning,
     validating,
@@ -48,6 +51,8 @@ app.command()(traffic_command.traffic)
 app.command()(spotting.spot_check)
 app.command()(chunking.chunks)
 app.command()(planning.plan)
+app.command()(trace_recording.trace)
+app.command()(trace_diffing.trace_diff)
 app.command()(machine.verify)
 app.command()(machine.env)
 
@@ -59,6 +64,9 @@ app.add_typer(_database, name="db")
 
 _policy = typer.Typer(help="Policy files.", no_args_is_help=True)
 _policy.command("show")(policies.show)
+_policy.command("diff")(reviewing.diff)
+_policy.command("lint")(reviewing.lint)
+_policy.command("schema")(reviewing.schema)
 app.add_typer(_policy, name="policy")
 
 

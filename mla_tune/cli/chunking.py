@@ -95,12 +95,12 @@ def _of_trace(path: Path, concurrency: int, speed: float, rest_us: float, longes
     """A trace, replayed with the incumbent's clock."""
     from mla_tune.cli import replaying
     from mla_tune.replay.prices import IncumbentClock
-    from mla_tune.replay.scheduler import Engine, replay
+    from mla_tune.replay.scheduler import Server, replay
 
     offered = replaying.of_trace(path, speed, longest)
 
     def forwards(pricer: Pricer, size: int) -> Mapping[AnyShape, float]:
-        return replay(offered.source, Engine(size, concurrency, rest_us), IncumbentClock(pricer)).forwards()
+        return replay(offered.source, Server(size, concurrency, rest_us), IncumbentClock(pricer)).forwards()
 
     return _Batched(f"{offered.label}, concurrency {concurrency}", forwards)
 

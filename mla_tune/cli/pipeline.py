@@ -31,8 +31,7 @@ from mla_tune.policy.codec import load_policy, write_policy
 from mla_tune.policy.evidence import PolicyEvidence
 from mla_tune.policy.schema import Policy, Source, Table
 from mla_tune.sites.provider import OWN, Provider
-from mla_tune.sites.served_shapes import Shape as Recorded
-from mla_tune.sites.served_shapes import read_traffic
+from mla_tune.sites.served_shapes import ServedShape, read_traffic
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import PLAIN as PLAIN_CONDITIONS
 from mla_tune.sites.site import Conditions, ModelConfig, Site, SiteName, attention_sites
@@ -50,7 +49,7 @@ SEED = 20250
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class SweepPlan:
     """What a sweep will measure before it looks at what it has measured."""
 
     grid: Grid
@@ -73,7 +72,7 @@ def make_plan(
     preset: Preset = FULL,
     recorded: Path | None = None,
     architecture: str | None = None,
-) -> Plan:
+) -> SweepPlan:
     """The first points for a device: the whole grid, or the seeds of an adaptive sweep, with what judges them.
 
     ``recorded`` is a file of traffic; ``architecture`` as of :func:`mla_tune.sweep.grid.gpu_grid`. Raises
@@ -91,10 +90,10 @@ def make_plan(
     grid = replace(grid, held_out=held_out[0], held_out_indexer=held_out[1])
     first = grid_points if preset.dense else seed_points
     points = tuple(first(grid, models, names, SEED))
-    return Plan(grid, preset, tuple(models), tuple(names), points, recorded, objective)
+    return SweepPlan(grid, preset, tuple(models), tuple(names), points, recorded, objective)
 
 
-def under(plan: Plan, conditions: Conditions) -> Plan:
+def under(plan: SweepPlan, conditions: Conditions) -> SweepPlan:
     """The points of ``plan`` under ``conditions``; with an overlap, those alone that have a top-k."""
     wanted = [p for p in plan.points if p.site.topk is not None or not conditions.overlap]
     points = tuple(replace(p, site=conditions.at(p.site)) for p in wanted)
@@ -102,7 +101,7 @@ def under(plan: Plan, conditions: Conditions) -> Plan:
 
 
 def run_sweep(
-    plan: Plan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
+    plan: SweepPlan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
 ) -> list[Report]:
     """Measure the plan, then where its curves say that more is worth knowing; a report for each round."""
     first = sweep.run(database, plan.points, budget_s, on_progress, plan.preset.without)
@@ -123,7 +122,7 @@ def run_sweep(
 
 
 def _adaptive_rounds(
-    plan: Plan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
+    plan: SweepPlan, sweep: Sweep, database: Database, budget_s: float, on_progress: Callable[[Progress], None]
 ) -> Iterator[Report]:
     """Fit, measure where a wrong choice is expected to cost most, and again, until nothing is left in doubt or no time."""
     deadline = time.monotonic() + budget_s
@@ -135,7 +134,7 @@ def _adaptive_rounds(
         yield sweep.run(database, points, left_s, on_progress, plan.preset.without)
 
 
-def doubtful_points(costs: CostModel, plan: Plan) -> list[Point]:
+def doubtful_points(costs: CostModel, plan: SweepPlan) -> list[Point]:
     """The next points of an adaptive sweep, the most doubtful first; none where every site is settled.
 
     A shape at which anything was attempted is not asked for again, whatever came of it.
@@ -151,9 +150,9 @@ def doubtful_points(costs: CostModel, plan: Plan) -> list[Point]:
     return [Point(doubt.site, doubt.shape) for doubt in sorted(found, key=lambda doubt: -doubt.expected_loss)]
 
 
-def _doubt_weights(plan: Plan, site: Site, shapes: Sequence[Shape], sm_count: int) -> Array:
+def _doubt_weights(plan: SweepPlan, site: Site, shapes: Sequence[Shape], sm_count: int) -> Array:
     """(num_shapes,) how much a loss counts by the traffic of all swept models that have the site."""
-    recorded: Counter[Recorded] = Counter()
+    recorded: Counter[ServedShape] = Counter()
     for model in plan.models:
         if site in attention_sites([model], plan.conditions):
             recorded.update(plan.objective.recorded(site.name, model.name))

@@ -14,7 +14,7 @@ from mla_tune.sites.provider import OWN
 
 
 @dataclass(frozen=True, slots=True)
-class Device:
+class LocalDevice:
     """The device of this machine that a command will use."""
 
     sku: str
@@ -24,17 +24,17 @@ class Device:
     """Streaming multiprocessors; 0 for the CPU, where the worker counts threads."""
 
 
-def this_device(argument: str) -> Device:
+def this_device(argument: str) -> LocalDevice:
     """The device that ``--gpu argument`` means on this machine: ``auto``, ``cpu`` or a SKU that must be here.
 
     Raises :class:`UsageError` for an unknown SKU, :class:`EnvironmentMismatchError` for one that is not in this machine.
     """
     sku = None if argument == "auto" else resolve_sku(argument)
     if sku == CPU:  # whatever the driver of a GPU has to say
-        return Device(CPU, "cpu", 0)
+        return LocalDevice(CPU, "cpu", 0)
     gpu = detect_gpu()
     if sku is None and gpu is None:
-        return Device(CPU, "cpu", 0)
+        return LocalDevice(CPU, "cpu", 0)
     if gpu is None or sku not in (None, gpu.sku):
         raise EnvironmentMismatchError(
             f"--gpu {argument} measures an {sku} that is in this machine: found {_found(gpu)}; accepted here: "
@@ -45,7 +45,7 @@ def this_device(argument: str) -> Device:
             f"a sweep is planned by the GPU's SM count: the driver does not tell that of {gpu.product}; accepted: a driver "
             "with nvmlDeviceGetNumGpuCores (495 and later); upgrade it, or pass --gpu cpu"
         )
-    return Device(gpu.sku, "cuda", gpu.sm_count)
+    return LocalDevice(gpu.sku, "cuda", gpu.sm_count)
 
 
 def _found(gpu: GpuIdentity | None) -> str:

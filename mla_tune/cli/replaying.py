@@ -9,12 +9,12 @@ from pathlib import Path
 from mla_tune.cli.named_policy import Evidence
 from mla_tune.replay.agents import AgentMix, Agents
 from mla_tune.replay.prices import IncumbentClock
-from mla_tune.replay.requests import Source
+from mla_tune.replay.requests import RequestSource
 from mla_tune.replay.rule_comparison import Judgement, judge
-from mla_tune.replay.scheduler import Engine, Replay, replay
+from mla_tune.replay.scheduler import Replay, Server, replay
 from mla_tune.replay.spot import FORMAT, VERSION, ForwardList, draw, write_forwards
 from mla_tune.replay.trace import read_trace
-from mla_tune.sites.served_shapes import Shape, bin_middle, bin_start, bounded, write_traffic
+from mla_tune.sites.served_shapes import ServedShape, bin_middle, bin_start, bounded, write_traffic
 from mla_tune.sites.site import SiteName
 
 
@@ -22,7 +22,7 @@ from mla_tune.sites.site import SiteName
 class Offered:
     """Requests, and what to call them."""
 
-    source: Source
+    source: RequestSource
     label: str
     left_out: int = 0
     """Requests that are longer than the model's context."""
@@ -34,7 +34,7 @@ class Judged:
 
     evidence: Evidence
     offered: Offered
-    engine: Engine
+    engine: Server
     replay: Replay
     judgement: Judgement
 
@@ -54,7 +54,7 @@ def of_mix(mix: AgentMix) -> Offered:
     )
 
 
-def engine_label(engine: Engine) -> str:
+def engine_label(engine: Server) -> str:
     """The server's settings in one line."""
     decode = f"{engine.decode_us:g} us a decode step" if engine.decode_us else "decoding elsewhere"
     return (
@@ -63,7 +63,7 @@ def engine_label(engine: Engine) -> str:
     )
 
 
-def judged(evidence: Evidence, offered: Offered, engine: Engine) -> Judged:
+def judged(evidence: Evidence, offered: Offered, engine: Server) -> Judged:
     """Replay ``offered`` by the incumbent's clock, and judge every rule on the forwards."""
     replayed = replay(offered.source, engine, IncumbentClock(evidence.pricer))
     return Judged(evidence, offered, engine, replayed, judge(evidence.pricer, replayed.forwards()))
@@ -89,10 +89,10 @@ def drawn(told: Judged, count: int, seed: int, path: Path | None) -> ForwardList
 def record(told: Judged, path: Path) -> None:
     """Write the forwards as a server does (:mod:`mla_tune.sites.served_shapes`), once for either site."""
     model = told.evidence.pricer.model.name
-    cells: Counter[Shape] = Counter()
+    cells: Counter[ServedShape] = Counter()
     for forward, occurred in told.replay.forwards().items():
         sizes = (forward.num_qo_tokens, forward.kv_tokens, forward.num_reqs)
         num_qo_tokens, kv_tokens, num_reqs = (bin_middle(bin_start(size)) for size in sizes)
         for site in SiteName:
-            cells[Shape(str(site), model, num_qo_tokens, kv_tokens, num_reqs)] += occurred
+            cells[ServedShape(str(site), model, num_qo_tokens, kv_tokens, num_reqs)] += occurred
     write_traffic(path, bounded(dict(cells)))

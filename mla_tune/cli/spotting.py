@@ -11,7 +11,7 @@ import typer
 
 from mla_tune.cli.named_policy import Evidence, evidence
 from mla_tune.cli.options import DEFAULT_TIMEOUT_S, JsonOption, PolicyOption, TimeoutOption, positive_seconds
-from mla_tune.cli.places import Device, this_device
+from mla_tune.cli.places import LocalDevice, this_device
 from mla_tune.cli.policies import GpuOption, MeasurementsOption
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 from mla_tune.sites.shape import RaggedShape
@@ -64,7 +64,7 @@ def measured(found: Evidence, drawn: ForwardList, gpu: str, timeout_s: float, qu
 
 
 def _observed(
-    device: Device, sites: Sequence[Site], shapes: Sequence[RaggedShape], timeout_s: float, quiet: bool
+    device: LocalDevice, sites: Sequence[Site], shapes: Sequence[RaggedShape], timeout_s: float, quiet: bool
 ) -> Observations:
     from mla_tune.cli.output import device_output
     from mla_tune.fit.observations import Observations

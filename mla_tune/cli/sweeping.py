@@ -29,7 +29,7 @@ from mla_tune.cli.options import (
     positive_seconds,
 )
 from mla_tune.cli.output import device_output, render
-from mla_tune.cli.places import Device, database_path, export_path, make_folder, policy_path, this_device
+from mla_tune.cli.places import LocalDevice, database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import EnvironmentMismatchError, UsageError
 from mla_tune.sites.provider import OWN, Provider
 from mla_tune.sites.site import Conditions
@@ -37,7 +37,7 @@ from mla_tune.sweep.preset import find_preset
 
 if TYPE_CHECKING:
     from mla_tune.cli.limit_search import Found
-    from mla_tune.cli.pipeline import Measured, Plan
+    from mla_tune.cli.pipeline import Measured, SweepPlan
     from mla_tune.hardware.sku import Environment
     from mla_tune.store.database import Database
     from mla_tune.store.tuned import Tuned
@@ -108,8 +108,8 @@ def sweep(
 class _Request:
     """What one call of ``sweep`` is to do."""
 
-    device: Device
-    plan: Plan
+    device: LocalDevice
+    plan: SweepPlan
     budget_s: float
     timeout_s: float
     repeat: int
@@ -206,7 +206,7 @@ def _measure(request: _Request, path: Path, tuned: Sequence[Tuned] = ()) -> Meas
 
 def _measure_plan(
     request: _Request, database: Database, tuned: Sequence[Tuned], budget_s: float
-) -> tuple[Plan, Environment, list[Report]]:
+) -> tuple[SweepPlan, Environment, list[Report]]:
     from mla_tune.cli import missing_tables, pipeline
     from mla_tune.sweep.runner import Sweep
 

@@ -102,9 +102,9 @@ def traffic(
     from mla_tune.cli import replaying, spotting
     from mla_tune.cli.output import traffic_output
     from mla_tune.replay.agents import AgentMix
-    from mla_tune.replay.scheduler import Engine
+    from mla_tune.replay.scheduler import Server
 
-    engine, longest = Engine(chunk, concurrency, rest_us, rest_us_per_token, decode_us), find_model(model).max_context
+    engine, longest = Server(chunk, concurrency, rest_us, rest_us_per_token, decode_us), find_model(model).max_context
     if trace is not None:
         offered = replaying.of_trace(trace, speed, longest)
     else:

@@ -36,7 +36,7 @@ _DEQUANTIZED_ROW_BYTES = {layer: 656 + 1152 if layer is LayerType.DSA else 584 +
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class BatchRequest:
     """One request of a forward."""
 
     num_qo_tokens: int
@@ -46,7 +46,7 @@ class Request:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class SubBatch:
     """The requests that one candidate serves."""
 
     candidate: str
@@ -55,10 +55,10 @@ class Part:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class BatchPlan:
     """How to run one forward, and what it is predicted to take against the best single path."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[SubBatch, ...]
     predicted_us: float
     best_single: str
     single_us: float
@@ -82,7 +82,7 @@ class Planner:
         self._names, self._noise_band = table.candidates, noise_band
         self._limits = {limit.candidate: limit.num_qo_tokens for limit in table.limits}
 
-    def plan(self, requests: Sequence[Request]) -> Plan:
+    def plan(self, requests: Sequence[BatchRequest]) -> BatchPlan:
         """The best split where it is predicted to beat the best single path by more than the noise band, else that path.
 
         Raises :class:`UsageError` for no requests, impossible ones, and a batch that no path can serve.
@@ -97,15 +97,15 @@ class Planner:
             )
         return single
 
-    def single(self, requests: Sequence[Request]) -> Plan:
+    def single(self, requests: Sequence[BatchRequest]) -> BatchPlan:
         """The whole batch by its fastest single path; infinite where it is past every candidate's limit."""
         shape = _shape(requests)
         works = [work(site, [shape]) for site, _ in self._scope.parts]
         us = {name: float(self._limited(name, works)[0]) for name in self._names}
         best = min(us, key=us.__getitem__)
-        return Plan((Part(best, tuple(range(len(requests)))),), us[best], best, us[best])
+        return BatchPlan((SubBatch(best, tuple(range(len(requests)))),), us[best], best, us[best])
 
-    def best_split(self, requests: Sequence[Request]) -> Plan | None:
+    def best_split(self, requests: Sequence[BatchRequest]) -> BatchPlan | None:
         """The best of the splits in two, whether it is worth it or not; None where there is none to run."""
         single = self.single(requests)
         if len(requests) < 2 or not {WORKSPACE, CACHE} <= set(self._names):
@@ -116,10 +116,10 @@ class Planner:
         if not np.isfinite(total_us):
             return None
         by_workspace, from_cache = (tuple(sorted(part)) for part in (order[:cut], order[cut:]))
-        parts = (Part(WORKSPACE, by_workspace), Part(CACHE, from_cache))
-        return Plan(parts, total_us, single.best_single, single.single_us)
+        parts = (SubBatch(WORKSPACE, by_workspace), SubBatch(CACHE, from_cache))
+        return BatchPlan(parts, total_us, single.best_single, single.single_us)
 
-    def _order(self, requests: Sequence[Request], alone: Sequence[_Alone]) -> list[int]:
+    def _order(self, requests: Sequence[BatchRequest], alone: Sequence[_Alone]) -> list[int]:
         """Requests by the rows that they would put into the workspace for each entry that their queries attend to."""
         layers = [count for _, count in self._scope.parts]
         rows = sum(n * (a.compressed_rows + a.window_rows) for n, a in zip(layers, alone, strict=True))
@@ -129,7 +129,9 @@ class Planner:
             range(len(requests)), key=lambda i: (ratio[i], requests[i].kv_tokens, requests[i].num_qo_tokens, i)
         )
 
-    def _best_cut(self, requests: Sequence[Request], order: list[int], alone: Sequence[_Alone]) -> tuple[int, float]:
+    def _best_cut(
+        self, requests: Sequence[BatchRequest], order: list[int], alone: Sequence[_Alone]
+    ) -> tuple[int, float]:
         """Requests before the best cut, and the microseconds of both parts together."""
         queries = np.array([requests[i].num_qo_tokens for i in order], dtype=np.float64)
         tokens = float(queries.sum())
@@ -191,7 +193,7 @@ class _Alone:
     distinct_rows: Array
 
     @classmethod
-    def of(cls, site: Site, requests: Sequence[Request]) -> _Alone:
+    def of(cls, site: Site, requests: Sequence[BatchRequest]) -> _Alone:
         load = work(site, [_shape([request]) for request in requests])
         return cls(
             site=site,
@@ -250,5 +252,5 @@ def _with_idle(site: Site, load: Work, idle: Array) -> Work:
     )
 
 
-def _shape(requests: Sequence[Request]) -> RaggedShape:
+def _shape(requests: Sequence[BatchRequest]) -> RaggedShape:
     return RaggedShape(tuple((request.num_qo_tokens, request.kv_tokens) for request in requests))

@@ -10,8 +10,7 @@ from mla_tune.fit.costs import CostModel, StageCost
 from mla_tune.fit.observations import shares
 from mla_tune.fit.scope import Scope, scope
 from mla_tune.fit.work import work
-from mla_tune.policy.decision import Decision
-from mla_tune.policy.decision import Explanation as Reached
+from mla_tune.policy.decision import Decision, ExplainedChoice
 from mla_tune.policy.schema import Table
 from mla_tune.sites.candidates import stages
 from mla_tune.sites.shape import Shape
@@ -38,7 +37,7 @@ class Explanation:
     """A table's answer at one shape, with the evidence."""
 
     shape: Shape
-    decision: Reached
+    decision: ExplainedChoice
     """The candidate, the rule that led to it, its row and threshold."""
     unit: str
     """What the times are for: ``layer`` or ``forward``."""

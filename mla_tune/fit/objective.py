@@ -20,8 +20,7 @@ from mla_tune.fit.training import IntArray, cells_of, query_counts
 from mla_tune.fit.work import Array
 from mla_tune.policy.evidence import TrafficWeights
 from mla_tune.policy.schema import Range, Table
-from mla_tune.sites.served_shapes import Shape as Recorded
-from mla_tune.sites.served_shapes import Traffic, dump_traffic
+from mla_tune.sites.served_shapes import ServedShape, Traffic, dump_traffic
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import SiteName
 from mla_tune.store.measurement import Regime
@@ -52,7 +51,7 @@ class Objective:
         digest = hashlib.sha256(dump_traffic(self.traffic)).hexdigest()
         return TrafficWeights(traffic=digest, forwards=sum(self.traffic.forwards.values()), uniform_share=UNIFORM_SHARE)
 
-    def recorded(self, site: SiteName, model: str) -> dict[Recorded, int]:
+    def recorded(self, site: SiteName, model: str) -> dict[ServedShape, int]:
         """Forwards of the traffic at one site of one model, by shape; those without a token or a request left out."""
         forwards = self.traffic.forwards if self.traffic else {}
         return {
@@ -89,7 +88,7 @@ def require_traffic(objective: Objective, tables: Iterable[Table]) -> None:
         )
 
 
-def inside(recorded: Mapping[Recorded, int], measured: Range) -> dict[Recorded, int]:
+def inside(recorded: Mapping[ServedShape, int], measured: Range) -> dict[ServedShape, int]:
     """Those of ``recorded`` at which a table's rows decide: outside its ranges the incumbent stays whatever they say."""
     return {
         shape: count
@@ -98,7 +97,7 @@ def inside(recorded: Mapping[Recorded, int], measured: Range) -> dict[Recorded, 
     }
 
 
-def cell_weights(recorded: Mapping[Recorded, int], cells: Cells, tokens: Sequence[int]) -> Array:
+def cell_weights(recorded: Mapping[ServedShape, int], cells: Cells, tokens: Sequence[int]) -> Array:
     """(num_shapes,) weights of the shapes in ``cells``, of mean 1; all 1 where no traffic is near any of them.
 
     ``tokens`` are the query token counts of the columns.
@@ -114,7 +113,7 @@ def cell_weights(recorded: Mapping[Recorded, int], cells: Cells, tokens: Sequenc
     return np.asarray(np.rint(even[_at(cells, cells)] / _WEIGHT_STEP) * _WEIGHT_STEP)
 
 
-def shape_weights(recorded: Mapping[Recorded, int], shapes: Sequence[Shape], sm_count: int) -> Array:
+def shape_weights(recorded: Mapping[ServedShape, int], shapes: Sequence[Shape], sm_count: int) -> Array:
     """(num_shapes,) the same for any shapes, on a GPU of ``sm_count`` SMs."""
     if not (recorded and shapes):
         return np.ones(len(shapes))
@@ -122,7 +121,7 @@ def shape_weights(recorded: Mapping[Recorded, int], shapes: Sequence[Shape], sm_
     return cell_weights(recorded, cells_of(shapes, tokens), tokens)
 
 
-def shares_near(recorded: Mapping[Recorded, int], shapes: Sequence[Shape], sm_count: int) -> Array:
+def shares_near(recorded: Mapping[ServedShape, int], shapes: Sequence[Shape], sm_count: int) -> Array:
     """(num_shapes,) share of the traffic near each shape, with nothing spread evenly: 0 where none is."""
     if not (recorded and shapes):
         return np.zeros(len(shapes))
@@ -131,7 +130,7 @@ def shares_near(recorded: Mapping[Recorded, int], shapes: Sequence[Shape], sm_co
     return np.asarray(_near_traffic(recorded, cells, tokens)[_at(cells, cells)])
 
 
-def _near_traffic(recorded: Mapping[Recorded, int], cells: Cells, tokens: Sequence[int]) -> Array:
+def _near_traffic(recorded: Mapping[ServedShape, int], cells: Cells, tokens: Sequence[int]) -> Array:
     """Share of the traffic near each cell of the box that ``cells`` span; what lies beyond it counts at its edge."""
     if not recorded:
         return np.zeros(_box(cells, tokens))

@@ -15,8 +15,8 @@ from mla_tune.sites.site import DEEPSEEK_V3_2, DEEPSEEK_V4_FLASH, LayerType, Sit
 
 
 @dataclass(frozen=True, slots=True)
-class Launches:
-    """Launches of one stage at one shape."""
+class LaunchCount:
+    """How often one stage is launched at one shape."""
 
     site: Site
     candidate: Candidate
@@ -35,7 +35,7 @@ class Published:
     source: str
     assumed: str
     """What the source doesn't say, or what of it none of our stages covers."""
-    launches: tuple[Launches, ...]
+    launches: tuple[LaunchCount, ...]
     """Empty where no stage covers it."""
     always_splits: bool = False
     """Whether its build's KV-cache kernel splits every query, as the number of its merges says."""
@@ -51,14 +51,14 @@ _SOME_CHUNKS = "which 5 of the prompt's 16 chunks is not said: the mean over all
 
 def _v4_flash(
     candidate: Candidate, stages: dict[str, Sequence[LayerType]], *, once: bool = False
-) -> tuple[Launches, ...]:
+) -> tuple[LaunchCount, ...]:
     """Launches of five chunks of a 128K prompt of V4-Flash; ``stages`` says which layer types run each of them.
 
     ``once``: one launch for all layers of a type, rather than one in each.
     """
     model, every = DEEPSEEK_V4_FLASH, range(_CHUNK, _PROMPT + 1, _CHUNK)
     return tuple(
-        Launches(
+        LaunchCount(
             site=model.site(SiteName.PREFILL_ATTENTION, layer),
             candidate=candidate,
             stage=stage,
@@ -71,9 +71,9 @@ def _v4_flash(
     )
 
 
-def _v3_sparse_fwd(h_q: int, num_qo_tokens: int, context: int) -> tuple[Launches, ...]:
+def _v3_sparse_fwd(h_q: int, num_qo_tokens: int, context: int) -> tuple[LaunchCount, ...]:
     site = DEEPSEEK_V3_2.site(SiteName.PREFILL_ATTENTION, LayerType.DSA, h_q)
-    return (Launches(site, SPARSE_FWD, "attention", Shape(1, num_qo_tokens, context), 1),)
+    return (LaunchCount(site, SPARSE_FWD, "attention", Shape(1, num_qo_tokens, context), 1),)
 
 
 _SWA, _C4A, _C128A = LayerType.SWA_ONLY, LayerType.C4A, LayerType.C128A

@@ -8,7 +8,7 @@ from math import exp, log
 
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.modelled import ModelledCosts
-from mla_tune.fit.published import Launches, Published
+from mla_tune.fit.published import LaunchCount, Published
 from mla_tune.fit.work import work
 from mla_tune.hardware.datasheet import datasheet
 
@@ -64,7 +64,7 @@ def _checked(costs: ModelledCosts, figure: Published) -> Checked:
     return Checked(figure, total_us / 1e3, sum(us * error for us, error in known) / total_us)
 
 
-def _predicted(costs: ModelledCosts, launches: Launches) -> tuple[float, float] | None:
+def _predicted(costs: ModelledCosts, launches: LaunchCount) -> tuple[float, float] | None:
     """Microseconds of all launches, and the uncertainty of their stage; None where it was not measured."""
     if launches.candidate.name not in costs.candidates(launches.site):
         return None

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from mla_tune.fit.work import Work, work
 from mla_tune.policy.schema import Range
-from mla_tune.sites.served_shapes import Shape as Recorded
+from mla_tune.sites.served_shapes import ServedShape
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import Site
 
@@ -129,7 +129,7 @@ def training_grid(max_context: int, sm_count: int) -> TrainingGrid:
     return TrainingGrid(shapes, bins, counts, columns, groups)
 
 
-def cells_of(shapes: Sequence[Shape | Recorded], tokens: Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
+def cells_of(shapes: Sequence[Shape | ServedShape], tokens: Sequence[int]) -> tuple[IntArray, IntArray, IntArray]:
     """Bin of context tokens, nearest of the columns ``tokens`` and range of requests of each shape, three (num_shapes,)."""
     kv_tokens = np.array([shape.kv_tokens for shape in shapes], dtype=np.float64)
     columns = _nearest(tokens, [shape.num_qo_tokens for shape in shapes])

@@ -15,7 +15,7 @@ import torch
 from mla_tune.kernels import indexer, sparse_fwd, sparse_fwd_fused, sparse_fwd_selected, split_batch, with_kvcache
 from mla_tune.kernels.adapters import flash_mla, sglang_kernels
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.sites.candidates import (
     SPARSE_FWD,
     SPARSE_FWD_FUSED,
@@ -55,7 +55,7 @@ class Device:
         return torch.device(self.kind)
 
 
-Prepare = Callable[[AttentionInputs, Device], Prepared]
+Prepare = Callable[[AttentionInputs, Device], PreparedPath]
 """Binds an attention candidate to inputs."""
 
 _ADDED: dict[str, Prepare] = {}
@@ -91,7 +91,7 @@ def unsupported(site: Site, candidate: str, device: Device) -> str | None:
     return _flash_mla(device.major).unsupported(site.h_q or 0)
 
 
-def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> Prepared:
+def prepare_attention(inputs: AttentionInputs, candidate: str, device: Device) -> PreparedPath:
     """Bind an attention candidate to ``inputs``. Ask :func:`unsupported` first."""
     if candidate in _ADDED:
         return _ADDED[candidate](inputs, device)
@@ -109,13 +109,13 @@ _OVER_WORKSPACE = {
 }
 
 
-def prepare_split(inputs: AttentionInputs, cached: Sequence[int], device: Device) -> Prepared:
+def prepare_split(inputs: AttentionInputs, cached: Sequence[int], device: Device) -> PreparedPath:
     """Bind a batch whose requests ``cached`` read the cache, the others a workspace: see :mod:`.split_batch`."""
     kernels = None if device.kind == "cpu" else _flash_mla(device.major)
     return split_batch.prepare(inputs, cached, kernels, device.launches)
 
 
-def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, device: Device) -> Prepared:
+def prepare_indexer(context_lens: torch.Tensor, site: Site, candidate: str, device: Device) -> PreparedPath:
     """Bind an indexer metadata candidate to ``context_lens`` (num_qo_tokens, 1) int32."""
     return indexer.prepare(context_lens, site, candidate_at(site, candidate), device.sm_count, device.launches)
 

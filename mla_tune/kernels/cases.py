@@ -16,7 +16,8 @@ from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
-from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
+from mla_tune.kernels.prepare import Preparation
+from mla_tune.kernels.prepare_jobs import IndexJob, RowsJob
 from mla_tune.kernels.select import compact_selected, mark_selected
 from mla_tune.kernels.slot_ids import build_compressed_row_ids
 from mla_tune.kernels.workspace import present

@@ -16,7 +16,7 @@ import torch
 from mla_tune.errors import MissingPackageError
 from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.indexer_metadata import BLOCK_KV, paged_mqa_logits_metadata, paged_mqa_logits_metadata_serial
-from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.kernels.prepared import BoundStage, Output, PreparedPath
 from mla_tune.sites.candidates import Candidate
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.site import Site
@@ -41,7 +41,7 @@ def deep_gemm_missing() -> str | None:
 
 def prepare(
     context_lens: torch.Tensor, site: Site, candidate: Candidate, num_sms: int, launches: Launches = DEFAULT_LAUNCHES
-) -> Prepared:
+) -> PreparedPath:
     """Bind ``candidate`` to ``context_lens`` (num_qo_tokens, 1) int32."""
     (stage,) = candidate.stages(site)
     output = Output()
@@ -53,7 +53,7 @@ def prepare(
     def run() -> None:
         output.tensor = make()
 
-    return Prepared(candidate=candidate.name, stages=(BoundStage(stage, run),), output=output)
+    return PreparedPath(candidate=candidate.name, stages=(BoundStage(stage, run),), output=output)
 
 
 def _maker(

@@ -29,7 +29,7 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
-class Prepared:
+class PreparedPath:
     """A candidate's stages in running order, its kept buffers, and its output once they ran."""
 
     candidate: str

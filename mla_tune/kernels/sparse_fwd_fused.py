@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepare import Preparation
+from mla_tune.kernels.prepare_jobs import IndexJob, RowsJob
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.kernels.workspace import SparseWorkspace
 from mla_tune.sites.candidates import SPARSE_FWD_FUSED
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.site import LayerType
 
 
-def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES) -> Prepared:
+def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES) -> PreparedPath:
     """Allocate the workspace and bind every stage. ``kernels`` None means the torch implementation on the CPU."""
     bound = SparseWorkspace(
         inputs, kernels, launches, split=inputs.work.compressed_rows, combines=inputs.site.layer.has_window

@@ -10,14 +10,14 @@ import torch
 
 from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.kernels.select import compact_selected, mark_selected, most_selected_rows
 from mla_tune.kernels.workspace import SparseWorkspace, present
 from mla_tune.sites.candidates import SPARSE_FWD_SELECTED
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 
 
-def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES) -> Prepared:
+def prepare(inputs: AttentionInputs, kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES) -> PreparedPath:
     """Allocate the workspace and bind every stage. ``kernels`` None means the torch implementation on the CPU."""
     topk, chosen = inputs.site.topk, inputs.topk_indices
     if topk is None or chosen is None:

@@ -21,7 +21,7 @@ from mla_tune.errors import UsageError
 from mla_tune.kernels import sparse_fwd, with_kvcache
 from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs, PagedCache
-from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.kernels.prepared import BoundStage, Output, PreparedPath
 from mla_tune.sites.candidates import split_stages
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
 from mla_tune.sites.shape import RaggedShape, compressed_row_counts, fresh_request, window_row_counts, workload
@@ -32,13 +32,13 @@ NAME = "split"
 
 def prepare(
     inputs: AttentionInputs, cached: Sequence[int], kernels: FlashMla | None, launches: Launches = DEFAULT_LAUNCHES
-) -> Prepared:
+) -> PreparedPath:
     """Bind a batch whose requests ``cached`` (indices) read the cache; the others get a workspace.
 
     ``kernels`` None means the torch implementations on the CPU. Raises :class:`UsageError` where a part has no request.
     """
     split = _Split(inputs, _checked(cached, inputs.shape.num_reqs), kernels, launches)
-    return Prepared(
+    return PreparedPath(
         candidate=NAME,
         stages=split.stages(),
         output=split.output,

@@ -18,16 +18,16 @@ from mla_tune.kernels.adapters.flash_mla import FlashMla, KvCacheCall
 from mla_tune.kernels.adapters.provided import Selections, selections
 from mla_tune.kernels.formats import PagedSelection, paged_view
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepared import BoundStage, Output, Prepared, Run
+from mla_tune.kernels.prepared import BoundStage, Output, PreparedPath, Run
 from mla_tune.sites.candidates import WITH_KVCACHE, Candidate
 
 
-def prepare(inputs: AttentionInputs, kernels: FlashMla | None, candidate: Candidate = WITH_KVCACHE) -> Prepared:
+def prepare(inputs: AttentionInputs, kernels: FlashMla | None, candidate: Candidate = WITH_KVCACHE) -> PreparedPath:
     """Bind both stages of ``candidate``. ``kernels`` None means the torch implementation on the CPU."""
     return _prepare_cpu(inputs, candidate) if kernels is None else _prepare_gpu(inputs, kernels, candidate)
 
 
-def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla, candidate: Candidate) -> Prepared:
+def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla, candidate: Candidate) -> PreparedPath:
     output, chosen = Output(), selections(inputs)
     one_entry = candidate.one_entry
     if chosen.transform is not None:  # the schedule's calls read a selection as well
@@ -47,7 +47,7 @@ def _prepare_gpu(inputs: AttentionInputs, kernels: FlashMla, candidate: Candidat
     return _prepared(inputs, candidate, chosen, output, attention_with_schedule, attention, baseline=attention)
 
 
-def _prepare_cpu(inputs: AttentionInputs, candidate: Candidate) -> Prepared:
+def _prepare_cpu(inputs: AttentionInputs, candidate: Candidate) -> PreparedPath:
     output, chosen = Output(), selections(inputs)
     lengths = torch.stack([part.lengths for part in chosen.parts]).sum(0)
     if candidate.one_entry:  # one entry has one length: every query is taken to be as wide as the indices
@@ -73,12 +73,12 @@ def _prepared(
     schedule: Run,
     attention: Run,
     baseline: Run | None = None,
-) -> Prepared:
+) -> PreparedPath:
     """The candidate's stages in the order of the site; ``baseline`` is taken from the schedule's time."""
     bound = {"attention": (attention, None), "schedule": (schedule, baseline)}
     if chosen.transform is not None:
         bound["topk_transform"] = (chosen.transform, None)
-    return Prepared(
+    return PreparedPath(
         candidate=candidate.name,
         stages=tuple(BoundStage(stage, *bound[stage.name]) for stage in candidate.stages(inputs.site)),
         output=output,

@@ -15,7 +15,7 @@ from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
 from mla_tune.kernels.inputs import AttentionInputs, PagedCache
-from mla_tune.kernels.prepared import BoundStage, Output, Prepared
+from mla_tune.kernels.prepared import BoundStage, Output, PreparedPath
 from mla_tune.kernels.slot_ids import build_compressed_row_ids, build_swa_token_ids
 from mla_tune.sites.candidates import Candidate
 from mla_tune.sites.launch_parameters import Launches
@@ -56,9 +56,9 @@ class SparseWorkspace:
         """The workspace's window rows."""
         return self.workspace[self.split :]
 
-    def prepared(self, candidate: Candidate, runs: Mapping[str, Callable[[], object]]) -> Prepared:
+    def prepared(self, candidate: Candidate, runs: Mapping[str, Callable[[], object]]) -> PreparedPath:
         """The candidate, with the run of each of its stages by name."""
-        return Prepared(
+        return PreparedPath(
             candidate=candidate.name,
             stages=tuple(BoundStage(stage, runs[stage.name]) for stage in candidate.stages(self.inputs.site)),
             output=self.output,

@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 
 MAX_POLICY_BYTES = 1 << 18
 """Largest file that is read; a GPU's takes 10 to 30 KB."""
+SCHEMA_FILE = "policy.schema.json"
+"""The published schema, beside the policies; :mod:`mla_tune.policy.file_schema` makes it."""
+EDITOR_LINE = f"# yaml-language-server: $schema={SCHEMA_FILE}\n"
+"""First line of a file: an editor checks and completes by it. To a reader and to a server it says nothing."""
 
 
 def load_policy(path: str | os.PathLike[str]) -> Policy:
@@ -97,7 +101,8 @@ def dump_policy(policy: Policy, evidence: PolicyEvidence | None = None) -> bytes
 
     items = frozenset({"choices", *(entry.kernel for entry in policy.kernel_config)})
     body = write_yaml(msgspec.to_builtins(to_file(policy)), one_line=_ONE_LINE, one_line_items=items)
-    data = "".join(f"# {line}".rstrip() + "\n" for line in preface(policy, evidence)).encode() + body.encode()
+    head = "".join(f"# {line}".rstrip() + "\n" for line in preface(policy, evidence))
+    data = f"{EDITOR_LINE}{head}{body}".encode()
     parse_policy(data, "policy to write")
     return data
 

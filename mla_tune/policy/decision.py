@@ -35,7 +35,7 @@ class Reason(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class Leaf:
     """One leaf of a table's tree."""
 
     candidate: str
@@ -47,7 +47,7 @@ class Answer:
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class ExplainedChoice:
     """One answer and the thresholds that led to it (None where no threshold was consulted)."""
 
     candidate: str
@@ -70,26 +70,26 @@ class Decision:
 
     __slots__ = ("answer", "choose", "table")
 
-    answer: Callable[[int, int, int], Answer]
+    answer: Callable[[int, int, int], Leaf]
     choose: Choose
     """:attr:`answer`'s candidate, by fewer comparisons: neighbours that answer alike are one."""
 
     def __init__(self, table: Table) -> None:
         """Raises :class:`PolicyError` where every candidate is past its limit."""
         self.table = table
-        leaves: dict[Answer, str] = {}
+        leaves: dict[Leaf, str] = {}
         tree = _table_tree(table, lambda answer: leaves.setdefault(answer, f"answer_{len(leaves)}"))
         self.answer = _compiled(tree, {name: answer for answer, name in leaves.items()})
         self.choose = _compiled(_table_tree(table, lambda answer: repr(answer.candidate)), {})
 
-    def explain(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> Explanation:
+    def explain(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> ExplainedChoice:
         """What the table answers there, and by which threshold."""
         found = self.answer(num_qo_tokens, kv_tokens, num_reqs)
         if found.row is None or found.choice is None:
-            return Explanation(found.candidate, found.reason)
+            return ExplainedChoice(found.candidate, found.reason)
         row = self.table.rows[found.row]
         threshold = row.choices[found.choice].threshold.at(kv_tokens)
-        return Explanation(
+        return ExplainedChoice(
             found.candidate, found.reason, row.num_reqs_from, row.kv_tokens_from, threshold, found.choice
         )
 
@@ -103,7 +103,7 @@ _Part = tuple[str, str]
 """What is true below the start of a part of an axis, and the expression for that part."""
 
 
-def _table_tree(table: Table, leaf: Callable[[Answer], str]) -> str:
+def _table_tree(table: Table, leaf: Callable[[Leaf], str]) -> str:
     tree = _Tree(table, leaf)
     groups = [list(rows) for _, rows in groupby(enumerate(table.rows), lambda entry: entry[1].num_reqs_from)]
     parts = [(rows[0][1].num_reqs_from, tree.group(rows)) for rows in groups]
@@ -113,7 +113,7 @@ def _table_tree(table: Table, leaf: Callable[[Answer], str]) -> str:
 class _Tree:
     """Builds the expression of one table; ``leaf`` writes down an answer."""
 
-    def __init__(self, table: Table, leaf: Callable[[Answer], str]) -> None:
+    def __init__(self, table: Table, leaf: Callable[[Leaf], str]) -> None:
         self._table, self._leaf = table, leaf
         self._ends = row_ends(table)
         self._low, high = table.measured.num_qo_tokens
@@ -157,14 +157,14 @@ class _Tree:
             candidate = row.choices[place].candidate
             served = self._served(candidate, start)
             reason = Reason.TABLE if served == candidate else Reason.LIMIT
-            parts.append((lines[place].below(), self._leaf(Answer(served, reason, index, place))))
+            parts.append((lines[place].below(), self._leaf(Leaf(served, reason, index, place))))
         return parts, within
 
     def _kept(self, num_qo_tokens: int) -> str:
         """The incumbent, as far as its limit reaches."""
         incumbent = self._table.incumbent
         served = self._served(incumbent, num_qo_tokens)
-        return self._leaf(Answer(served, Reason.OUTSIDE if served == incumbent else Reason.LIMIT))
+        return self._leaf(Leaf(served, Reason.OUTSIDE if served == incumbent else Reason.LIMIT))
 
     def _served(self, candidate: str, num_qo_tokens: int) -> str:
         """``candidate``, or what takes its place past its limit."""
@@ -205,6 +205,6 @@ def _tree(parts: Sequence[_Part]) -> str:
     return f"({_tree(kept[:middle])} if {kept[middle][0]} else {_tree(kept[middle:])})"
 
 
-def _compiled(tree: str, names: dict[str, Answer]) -> Any:
+def _compiled(tree: str, names: dict[str, Leaf]) -> Any:
     code = compile(f"lambda num_qo_tokens, kv_tokens, num_reqs: {tree}", "<policy table>", "eval")
     return eval(code, {"__builtins__": {}, **names})

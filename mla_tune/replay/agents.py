@@ -57,7 +57,7 @@ class AgentMix:
 
 @dataclass(slots=True)
 class Agents:
-    """The requests of a mix, for one replay. A :class:`mla_tune.replay.requests.Source`."""
+    """The requests of a mix, for one replay. A :class:`mla_tune.replay.requests.RequestSource`."""
 
     mix: AgentMix
     _rngs: list[random.Random] = field(default_factory=list)

@@ -42,7 +42,7 @@ class Prompts:
 
 
 @dataclass(frozen=True, slots=True)
-class Served:
+class ChunkCost:
     """One way to choose, at one chunk size."""
 
     time_us: float
@@ -60,8 +60,8 @@ class ChunkSize:
     chunk_tokens: int
     forwards: float
     """Forwards of all prompts; of a distribution, the weighted mean."""
-    policy: Served
-    incumbent: Served | None
+    policy: ChunkCost
+    incumbent: ChunkCost | None
     """None where the engine's own choice is past its limit at this size."""
     rest_us: float = 0.0
     """What all forwards cost besides, whatever their size."""
@@ -141,7 +141,7 @@ class _Batched:
     prices: Prices
     weights: Array
 
-    def served(self, attention: Sequence[str], metadata: Sequence[str]) -> Served | None:
+    def served(self, attention: Sequence[str], metadata: Sequence[str]) -> ChunkCost | None:
         """What these choices, one for each forward, take; None where one of them is past its limit."""
         per_forward_us = self.prices.metadata.of(metadata)
         for layer in self.prices.attention:
@@ -150,7 +150,7 @@ class _Batched:
             return None
         names = np.array(attention)
         peaks = [float(self._bytes(name)[names == name].max()) for name in sorted(set(attention))]
-        return Served(float((per_forward_us * self.weights).sum()), int(max(peaks)), tuple(sorted(set(attention))))
+        return ChunkCost(float((per_forward_us * self.weights).sum()), int(max(peaks)), tuple(sorted(set(attention))))
 
     def _bytes(self, candidate: str) -> Array:
         """Workspace of whole forwards, (num_forwards,)."""

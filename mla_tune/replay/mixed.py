@@ -11,7 +11,7 @@ from enum import StrEnum
 import numpy as np
 
 from mla_tune.errors import UsageError
-from mla_tune.fit.batch_split import Plan, Planner, Request
+from mla_tune.fit.batch_split import BatchPlan, BatchRequest, Planner
 from mla_tune.fit.observations import shares
 from mla_tune.fit.scope import Scope
 from mla_tune.sites.candidates import split_stages, stages
@@ -65,7 +65,7 @@ class Batch:
     """One drawn batch."""
 
     kind: Kind
-    requests: tuple[Request, ...]
+    requests: tuple[BatchRequest, ...]
 
 
 def draw_batches(mix: Mix, count: int, seed: int, max_context: int) -> tuple[Batch, ...]:
@@ -85,13 +85,13 @@ def _drawn(rng: random.Random, mix: Mix, kind: Kind, max_context: int) -> Batch:
     def number(ends: tuple[int, int]) -> int:
         return min(ends[1], int(math.exp(rng.uniform(math.log(ends[0]), math.log(ends[1] + 1)))))
 
-    def extend() -> Request:
+    def extend() -> BatchRequest:
         new = min(number(mix.new_tokens), max_context)
-        return Request(new, min(new + number(mix.context_tokens), max_context))
+        return BatchRequest(new, min(new + number(mix.context_tokens), max_context))
 
-    def fresh() -> Request:
+    def fresh() -> BatchRequest:
         tokens = min(number(mix.fresh_tokens), max_context)
-        return Request(tokens, tokens)
+        return BatchRequest(tokens, tokens)
 
     count = number(mix.extends)
     if kind is Kind.EQUAL:
@@ -111,8 +111,8 @@ class LayerOutlook:
     layer: str
     layers: int
     """How often its times count: the layers of the type, or 1 for a whole forward or one layer alone."""
-    plan: Plan
-    split: Plan | None
+    plan: BatchPlan
+    split: BatchPlan | None
     """The best split, taken or not; None where there is none."""
 
     @property
@@ -188,7 +188,7 @@ class Timed:
         """The fastest single path."""
         return min((us for _, us in self.single_us if us is not None), default=None)
 
-    def plan_us(self, plan: Plan) -> float | None:
+    def plan_us(self, plan: BatchPlan) -> float | None:
         """What ``plan`` took."""
         return self.split_us if len(plan.parts) > 1 else dict(self.single_us)[plan.best_single]
 

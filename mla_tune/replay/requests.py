@@ -30,7 +30,7 @@ class Request:
         return self.blocks[: self.prompt_tokens // self.block_tokens]
 
 
-class Source(Protocol):
+class RequestSource(Protocol):
     """Where requests come from."""
 
     def arrivals(self) -> Sequence[Request]:

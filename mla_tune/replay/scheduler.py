@@ -20,7 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from mla_tune.errors import UsageError
-from mla_tune.replay.requests import Request, Source
+from mla_tune.replay.requests import Request, RequestSource
 from mla_tune.sites.shape import AnyShape, RaggedShape
 
 MAX_REST_US = 1e9
@@ -31,7 +31,7 @@ Clock = Callable[[RaggedShape], float]
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class Server:
     """How the server is set."""
 
     chunk_tokens: int = 8192
@@ -124,7 +124,7 @@ class Replay:
         return sum(served.cached_tokens for served in self.served)
 
 
-def replay(source: Source, engine: Engine, clock: Clock) -> Replay:
+def replay(source: RequestSource, engine: Server, clock: Clock) -> Replay:
     """Serve everything that ``source`` brings."""
     server = _Server(source, engine, clock)
     while server.go_on():
@@ -144,8 +144,8 @@ class _Prompt:
 
 @dataclass(slots=True)
 class _Server:
-    source: Source
-    engine: Engine
+    source: RequestSource
+    engine: Server
     clock: Clock
     now_us: float = 0.0
     steps: list[Step] = field(default_factory=list)

@@ -44,7 +44,7 @@ _DECODER = msgspec.json.Decoder(_Line)
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """The requests of a trace, in the order of their arrival. A :class:`mla_tune.replay.requests.Source`."""
+    """The requests of a trace, in the order of their arrival. A :class:`mla_tune.replay.requests.RequestSource`."""
 
     requests: tuple[Request, ...]
     left_out: int = 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from mla_tune.policy.decision import Answer, Reason
+from mla_tune.policy.decision import Leaf, Reason
 from mla_tune.runtime.counters import Reasons, SiteCounters, prometheus_text
 from mla_tune.runtime.dispatcher import Dispatcher, Resolved
 from mla_tune.runtime.recording import Record, Recorder
@@ -53,8 +53,8 @@ class Decider:
         return candidate
 
 
-def _always(incumbent: str) -> Callable[[int, int, int], Answer]:
-    kept = Answer(incumbent, Reason.FALLBACK)
+def _always(incumbent: str) -> Callable[[int, int, int], Leaf]:
+    kept = Leaf(incumbent, Reason.FALLBACK)
     return lambda num_qo_tokens, kv_tokens, num_reqs: kept
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, PolicyError, UsageError
 from mla_tune.policy.codec import digest, parse_policy, read_policy_file
-from mla_tune.policy.decision import Choose, Decision, Explanation, Reason, constant
+from mla_tune.policy.decision import Choose, Decision, ExplainedChoice, Reason, constant
 from mla_tune.policy.kernel_config import launches_of
 from mla_tune.policy.schema import Policy, Table, TableKey
 from mla_tune.runtime.pins import pin_table, pinned_reason
@@ -37,7 +37,7 @@ from mla_tune.sites.site import model as find_model
 if TYPE_CHECKING:
     from mla_tune.sites.launch_parameters import Launches
 
-__all__ = ["Dispatcher", "Explanation", "Fallback", "Reason", "Resolved", "Rule"]
+__all__ = ["Dispatcher", "ExplainedChoice", "Fallback", "Reason", "Resolved", "Rule"]
 
 Fallback = Literal["incumbent"] | None
 """What a miss at load or resolve means: an exception (None), or the engine's own choice (``"incumbent"``)."""
@@ -70,10 +70,10 @@ class Resolved:
         """The table of :attr:`decision`."""
         return None if self.decision is None else self.decision.table
 
-    def explain(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> Explanation:
+    def explain(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> ExplainedChoice:
         """What :attr:`choose` answers there, and which rule and thresholds led to it. Not for the hot path."""
         if self.decision is None:
-            return Explanation(self.incumbent, Reason.FALLBACK)
+            return ExplainedChoice(self.incumbent, Reason.FALLBACK)
         found = self.decision.explain(num_qo_tokens, kv_tokens, num_reqs)
         return pinned_reason(found) if self.rule is Rule.PIN else found
 

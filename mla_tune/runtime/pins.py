@@ -12,7 +12,7 @@ from dataclasses import replace
 import msgspec
 
 from mla_tune.errors import PolicyError
-from mla_tune.policy.decision import Explanation, Reason
+from mla_tune.policy.decision import ExplainedChoice, Reason
 from mla_tune.policy.schema import Choice, Range, Row, Table
 
 EVERY_COUNT = (-(1 << 63), (1 << 63) - 1)
@@ -47,7 +47,7 @@ def pin_table(table: Table, candidate: str, *, modelled: bool = False) -> Table:
     return msgspec.structs.replace(table, measured=everywhere, rows=rows)
 
 
-def pinned_reason(found: Explanation) -> Explanation:
+def pinned_reason(found: ExplainedChoice) -> ExplainedChoice:
     """An explanation from a pin's table, in a pin's words: it has no thresholds."""
     reason = Reason.PIN if found.reason is Reason.TABLE else found.reason
     return replace(found, reason=reason, num_reqs_from=None, kv_tokens_from=None, num_qo_tokens_from=None)

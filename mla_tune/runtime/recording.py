@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from mla_tune.sites.served_shapes import Shape, Traffic, bin_middle, bin_start, read_traffic, write_traffic
+from mla_tune.sites.served_shapes import ServedShape, Traffic, bin_middle, bin_start, read_traffic, write_traffic
 
 Record = Callable[[int, int, int], None]
 """``record(num_qo_tokens, kv_tokens, num_reqs)``."""
@@ -49,7 +49,7 @@ class _Histogram:
 
     def clear(self) -> None:
         self.new: dict[tuple[int, int, int], int] = {}
-        self.bins: dict[Shape, int] = {}
+        self.bins: dict[ServedShape, int] = {}
         self.dropped = 0
 
     def add(self, num_qo_tokens: int, kv_tokens: int, num_reqs: int) -> None:
@@ -69,7 +69,7 @@ class _Histogram:
         """Everything since the start, in bins."""
         for key in list(self.new):
             forwards = self.new.pop(key)
-            shape = Shape(self.site, self.model, *(bin_middle(bin_start(count)) for count in key))
+            shape = ServedShape(self.site, self.model, *(bin_middle(bin_start(count)) for count in key))
             if shape in self.bins or len(self.bins) < MAX_CELLS_PER_SITE:
                 self.bins[shape] = self.bins.get(shape, 0) + forwards
             else:

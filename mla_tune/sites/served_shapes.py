@@ -39,7 +39,7 @@ EXACT_BELOW = 1 << BIN_BITS
 _Line = TypeVar("_Line", bound=msgspec.Struct)
 
 
-class Shape(NamedTuple):
+class ServedShape(NamedTuple):
     """What was asked of a policy: the key of a cell."""
 
     site: str
@@ -70,7 +70,7 @@ class _Cell(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class Traffic:
     """A histogram of shapes."""
 
-    forwards: dict[Shape, int]
+    forwards: dict[ServedShape, int]
     """How many forwards had each shape; every count is at least 1."""
     dropped: int = 0
     """Forwards that were met and are in no cell."""
@@ -80,7 +80,7 @@ class Traffic:
         return bounded(Counter(self.forwards) + Counter(other.forwards), self.dropped + other.dropped)
 
 
-def bounded(forwards: dict[Shape, int], dropped: int = 0) -> Traffic:
+def bounded(forwards: dict[ServedShape, int], dropped: int = 0) -> Traffic:
     """At most :data:`MAX_CELLS` cells, the most frequent; the rest is counted as dropped."""
     if len(forwards) <= MAX_CELLS:
         return Traffic(dict(forwards), dropped)
@@ -131,10 +131,10 @@ def parse_traffic(lines: Iterable[bytes], source: str) -> Traffic:
     header = _decode(next(numbered, (1, b""))[1], _Header, source, 1)
     if header.format != FORMAT or header.version != VERSION or header.forwards_dropped < 0:
         raise _refused(source, 1, f"must say {FORMAT} version {VERSION}: got {header.format} version {header.version}")
-    forwards: dict[Shape, int] = {}
+    forwards: dict[ServedShape, int] = {}
     for number, line in numbered:
         cell = _decode(line, _Cell, source, number)
-        shape = Shape(cell.site, cell.model, cell.num_qo_tokens, cell.kv_tokens, cell.num_reqs)
+        shape = ServedShape(cell.site, cell.model, cell.num_qo_tokens, cell.kv_tokens, cell.num_reqs)
         if shape in forwards or cell.forwards < 1 or min(shape[2:]) < 0:
             raise _refused(source, number, "must be a new shape with at least one forward and no negative count")
         forwards[shape] = cell.forwards

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from mla_tune.errors import MlaTuneError
 from mla_tune.kernels import binding
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.kernels.split_batch import NAME
 from mla_tune.sites.shape import RaggedShape
 from mla_tune.sites.site import Site
@@ -45,5 +45,5 @@ class SplitMeasurer:
         except DeviceLostError as lost:
             raise MlaTuneError(f"the device was lost at {site.key}, {batch.evened()}: {lost}; start again") from lost
 
-    def _prepare(self, inputs: AttentionInputs, device: binding.Device) -> Prepared:
+    def _prepare(self, inputs: AttentionInputs, device: binding.Device) -> PreparedPath:
         return binding.prepare_split(inputs, self._cached, device)

@@ -10,14 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.bench.sampling import MIN_SAMPLES, Effort
-from mla_tune.bench.timing import WallTimer, Work
+from mla_tune.bench.timing import TimedWork, WallTimer
 
 ENDLESS_S = 3600.0
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_all_works_get_the_same_number_of_samples_between_the_least_and_the_most(count: int) -> None:
-    works = [Work(lambda: sum(range(100))) for _ in range(count)]
+    works = [TimedWork(lambda: sum(range(100))) for _ in range(count)]
     taken = WallTimer().measure(works, Effort(target=0.05, max_samples=9, seconds=ENDLESS_S))
     sizes = {len(entry.samples_us) for entry in taken}
     assert len(taken) == count
@@ -30,7 +30,7 @@ def test_all_works_get_the_same_number_of_samples_between_the_least_and_the_most
 @given(st.integers(1, 4), st.integers(MIN_SAMPLES, 9))
 def test_works_take_turns_round_by_round(count: int, rounds: int) -> None:
     calls: list[int] = []
-    works = [Work(lambda n=n: calls.append(n)) for n in range(count)]  # type: ignore[misc]
+    works = [TimedWork(lambda n=n: calls.append(n)) for n in range(count)]  # type: ignore[misc]
     WallTimer().measure(works, Effort(target=0.0, max_samples=rounds, seconds=ENDLESS_S))
     assert calls == list(range(count)) * rounds
 
@@ -42,20 +42,20 @@ def test_each_run_is_flushed_and_waited_for_before_and_waited_for_after() -> Non
         return lambda: log.append(word)
 
     timer = WallTimer(synchronize=says("wait"), before=says("flush"))
-    timer.measure([Work(says("run"), baseline=says("base"))], Effort(target=0.0, max_samples=MIN_SAMPLES))
+    timer.measure([TimedWork(says("run"), baseline=says("base"))], Effort(target=0.0, max_samples=MIN_SAMPLES))
     one = ["flush", "wait", "run", "wait", "flush", "wait", "base", "wait"]
     assert log == one * MIN_SAMPLES
 
 
 def test_a_baseline_that_costs_more_leaves_zero_and_never_a_negative_time() -> None:
-    work = Work(lambda: None, baseline=lambda: time.sleep(0.002))
+    work = TimedWork(lambda: None, baseline=lambda: time.sleep(0.002))
     (taken,) = WallTimer().measure([work], Effort(target=0.0, max_samples=MIN_SAMPLES))
     assert taken.samples_us == (0.0,) * MIN_SAMPLES
 
 
 def test_an_error_of_a_work_is_the_callers_to_handle() -> None:
     with pytest.raises(ZeroDivisionError):
-        WallTimer().measure([Work(lambda: 1 // 0)], Effort())
+        WallTimer().measure([TimedWork(lambda: 1 // 0)], Effort())
 
 
 def test_nothing_to_time_gives_nothing() -> None:
@@ -70,7 +70,10 @@ def test_graph_replay_runs_the_captured_work_for_every_sample() -> None:
 
     counter = torch.zeros((), dtype=torch.int64, device="cuda")
     timer = GraphTimer(l2_bytes=1 << 20)
-    works = [Work(lambda: counter.add_(1)), Work(lambda: counter.add_(1000), baseline=lambda: counter.add_(1000))]
+    works = [
+        TimedWork(lambda: counter.add_(1)),
+        TimedWork(lambda: counter.add_(1000), baseline=lambda: counter.add_(1000)),
+    ]
     for work in works:
         work.run()
     taken = timer.measure(works, Effort(target=0.0, max_samples=MIN_SAMPLES))
@@ -109,6 +112,6 @@ def test_a_work_finds_what_another_made_for_as_long_as_both_are_timed() -> None:
 
     timer = GraphTimer(l2_bytes=1 << 20)
     for _ in range(2):  # the second time what the first left is still alive
-        works = [Work(run) for run in (read, make, read, everything, overwrite)]
+        works = [TimedWork(run) for run in (read, make, read, everything, overwrite)]
         timer.measure(works, Effort(target=0.0, max_samples=MIN_SAMPLES))
     assert int(wrong) == 0

@@ -45,6 +45,7 @@ def run_without_them(*arguments: str) -> subprocess.CompletedProcess[str]:
         ("lookup", "8192", "128K", "--model", "deepseek-v4-pro", "--gpu", "h200"),
         ("policy", "show", "--gpu", "h200"),
         ("ensure", "--help"),
+        ("trace-diff", "--help"),
         ("--help",),
     ],
     ids=" ".join,

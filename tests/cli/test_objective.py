@@ -13,7 +13,7 @@ from mla_tune.cli import run as run_here
 from mla_tune.cli.options import byte_count
 from mla_tune.policy.codec import digest, load_policy
 from mla_tune.policy.evidence import load_evidence
-from mla_tune.sites.served_shapes import Shape, Traffic, write_traffic
+from mla_tune.sites.served_shapes import ServedShape, Traffic, write_traffic
 from tests.cli.conftest import SWEEP
 from tests.cli.test_refusals import refusal
 
@@ -24,7 +24,7 @@ def record(site: str = "indexer_metadata", num_qo_tokens: int | None = None) -> 
     """Twelve forwards at the largest shape that was measured, or with other query tokens."""
     measured = load_policy(POLICY).tables[0].measured
     largest = num_qo_tokens or measured.num_qo_tokens[1], measured.kv_tokens[1], measured.num_reqs[1]
-    write_traffic(RECORDED, Traffic({Shape(site, "deepseek-v4-flash", *largest): 12}))
+    write_traffic(RECORDED, Traffic({ServedShape(site, "deepseek-v4-flash", *largest): 12}))
 
 
 def test_the_command_in_a_policy_makes_it_again_with_every_wish(

@@ -32,7 +32,7 @@ def test_a_changed_line_is_named_with_what_the_command_makes(folder: Path, capsy
     POLICY.write_text(text.replace("Generated, do not edit.", "Edited.", 1))
     assert run_here(("fit", "--check", str(POLICY))) == 1
     told = " ".join(capsys.readouterr().err.split())
-    assert "cpu.yaml:1: - # mla-tune: what serves on cpu" in told
+    assert "cpu.yaml:2: - # mla-tune: what serves on cpu" in told
     assert "Edited." in told
     assert "Generated, do not edit." in told
     assert "must be what its command makes of its measurements" in told

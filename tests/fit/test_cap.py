@@ -22,8 +22,7 @@ from mla_tune.policy.decision import Decision
 from mla_tune.policy.evidence import WorkspaceCap
 from mla_tune.policy.schema import Choice, Row, Table, row_ends
 from mla_tune.policy.threshold import Threshold
-from mla_tune.sites.served_shapes import Shape as Recorded
-from mla_tune.sites.served_shapes import Traffic
+from mla_tune.sites.served_shapes import ServedShape, Traffic
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
 from mla_tune.store.measurement import Role
@@ -171,7 +170,7 @@ def test_a_cap_holds_under_traffic_that_would_choose_otherwise() -> None:
     plain = Decision(table(where, None)).choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
     (other,) = kinds.keys() - {plain}
     below = int(kinds[plain]) - 1
-    recorded = {Recorded("prefill_attention", where.model.name, 8192, 524288, 4): 1000}
+    recorded = {ServedShape("prefill_attention", where.model.name, 8192, 524288, 4): 1000}
     capped = fit_table(h200(), where, objective=Objective(traffic=Traffic(recorded), max_workspace_bytes=below))
     assert capped is not None
     chosen = Decision(capped.table).choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)

@@ -23,8 +23,7 @@ from mla_tune.fit.training import cells_of, query_counts, training_grid
 from mla_tune.policy.decision import Decision
 from mla_tune.policy.schema import Table
 from mla_tune.sites.candidates import names_at
-from mla_tune.sites.served_shapes import Shape as Recorded
-from mla_tune.sites.served_shapes import Traffic
+from mla_tune.sites.served_shapes import ServedShape, Traffic
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import MODELS, SiteName, attention_sites
 from mla_tune.store.measurement import Regime, Role
@@ -57,7 +56,7 @@ def table(costs: CostModel, where: Scope, objective: Objective) -> Table:
 
 
 def traffic(*shapes: Shape, model: str = FLASH.name, site: str = "prefill_attention") -> Objective:
-    cells = {Recorded(site, model, s.num_qo_tokens, s.kv_tokens, s.num_reqs): 100 for s in shapes}
+    cells = {ServedShape(site, model, s.num_qo_tokens, s.kv_tokens, s.num_reqs): 100 for s in shapes}
     return Objective(traffic=Traffic(cells))
 
 
@@ -72,16 +71,16 @@ shapes = st.builds(
 
 @given(st.lists(shapes, min_size=1, max_size=40), st.integers(1, 10**6))
 def test_traffic_spread_like_the_shapes_weighs_them_all_alike(points: list[Shape], each: int) -> None:
-    forwards: dict[Recorded, int] = {}
+    forwards: dict[ServedShape, int] = {}
     for s in points:
-        key = Recorded("prefill_attention", "m", s.num_qo_tokens, s.kv_tokens, s.num_reqs)
+        key = ServedShape("prefill_attention", "m", s.num_qo_tokens, s.kv_tokens, s.num_reqs)
         forwards[key] = forwards.get(key, 0) + each
     assert shape_weights(forwards, points, 132).tolist() == [1.0] * len(points)
 
 
 @given(st.lists(shapes, min_size=1, max_size=40), st.lists(shapes, min_size=1, max_size=5))
 def test_weights_have_mean_one_and_leave_every_shape_its_even_share(points: list[Shape], met: list[Shape]) -> None:
-    forwards = {Recorded("s", "m", s.num_qo_tokens, s.kv_tokens, s.num_reqs): 7 for s in met}
+    forwards = {ServedShape("s", "m", s.num_qo_tokens, s.kv_tokens, s.num_reqs): 7 for s in met}
     weights = shape_weights(forwards, points, 132)
     assert weights.min() >= UNIFORM_SHARE - 1e-3
     assert np.isclose(weights.mean(), 1.0, atol=2e-3)
@@ -91,7 +90,9 @@ def test_weights_have_mean_one_and_leave_every_shape_its_even_share(points: list
 def test_weights_are_largest_where_the_traffic_is(met: Shape, other: Shape) -> None:
     tokens = query_counts(132)
     weights = cell_weights(
-        {Recorded("s", "m", met.num_qo_tokens, met.kv_tokens, met.num_reqs): 1}, cells_of([met, other], tokens), tokens
+        {ServedShape("s", "m", met.num_qo_tokens, met.kv_tokens, met.num_reqs): 1},
+        cells_of([met, other], tokens),
+        tokens,
     )
     assert weights[0] >= weights[1]
 
@@ -102,7 +103,7 @@ def test_uniform_traffic_gives_the_unweighted_policy() -> None:
     grid = training_grid(FLASH.max_context, ENVIRONMENT.sm_count)
     trained = [shape for shape, kept in zip(grid.shapes, grid.inside(measured), strict=True) if kept]
     forwards = Counter(
-        Recorded("prefill_attention", FLASH.name, s.num_qo_tokens, s.kv_tokens, s.num_reqs) for s in trained
+        ServedShape("prefill_attention", FLASH.name, s.num_qo_tokens, s.kv_tokens, s.num_reqs) for s in trained
     )
     uniform = Objective(traffic=Traffic(dict(forwards)))
     assert table(made_up(), SCOPE, uniform) == table(made_up(), SCOPE, Objective())

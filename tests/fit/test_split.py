@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.fit.batch_split import CACHE, WORKSPACE, Plan, Planner, Request, _Alone, _with_idle
+from mla_tune.fit.batch_split import CACHE, WORKSPACE, BatchPlan, BatchRequest, Planner, _Alone, _with_idle
 from mla_tune.fit.scope import scope
 from mla_tune.fit.work import Work, work
 from mla_tune.policy.schema import Limit, Table
@@ -36,18 +36,20 @@ def sized(least: int, most: int) -> st.SearchStrategy[int]:
     return st.floats(np.log2(least), np.log2(most)).map(lambda octaves: round(2**octaves))
 
 
-requests = st.builds(lambda new, before: Request(new, new + before), sized(1, 8192), st.just(0) | sized(1, 1 << 19))
+requests = st.builds(
+    lambda new, before: BatchRequest(new, new + before), sized(1, 8192), st.just(0) | sized(1, 1 << 19)
+)
 batches = st.lists(requests, min_size=1, max_size=24)
 mixed = st.builds(
-    lambda fresh, extend, count: [Request(fresh, fresh), *[extend] * count],
+    lambda fresh, extend, count: [BatchRequest(fresh, fresh), *[extend] * count],
     sized(2048, 8192),
-    st.builds(lambda new, before: Request(new, new + before), sized(4, 64), sized(1 << 16, 1 << 19)),
+    st.builds(lambda new, before: BatchRequest(new, new + before), sized(4, 64), sized(1 << 16, 1 << 19)),
     st.integers(1, 63),
 )
 plans = st.sampled_from(EVERY)
 
 
-def served(plan: Plan, batch: list[Request]) -> list[tuple[str, list[Request]]]:
+def served(plan: BatchPlan, batch: list[BatchRequest]) -> list[tuple[str, list[BatchRequest]]]:
     """What each candidate serves, whatever the indices."""
     return [
         (part.candidate, sorted((batch[i] for i in part.requests), key=lambda r: (r.kv_tokens, r.num_qo_tokens)))
@@ -58,7 +60,7 @@ def served(plan: Plan, batch: list[Request]) -> list[tuple[str, list[Request]]]:
 @settings(max_examples=60, deadline=None)
 @given(batches | mixed, plans)
 def test_a_plan_is_never_predicted_slower_than_the_best_single_path_and_serves_each_request_once(
-    batch: list[Request], of: tuple[str, int]
+    batch: list[BatchRequest], of: tuple[str, int]
 ) -> None:
     plan = planner(*of).plan(batch)
     assert plan.predicted_us <= plan.single_us
@@ -78,20 +80,22 @@ def test_a_plan_is_never_predicted_slower_than_the_best_single_path_and_serves_e
 
 @settings(max_examples=30, deadline=None)
 @given(requests, plans)
-def test_a_batch_of_one_request_is_not_split(request: Request, of: tuple[str, int]) -> None:
+def test_a_batch_of_one_request_is_not_split(request: BatchRequest, of: tuple[str, int]) -> None:
     assert planner(*of).best_split([request]) is None
     assert len(planner(*of).plan([request]).parts) == 1
 
 
 @settings(max_examples=40, deadline=None)
 @given(requests, st.integers(2, 24), plans)
-def test_equal_requests_are_all_served_by_one_path(request: Request, count: int, of: tuple[str, int]) -> None:
+def test_equal_requests_are_all_served_by_one_path(request: BatchRequest, count: int, of: tuple[str, int]) -> None:
     assert len(planner(*of).plan([request] * count).parts) == 1
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.data(), batches | mixed)
-def test_the_order_of_requests_decides_nothing_but_their_indices(data: st.DataObject, batch: list[Request]) -> None:
+def test_the_order_of_requests_decides_nothing_but_their_indices(
+    data: st.DataObject, batch: list[BatchRequest]
+) -> None:
     shuffled = data.draw(st.permutations(batch))
     one, other = planner().plan(batch), planner().plan(shuffled)
     assert served(one, batch) == served(other, shuffled)
@@ -100,7 +104,7 @@ def test_the_order_of_requests_decides_nothing_but_their_indices(data: st.DataOb
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(requests, min_size=2, max_size=6))
-def test_no_other_assignment_of_few_requests_is_predicted_much_faster(batch: list[Request]) -> None:
+def test_no_other_assignment_of_few_requests_is_predicted_much_faster(batch: list[BatchRequest]) -> None:
     """The cuts of one order lose little against every assignment: whatever goes to the cache, priced the same way."""
     best = planner().best_split(batch)
     assert best is not None
@@ -115,7 +119,7 @@ def test_no_other_assignment_of_few_requests_is_predicted_much_faster(batch: lis
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(requests, min_size=2, max_size=8), st.sampled_from(SITES))
-def test_the_work_of_a_part_is_that_of_a_forward_of_its_own(batch: list[Request], site: Site) -> None:
+def test_the_work_of_a_part_is_that_of_a_forward_of_its_own(batch: list[BatchRequest], site: Site) -> None:
     alone, order = _Alone.of(site, batch), list(range(len(batch)))
     pairs = [(r.num_qo_tokens, r.kv_tokens) for r in batch]
     cuts = range(1, len(batch))
@@ -132,7 +136,7 @@ def test_what_is_priced_is_the_work_that_runs(site: Site) -> None:
     from mla_tune.kernels import split_batch as split
     from mla_tune.kernels.inputs import InputBuilder
 
-    batch = [Request(9, 9), Request(2, 700), Request(1, 2900), Request(3, 140)]
+    batch = [BatchRequest(9, 9), BatchRequest(2, 700), BatchRequest(1, 2900), BatchRequest(3, 140)]
     pairs = tuple((r.num_qo_tokens, r.kv_tokens) for r in batch)
     inputs = InputBuilder(torch.device("cpu")).attention(site, RaggedShape(pairs))
     alone = _Alone.of(site, batch)
@@ -150,7 +154,7 @@ def test_what_is_priced_is_the_work_that_runs(site: Site) -> None:
 
 
 def test_a_long_fresh_prompt_among_short_extends_of_long_contexts_is_split_by_request() -> None:
-    batch = [*[Request(16, 1 << 18)] * 40, Request(8192, 8192), *[Request(16, 1 << 18)] * 23]
+    batch = [*[BatchRequest(16, 1 << 18)] * 40, BatchRequest(8192, 8192), *[BatchRequest(16, 1 << 18)] * 23]
     plan = planner().plan(batch)
     assert [(part.candidate, len(part.requests)) for part in plan.parts] == [(WORKSPACE, 1), (CACHE, 63)]
     assert plan.parts[0].requests == (40,)
@@ -159,7 +163,7 @@ def test_a_long_fresh_prompt_among_short_extends_of_long_contexts_is_split_by_re
 
 def test_a_layer_types_own_table_plans_that_layer() -> None:
     found = pricer()
-    batch = [Request(8192, 8192), *[Request(16, 1 << 18)] * 63]
+    batch = [BatchRequest(8192, 8192), *[BatchRequest(16, 1 << 18)] * 63]
     for table in found.tables.layers:
         plan = Planner(found.costs, table, found.tables.noise_band).plan(batch)
         where = scope(SiteName.PREFILL_ATTENTION, MODELS[table.model], table.layer, table.h_q)
@@ -179,7 +183,7 @@ def limited(table: Table, **most: int) -> Table:
 
 def test_limits_hold_for_each_part_by_itself() -> None:
     found = pricer()
-    batch = [Request(8192, 8192), *[Request(16, 1 << 18)] * 63]
+    batch = [BatchRequest(8192, 8192), *[BatchRequest(16, 1 << 18)] * 63]
     tight = Planner(found.costs, limited(found.tables.attention, with_kvcache=1008), BAND).plan(batch)
     assert tight.best_single == WORKSPACE
     assert len(tight.parts) == 2
@@ -191,8 +195,8 @@ def test_limits_hold_for_each_part_by_itself() -> None:
         Planner(found.costs, both, BAND).plan(batch)
 
 
-@pytest.mark.parametrize("batch", [[], [Request(0, 5)], [Request(6, 5)]], ids=str)
-def test_no_or_impossible_requests_are_refused_in_one_line(batch: list[Request]) -> None:
+@pytest.mark.parametrize("batch", [[], [BatchRequest(0, 5)], [BatchRequest(6, 5)]], ids=str)
+def test_no_or_impossible_requests_are_refused_in_one_line(batch: list[BatchRequest]) -> None:
     with pytest.raises(UsageError, match="must") as caught:
         planner().plan(batch)
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from mla_tune.kernels import binding
 from mla_tune.kernels.formats import page_parts
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.shape import AnyShape, RaggedShape, Shape
 from mla_tune.sites.site import Site, SiteName
@@ -151,7 +151,7 @@ def test_what_a_stage_leaves_of_the_poison_is_a_wrong_result(site: Site) -> None
 
 
 def test_a_result_before_the_first_run_is_refused() -> None:
-    prepared: Prepared = judge_of(attention_sites[0], Shape(1, 1, 1)).prepare("sparse_fwd")
+    prepared: PreparedPath = judge_of(attention_sites[0], Shape(1, 1, 1)).prepare("sparse_fwd")
     with pytest.raises(RuntimeError, match="sparse_fwd has not run yet"):
         prepared.result()
 

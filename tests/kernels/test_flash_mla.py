@@ -22,7 +22,7 @@ from mla_tune.kernels import (
 from mla_tune.kernels.adapters import flash_mla
 from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.kernels.reference import paged_attention_reference
 from mla_tune.sites.candidates import candidate_at, names_at
 from mla_tune.sites.shape import Shape
@@ -40,7 +40,7 @@ SPARSE = {
 }
 
 
-def prepare(inputs: AttentionInputs, name: str, kernels: FlashMla) -> Prepared:
+def prepare(inputs: AttentionInputs, name: str, kernels: FlashMla) -> PreparedPath:
     if name in SPARSE:
         return SPARSE[name](inputs, kernels)
     return with_kvcache.prepare(inputs, kernels, candidate_at(inputs.site, name))

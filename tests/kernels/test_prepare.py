@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from mla_tune.errors import UsageError
 from mla_tune.kernels.formats import DSA, V4, KVFormat, quantize_k_cache
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder, PagedCache
-from mla_tune.kernels.prepare import IndexJob, Preparation, RowsJob
+from mla_tune.kernels.prepare import Preparation
+from mla_tune.kernels.prepare_jobs import IndexJob, RowsJob
 from mla_tune.kernels.reference import (
     combine_reference,
     compressed_row_ids_reference,

@@ -19,8 +19,8 @@ C4A = Site(SiteName.PREFILL_ATTENTION, LayerType.C4A, 64, 64)
 DSA = Site(SiteName.PREFILL_ATTENTION, LayerType.DSA, 64, 64)
 
 
-def assert_same(case: KernelCase, other: sglang_kernels.Bound | sglang_kernels.Missing) -> None:
-    assert isinstance(other, sglang_kernels.Bound), other
+def assert_same(case: KernelCase, other: sglang_kernels.BoundKernel | sglang_kernels.Missing) -> None:
+    assert isinstance(other, sglang_kernels.BoundKernel), other
     case.run(None, Backend.TORCH)
     for mine, theirs in zip(case.outputs, other.run(), strict=False):
         # Triton's interpreter, which stands in for a GPU, truncates to bf16.

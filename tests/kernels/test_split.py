@@ -12,7 +12,7 @@ from mla_tune.kernels import split_batch as split
 from mla_tune.kernels.adapters.flash_mla import FlashMla
 from mla_tune.kernels.binding import Device
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.sites.candidates import split_stages
 from mla_tune.sites.shape import RaggedShape
 from mla_tune.sites.site import Site, SiteName
@@ -32,7 +32,7 @@ def site_of(layer: str) -> Site:
     return next(site for site in SITES if site.layer == layer)
 
 
-def judged(inputs: AttentionInputs, prepared: Prepared) -> str | None:
+def judged(inputs: AttentionInputs, prepared: PreparedPath) -> str | None:
     """The judge's verdict on every row, after two runs over poisoned memory."""
     judge = AttentionJudge(inputs, DEVICE, rows=inputs.q.shape[0])
     for _ in range(2):

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mla_tune.errors import PolicyError
-from mla_tune.policy.codec import digest, dump_policy, load_policy, parse_policy, write_policy
+from mla_tune.policy.codec import EDITOR_LINE, digest, dump_policy, load_policy, parse_policy, write_policy
 from mla_tune.policy.evidence import load_evidence
 from mla_tune.policy.schema import Ineligible, Policy
 from mla_tune.policy.search import packaged_policies
@@ -70,7 +70,7 @@ def test_context_tokens_are_written_exactly(count: int) -> None:
 
 
 def test_a_modelled_policy_warns_in_its_first_lines() -> None:
-    first = dump_policy(modelled_policy(), evidence(modelled=MODELLED)).decode().splitlines()[:2]
+    first = dump_policy(modelled_policy(), evidence(modelled=MODELLED)).decode().splitlines()[1:3]
     assert first[0] == "# mla-tune: what serves on nvidia-b200, 148 SMs. Generated, do not edit."
     assert first[1].startswith("# WARNING: modelled, not measured")
     assert "nvidia-h200" in first[1]
@@ -84,12 +84,13 @@ def test_a_measured_policy_has_no_word_of_a_model() -> None:
 def test_a_shipped_policy_fits_a_review(path: Path) -> None:
     data = path.read_bytes()
     lines = data.decode().splitlines()
-    head = [line for line in lines if line.startswith("#")]
+    editor, *head = [line for line in lines if line.startswith("#")]
     assert len(lines) <= 400
     assert len(data) <= 30_000
     assert max(map(len, lines)) <= 120
     assert len(head) <= 21  # 20 is the goal: a modelled head has its warning besides
-    assert lines[: len(head)] == head
+    assert lines[: len(head) + 1] == [editor, *head]
+    assert f"{editor}\n" == EDITOR_LINE  # for the editor, not to be read
 
 
 def test_evidence_stands_beside_its_policy_and_is_refused_beside_another(tmp_path: Path) -> None:

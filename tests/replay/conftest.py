@@ -13,7 +13,7 @@ from mla_tune.policy.codec import load_policy
 from mla_tune.policy.schema import Table
 from mla_tune.replay.prices import Pricer, Tables
 from mla_tune.replay.requests import Request
-from mla_tune.replay.scheduler import Engine
+from mla_tune.replay.scheduler import Server
 from mla_tune.replay.trace import Trace
 from mla_tune.sites.engines import Engine as Chooser
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
@@ -63,7 +63,7 @@ def small_traces(draw: st.DrawFn) -> Trace:
 
 
 engines = st.builds(
-    Engine,
+    Server,
     chunk_tokens=st.integers(1, 64),
     concurrency=st.integers(1, 6),
     rest_us=st.sampled_from([0.0, 7.5]),

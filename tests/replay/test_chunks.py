@@ -11,9 +11,9 @@ from mla_tune.fit.work import work
 from mla_tune.fit.workspace_bytes import forward_bytes, workspace
 from mla_tune.replay.chunks import (
     CHUNK_SIZES,
+    ChunkCost,
     ChunkSize,
     Prompts,
-    Served,
     advise,
     chunk_size,
     distribution,
@@ -50,7 +50,7 @@ def test_a_distribution_is_the_weighted_mean_of_its_prompts(prompts: list[Prompt
 
 
 def size(chunk_tokens: int, time_us: float, workspace_bytes: int) -> ChunkSize:
-    return ChunkSize(chunk_tokens, 1.0, Served(time_us, workspace_bytes, ("sparse_fwd",)), None)
+    return ChunkSize(chunk_tokens, 1.0, ChunkCost(time_us, workspace_bytes, ("sparse_fwd",)), None)
 
 
 sizes = st.lists(

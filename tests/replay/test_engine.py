@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
 from mla_tune.replay.agents import AgentMix, Agents
-from mla_tune.replay.requests import Request, Source
-from mla_tune.replay.scheduler import Engine, Replay, replay
+from mla_tune.replay.requests import Request, RequestSource
+from mla_tune.replay.scheduler import Replay, Server, replay
 from mla_tune.replay.trace import Trace
 from mla_tune.sites.shape import RaggedShape
 from tests.replay.conftest import engines, small_traces
@@ -37,12 +37,12 @@ def clock(forward: RaggedShape) -> float:
     return 2.0 + 0.25 * forward.num_qo_tokens + 0.001 * forward.kv_tokens
 
 
-def run(source: Source, engine: Engine) -> Replay:
+def run(source: RequestSource, engine: Server) -> Replay:
     return replay(source, engine, clock)
 
 
 @given(sources, engines)
-def test_every_prompt_token_is_computed_once_or_taken_from_the_cache(source: Source, engine: Engine) -> None:
+def test_every_prompt_token_is_computed_once_or_taken_from_the_cache(source: RequestSource, engine: Server) -> None:
     done = run(source, engine)
     computed: dict[int, list[range]] = {index: [] for index in range(len(done.served))}
     for step in done.steps:
@@ -57,7 +57,7 @@ def test_every_prompt_token_is_computed_once_or_taken_from_the_cache(source: Sou
 
 
 @given(sources, engines)
-def test_every_request_is_served_in_order_and_forwards_never_overlap(source: Source, engine: Engine) -> None:
+def test_every_request_is_served_in_order_and_forwards_never_overlap(source: RequestSource, engine: Server) -> None:
     done = run(source, engine)
     assert len(done.served) >= len(source.arrivals())
     for served in done.served:
@@ -68,7 +68,7 @@ def test_every_request_is_served_in_order_and_forwards_never_overlap(source: Sou
 
 
 @given(sources, engines)
-def test_no_forward_and_no_moment_holds_more_than_the_server_takes(source: Source, engine: Engine) -> None:
+def test_no_forward_and_no_moment_holds_more_than_the_server_takes(source: RequestSource, engine: Server) -> None:
     done = run(source, engine)
     for step in done.steps:
         assert 1 <= sum(part.tokens for part in step.parts) <= engine.chunk_tokens
@@ -79,7 +79,7 @@ def test_no_forward_and_no_moment_holds_more_than_the_server_takes(source: Sourc
 
 
 @given(sources, engines)
-def test_a_forward_is_full_unless_no_other_request_may_join_it(source: Source, engine: Engine) -> None:
+def test_a_forward_is_full_unless_no_other_request_may_join_it(source: RequestSource, engine: Server) -> None:
     done = run(source, engine)
     for step in done.steps:
         if sum(part.tokens for part in step.parts) == engine.chunk_tokens:
@@ -90,7 +90,7 @@ def test_a_forward_is_full_unless_no_other_request_may_join_it(source: Source, e
 
 
 @given(sources, engines)
-def test_answers_take_their_decode_steps_and_a_place(source: Source, engine: Engine) -> None:
+def test_answers_take_their_decode_steps_and_a_place(source: RequestSource, engine: Server) -> None:
     for served in run(source, engine).served:
         steps = max(0, served.request.output_tokens - 1) if engine.decode_us else 0
         took_us = served.finished_us - served.prefilled_us
@@ -100,7 +100,7 @@ def test_answers_take_their_decode_steps_and_a_place(source: Source, engine: Eng
 
 @given(small_traces(), engines)
 def test_a_prefix_is_found_exactly_where_an_earlier_forward_has_computed_its_blocks(
-    trace: Trace, engine: Engine
+    trace: Trace, engine: Server
 ) -> None:
     done = run(trace, engine)
     for served in done.served:
@@ -119,13 +119,13 @@ def test_a_prefix_is_found_exactly_where_an_earlier_forward_has_computed_its_blo
 
 @settings(max_examples=30)
 @given(sources, engines)
-def test_the_same_traffic_gives_the_same_replay(source: Source, engine: Engine) -> None:
+def test_the_same_traffic_gives_the_same_replay(source: RequestSource, engine: Server) -> None:
     first, second = run(source, engine), run(source, engine)
     assert (first.steps, first.served) == (second.steps, second.served)
 
 
 @given(small_traces(), engines)
-def test_counted_forwards_are_the_steps_with_their_requests_in_one_order(trace: Trace, engine: Engine) -> None:
+def test_counted_forwards_are_the_steps_with_their_requests_in_one_order(trace: Trace, engine: Server) -> None:
     done = run(trace, engine)
     expected = Counter(
         tuple(sorted(((p.tokens, p.start + p.tokens) for p in step.parts), reverse=True)) for step in done.steps
@@ -137,7 +137,7 @@ def test_counted_forwards_are_the_steps_with_their_requests_in_one_order(trace: 
 
 def test_a_long_prompt_is_chunked_and_the_rest_of_a_chunk_goes_to_the_next_request() -> None:
     trace = Trace((Request(0.0, 25, 1), Request(0.0, 4, 1), Request(1000.0, 7, 1)))
-    done = run(trace, Engine(chunk_tokens=10, concurrency=8))
+    done = run(trace, Server(chunk_tokens=10, concurrency=8))
     assert [[(p.request, p.start, p.tokens) for p in step.parts] for step in done.steps] == [
         [(0, 0, 10)],
         [(0, 10, 10)],
@@ -153,28 +153,28 @@ def test_a_repeated_prompt_computes_one_token_and_a_shared_prefix_what_follows_i
         Request(900.0, 24, 1, (1, 2, 3), 8),
         Request(900.0, 20, 1, (1, 9, 4), 8),
     ]
-    done = run(Trace(tuple(prompts)), Engine(chunk_tokens=64))
+    done = run(Trace(tuple(prompts)), Server(chunk_tokens=64))
     assert [served.cached_tokens for served in done.served] == [0, 23, 8]
 
 
 def test_requests_that_decode_hold_the_others_back_until_one_is_done() -> None:
     trace = Trace((Request(0.0, 8, 5), Request(0.0, 8, 1)))
-    one_place = run(trace, Engine(chunk_tokens=8, concurrency=1, decode_us=100.0))
+    one_place = run(trace, Server(chunk_tokens=8, concurrency=1, decode_us=100.0))
     assert one_place.served[1].admitted_us == one_place.served[0].finished_us == one_place.steps[0].end_us + 400.0
-    two_places = run(trace, Engine(chunk_tokens=8, concurrency=2, decode_us=100.0))
+    two_places = run(trace, Server(chunk_tokens=8, concurrency=2, decode_us=100.0))
     assert two_places.steps[1].start_us == two_places.steps[0].end_us
 
 
 def test_the_rest_of_the_model_takes_its_time_in_every_forward() -> None:
     trace = Trace((Request(0.0, 8, 1),))
-    bare, whole = (run(trace, Engine(rest_us=rest, rest_us_per_token=rest)).steps[0].end_us for rest in (0.0, 3.0))
+    bare, whole = (run(trace, Server(rest_us=rest, rest_us_per_token=rest)).steps[0].end_us for rest in (0.0, 3.0))
     assert whole == bare + 3.0 + 8 * 3.0
 
 
 @settings(max_examples=50)
 @given(mixes)
 def test_each_session_goes_on_from_all_that_was_said_until_its_turns_or_its_context_end(mix: AgentMix) -> None:
-    done = run(Agents(mix), Engine(chunk_tokens=32, concurrency=8))
+    done = run(Agents(mix), Server(chunk_tokens=32, concurrency=8))
     for session in range(mix.agents):
         turns = [served for served in done.served if served.request.session == session]
         assert 1 <= len(turns) <= mix.turns
@@ -189,14 +189,14 @@ def test_each_session_goes_on_from_all_that_was_said_until_its_turns_or_its_cont
 
 def test_sizes_of_an_agentic_mix_are_around_their_means() -> None:
     mix = AgentMix(40, 25, 1000, 100, 400, 1e6, 1 << 20, seed=3)
-    requests = [served.request for served in run(Agents(mix), Engine()).served]
+    requests = [served.request for served in run(Agents(mix), Server()).served]
     new = [request.prompt_tokens - request.own_prefix for request in requests if request.own_prefix]
     outputs = [request.output_tokens for request in requests]
     assert len(requests) == 1000
     assert sum(new) / len(new) == pytest.approx(100, rel=0.05)
     assert sum(outputs) / len(outputs) == pytest.approx(300, rel=0.05)
     other = AgentMix(40, 25, 1000, 100, 400, 1e6, 1 << 20, seed=4)
-    assert requests != [served.request for served in run(Agents(other), Engine()).served]
+    assert requests != [served.request for served in run(Agents(other), Server()).served]
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_sizes_of_an_agentic_mix_are_around_their_means() -> None:
 )
 def test_a_server_that_cannot_be_is_refused_in_one_line(settings_of_engine: dict[str, float]) -> None:
     with pytest.raises(UsageError) as caught:
-        Engine(**settings_of_engine)  # type: ignore[arg-type]
+        Server(**settings_of_engine)  # type: ignore[arg-type]
     assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mla_tune.errors import UsageError
-from mla_tune.fit.batch_split import Part, Plan, Planner, Request
+from mla_tune.fit.batch_split import BatchPlan, BatchRequest, Planner, SubBatch
 from mla_tune.fit.observations import Observations, shares
 from mla_tune.fit.scope import scope
 from mla_tune.replay.mixed import SPLIT, Batch, Gains, Kind, LayerOutlook, Mix, Outlook, draw_batches, outlooks, timed
@@ -151,13 +151,13 @@ def test_whole_times_are_the_layers_and_what_they_share() -> None:
         expected += layers * (10 + sum(2 * shares(FLASH, site).of(kind) for kind in once))
     assert found.split_us == pytest.approx(expected)
     assert found.best_us == min(us for _, us in found.single_us if us is not None)
-    split = Plan((Part("sparse_fwd", (0,)), Part("with_kvcache", (1,))), 1.0, "sparse_fwd", 2.0)
+    split = BatchPlan((SubBatch("sparse_fwd", (0,)), SubBatch("with_kvcache", (1,))), 1.0, "sparse_fwd", 2.0)
     for name, us in found.single_us:
-        single = Plan((Part(name, (0, 1)),), 2.0, name, 2.0)
+        single = BatchPlan((SubBatch(name, (0, 1)),), 2.0, name, 2.0)
         assert found.plan_us(single) == us
         # Three layers that are not split and two that are.
         entries = (LayerOutlook("forward", 3, single, split), LayerOutlook("forward", 2, split, split))
-        outlook = Outlook(Batch(Kind.MIXED, (Request(9, 9), Request(1, 9))), entries)
+        outlook = Outlook(Batch(Kind.MIXED, (BatchRequest(9, 9), BatchRequest(1, 9))), entries)
         best_us = found.best_us or math.nan
         assert outlook.gain == pytest.approx((3 * 2 + 2 * 2) / (3 * 2 + 2 * 1))
         assert outlook.measured_gain((found, found)) == pytest.approx(

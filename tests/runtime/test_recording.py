@@ -17,11 +17,11 @@ from mla_tune.runtime import Dispatcher
 from mla_tune.runtime.decider import Service
 from mla_tune.runtime.recording import MAX_CELLS_PER_SITE, Recorder
 from mla_tune.runtime.switches import Switches
-from mla_tune.sites.served_shapes import Shape, Traffic, read_traffic
+from mla_tune.sites.served_shapes import ServedShape, Traffic, read_traffic
 from tests.command import ENVIRONMENT, SOON_S
 from tests.policy.strategies import full_policy
 
-KEY = Shape("prefill_attention", "deepseek-v4-flash", 8192 + 128, 131072 + 2048, 4)
+KEY = ServedShape("prefill_attention", "deepseek-v4-flash", 8192 + 128, 131072 + 2048, 4)
 """The middle of the bins that (8192, 131072, 4) lies in."""
 
 SERVER = """

@@ -12,7 +12,7 @@ from mla_tune.errors import StoreError
 from mla_tune.sites.served_shapes import (
     EXACT_BELOW,
     HALF,
-    Shape,
+    ServedShape,
     Traffic,
     bin_middle,
     bin_start,
@@ -25,7 +25,7 @@ from mla_tune.sites.served_shapes import (
 
 counts = st.integers(0, 1 << 40)
 names = st.sampled_from(["prefill_attention", "indexer_metadata"])
-shapes = st.builds(Shape, names, st.text(max_size=5), counts, counts, counts)
+shapes = st.builds(ServedShape, names, st.text(max_size=5), counts, counts, counts)
 traffics = st.builds(Traffic, st.dictionaries(shapes, st.integers(1, 1 << 40), max_size=20), st.integers(0, 1 << 40))
 
 
@@ -64,7 +64,7 @@ def test_bins_keep_the_order(pair: list[int]) -> None:
 
 def test_the_rarest_cells_beyond_the_bound_are_counted_and_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("mla_tune.sites.served_shapes.MAX_CELLS", 2)
-    cells = {Shape("s", "m", size, 1, 1): size for size in (5, 1, 3)}
+    cells = {ServedShape("s", "m", size, 1, 1): size for size in (5, 1, 3)}
     kept = bounded(cells, dropped=10)
     assert sorted(kept.forwards.values()) == [3, 5]
     assert kept.dropped == 11
@@ -108,6 +108,6 @@ def test_a_missing_recording_is_refused_with_the_variable_that_makes_one(tmp_pat
 
 
 def test_a_file_on_disk_is_read_back(tmp_path: Path) -> None:
-    traffic = Traffic({Shape("prefill_attention", "deepseek-v4-flash", 8192, 131072, 4): 17}, dropped=2)
+    traffic = Traffic({ServedShape("prefill_attention", "deepseek-v4-flash", 8192, 131072, 4): 17}, dropped=2)
     write_traffic(tmp_path / "t.jsonl", traffic)
     assert read_traffic(tmp_path / "t.jsonl") == traffic

@@ -19,10 +19,10 @@ import torch
 from mla_tune.kernels import binding
 from mla_tune.kernels.binding import Device
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepared import BoundStage, Prepared
+from mla_tune.kernels.prepared import BoundStage, PreparedPath
 
 Run = Callable[[], object]
-Misbehave = Callable[[Prepared, Run, Device], None]
+Misbehave = Callable[[PreparedPath, Run, Device], None]
 """Runs the honest attention stage (the second argument), or not, and does its harm."""
 
 FOREVER_S = 3600.0
@@ -30,22 +30,22 @@ FIRST_CALL_S = 1.2
 """What each new shape costs the slow one: above the second that a served candidate may take."""
 
 
-def raises(prepared: Prepared, run: Run, device: Device) -> None:
+def raises(prepared: PreparedPath, run: Run, device: Device) -> None:
     raise RuntimeError("the launch was refused\nwith a second line")
 
 
-def aborts(prepared: Prepared, run: Run, device: Device) -> None:
+def aborts(prepared: PreparedPath, run: Run, device: Device) -> None:
     os.write(2, b"terminate called: an invariant of the kernel does not hold\n")
     os.abort()
 
 
-def aborts_above_9(prepared: Prepared, run: Run, device: Device) -> None:
+def aborts_above_9(prepared: PreparedPath, run: Run, device: Device) -> None:
     run()
     if prepared.result().shape[0] > 9:
         aborts(prepared, run, device)
 
 
-def reads_illegal_memory(prepared: Prepared, run: Run, device: Device) -> None:
+def reads_illegal_memory(prepared: PreparedPath, run: Run, device: Device) -> None:
     run()
     if device.kind == "cpu":
         ctypes.string_at(0)
@@ -54,27 +54,27 @@ def reads_illegal_memory(prepared: Prepared, run: Run, device: Device) -> None:
     store_far_away[(1,)](prepared.result())
 
 
-def is_killed(prepared: Prepared, run: Run, device: Device) -> None:
+def is_killed(prepared: PreparedPath, run: Run, device: Device) -> None:
     os.kill(os.getpid(), signal.SIGKILL)  # what the kernel does to a process when memory runs out
 
 
-def hangs(prepared: Prepared, run: Run, device: Device) -> None:
+def hangs(prepared: PreparedPath, run: Run, device: Device) -> None:
     if device.kind == "cpu":
         time.sleep(FOREVER_S)
     torch.cuda._sleep(10**12)  # type: ignore[no-untyped-call]  # GPU cycles: minutes
     torch.cuda.synchronize()
 
 
-def exhausts_memory(prepared: Prepared, run: Run, device: Device) -> None:
+def exhausts_memory(prepared: PreparedPath, run: Run, device: Device) -> None:
     torch.empty(1 << 50, dtype=torch.uint8, device=device.kind)
 
 
-def is_wrong(prepared: Prepared, run: Run, device: Device) -> None:
+def is_wrong(prepared: PreparedPath, run: Run, device: Device) -> None:
     run()
     prepared.result().mul_(1.1)
 
 
-def leaves_a_row_unwritten(prepared: Prepared, run: Run, device: Device) -> None:
+def leaves_a_row_unwritten(prepared: PreparedPath, run: Run, device: Device) -> None:
     run()
     right = prepared.result().clone()
     poison = torch.full_like(right, float("nan"))
@@ -85,7 +85,7 @@ def leaves_a_row_unwritten(prepared: Prepared, run: Run, device: Device) -> None
     prepared.output.tensor = output
 
 
-def is_slow_at_first(prepared: Prepared, run: Run, device: Device) -> None:
+def is_slow_at_first(prepared: PreparedPath, run: Run, device: Device) -> None:
     key = (prepared.candidate, tuple(prepared.buffers[0].shape))
     if key not in _SEEN:
         _SEEN.add(key)
@@ -93,7 +93,7 @@ def is_slow_at_first(prepared: Prepared, run: Run, device: Device) -> None:
     run()
 
 
-def is_noisy(prepared: Prepared, run: Run, device: Device) -> None:
+def is_noisy(prepared: PreparedPath, run: Run, device: Device) -> None:
     run()
     if device.kind == "cpu":
         time.sleep(random.uniform(0, 0.03))
@@ -105,14 +105,14 @@ def is_noisy(prepared: Prepared, run: Run, device: Device) -> None:
     spin[(1,)](_DICE["dice"])  # how long it takes is drawn on the GPU: a replayed graph is as noisy
 
 
-def is_flaky(prepared: Prepared, run: Run, device: Device) -> None:
+def is_flaky(prepared: PreparedPath, run: Run, device: Device) -> None:
     run()
     _CALLS[0] += 1
     if _CALLS[0] > 1 and not _capturing(device):
         prepared.result().neg_()
 
 
-def fails_when_it_is_timed(prepared: Prepared, run: Run, device: Device) -> None:
+def fails_when_it_is_timed(prepared: PreparedPath, run: Run, device: Device) -> None:
     run()
     _CALLS[0] += 1
     if _CALLS[0] > 1:
@@ -143,7 +143,7 @@ def _capturing(device: Device) -> bool:
     return device.kind == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _prepare(misbehave: Misbehave, inputs: AttentionInputs, device: Device) -> Prepared:
+def _prepare(misbehave: Misbehave, inputs: AttentionInputs, device: Device) -> PreparedPath:
     honest = binding.prepare_attention(inputs, "sparse_fwd", device)
     _CALLS[0] = 0
 

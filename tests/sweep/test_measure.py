@@ -12,7 +12,7 @@ import torch
 from mla_tune.bench.sampling import MIN_SAMPLES
 from mla_tune.kernels import binding
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.sites.candidates import names_at, stages
 from mla_tune.sites.shape import RaggedShape, Shape
 from mla_tune.sites.site import SiteName
@@ -41,18 +41,18 @@ def rows_of(measurer: PointMeasurer, task: Task) -> tuple[list[Measurement], lis
     return rows, entered
 
 
-def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[Prepared], Prepared]) -> None:
+def spoil(monkeypatch: pytest.MonkeyPatch, change: Callable[[PreparedPath], PreparedPath]) -> None:
     """Let ``sparse_fwd`` be prepared as it is, and then changed."""
     prepare = binding.prepare_attention
 
-    def prepare_spoiled(inputs: AttentionInputs, name: str, device: binding.Device) -> Prepared:
+    def prepare_spoiled(inputs: AttentionInputs, name: str, device: binding.Device) -> PreparedPath:
         prepared = prepare(inputs, name, device)
         return change(prepared) if name == "sparse_fwd" else prepared
 
     monkeypatch.setattr(binding, "prepare_attention", prepare_spoiled)
 
 
-def with_last_stage(prepared: Prepared, after: Callable[[torch.Tensor], object]) -> Prepared:
+def with_last_stage(prepared: PreparedPath, after: Callable[[torch.Tensor], object]) -> PreparedPath:
     """The candidate with something done to its output behind its last stage."""
     *others, last = prepared.stages
 
@@ -89,7 +89,7 @@ def test_a_total_of_one_stage_is_that_stages_timing() -> None:
     assert {PER_LAYER_TOTAL, PER_FORWARD_TOTAL} <= set(parts(prepared))
 
 
-def raises(error: Exception) -> Callable[[Prepared], Prepared]:
+def raises(error: Exception) -> Callable[[PreparedPath], PreparedPath]:
     def run(output: torch.Tensor) -> None:
         raise error
 
@@ -115,7 +115,7 @@ class CompilationError(Exception):
 def test_a_failing_candidate_has_one_row_with_its_reason_and_the_other_is_timed(
     measurer: PointMeasurer,
     monkeypatch: pytest.MonkeyPatch,
-    change: Callable[[Prepared], Prepared],
+    change: Callable[[PreparedPath], PreparedPath],
     outcome: Outcome,
     detail: str,
 ) -> None:
@@ -131,7 +131,7 @@ def test_a_failing_candidate_has_one_row_with_its_reason_and_the_other_is_timed(
 def test_a_candidate_that_fails_only_when_timed_takes_no_other_down(
     measurer: PointMeasurer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails_from_the_second_run(prepared: Prepared) -> Prepared:
+    def fails_from_the_second_run(prepared: PreparedPath) -> PreparedPath:
         runs: list[int] = []
 
         def after(output: torch.Tensor) -> None:
@@ -183,7 +183,7 @@ def test_unequal_requests_are_what_runs_and_their_three_integers_what_is_recorde
     ragged, built = RaggedShape(((1, 260), (2, 40))), []
     prepare = binding.prepare_attention
 
-    def spy(inputs: AttentionInputs, name: str, device: binding.Device) -> Prepared:
+    def spy(inputs: AttentionInputs, name: str, device: binding.Device) -> PreparedPath:
         built.append(inputs.seq_lens.tolist())
         return prepare(inputs, name, device)
 

@@ -11,7 +11,7 @@ import torch
 from mla_tune.kernels import binding
 from mla_tune.kernels import split_batch as split
 from mla_tune.kernels.inputs import AttentionInputs, InputBuilder
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.sites.candidates import split_stages
 from mla_tune.sites.shape import RaggedShape
 from mla_tune.sites.site import Site
@@ -41,7 +41,7 @@ def test_both_paths_and_the_split_are_timed_in_every_stage(site: Site) -> None:
 def test_a_wrong_split_is_not_timed_and_the_single_paths_are(monkeypatch: pytest.MonkeyPatch) -> None:
     prepare = split.prepare
 
-    def spoiled(inputs: AttentionInputs, cached: Sequence[int], kernels: object, launches: object) -> Prepared:
+    def spoiled(inputs: AttentionInputs, cached: Sequence[int], kernels: object, launches: object) -> PreparedPath:
         prepared = prepare(inputs, cached, None)
         *others, merge = prepared.stages
 

@@ -17,7 +17,7 @@ from mla_tune.cli.output.render import console, note, policy_json, status
 
 if TYPE_CHECKING:
     from mla_tune.cli.pipeline import Fitted, Measured
-    from mla_tune.cli.places import Device
+    from mla_tune.cli.places import LocalDevice
     from mla_tune.fit.goal import Validation
     from mla_tune.fit.repeat import Repetition
     from mla_tune.hardware.sku import Environment
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from mla_tune.sweep.runner import Report
 
 
-def plan(points: Sequence[Point], device: Device, as_json: bool) -> None:
+def plan(points: Sequence[Point], device: LocalDevice, as_json: bool) -> None:
     """The points of a sweep by site, and how long it may take."""
     from mla_tune.sweep.estimate import estimated_seconds
 

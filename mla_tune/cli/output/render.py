@@ -30,7 +30,7 @@ from mla_tune.sites.stages import KernelSource
 if TYPE_CHECKING:
     from mla_tune.fit.evaluation import LostTable, Weighted
     from mla_tune.fit.explanation import Explanation
-    from mla_tune.policy.decision import Explanation as Decision
+    from mla_tune.policy.decision import ExplainedChoice
     from mla_tune.store.database import EnvironmentSummary
 
 # Tables wider than a narrow pipe would be cut: where there is no terminal there is no width to fit into.
@@ -312,7 +312,7 @@ _FIXED = (OWN, *KernelSource)
 """Whose kernels run without any ``--provider``."""
 
 
-def _bracket(decision: Decision, table: Table, stated: PolicyEvidence | None) -> tuple[int, int] | None:
+def _bracket(decision: ExplainedChoice, table: Table, stated: PolicyEvidence | None) -> tuple[int, int] | None:
     """Query tokens between which the crossover to the choice lies."""
     evidence = stated.of(table) if stated else None
     if evidence is None or decision.num_qo_tokens_from is None:
@@ -324,7 +324,7 @@ def _bracket(decision: Decision, table: Table, stated: PolicyEvidence | None) ->
     return None
 
 
-def _because(decision: Decision, bracket: tuple[int, int] | None) -> str:
+def _because(decision: ExplainedChoice, bracket: tuple[int, int] | None) -> str:
     if decision.num_qo_tokens_from is None:
         return str(decision.reason)
     inside = f", crossover inside [{bracket[0]}, {bracket[1]}]" if bracket else ""

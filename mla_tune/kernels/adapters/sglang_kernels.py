@@ -38,7 +38,7 @@ _NEEDED = (
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class BoundKernel:
     """A kernel of SGLang's bound to inputs; ``run`` gives what it filled, in the order of our case's outputs."""
 
     run: Callable[[], tuple[torch.Tensor, ...]]
@@ -52,7 +52,7 @@ class Missing:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class FoundKernels:
     """What of SGLang's kernels can be run here."""
 
     provider: Provider
@@ -60,7 +60,7 @@ class Found:
     """One line: why the top-k transform cannot; empty if it can."""
 
 
-def installed(kind: str) -> Found | Missing:
+def installed(kind: str) -> FoundKernels | Missing:
     """SGLang's kernels on a ``cpu`` (in Triton's interpreter) or ``cuda`` device, or why they cannot be measured here."""
     lacking = _lacking(kind)
     if lacking is not None:
@@ -70,8 +70,8 @@ def installed(kind: str) -> Found | Missing:
         )
     reason = _untransformed(kind)
     if reason:
-        return Found(Provider(SGLANG, version(SGLANG)), f"stage topk_transform is left out: {reason}")
-    return Found(Provider(SGLANG, version(SGLANG), version(_KERNELS)), "")
+        return FoundKernels(Provider(SGLANG, version(SGLANG)), f"stage topk_transform is left out: {reason}")
+    return FoundKernels(Provider(SGLANG, version(SGLANG), version(_KERNELS)), "")
 
 
 def unsupported(provider: Provider, candidate: Candidate, kind: str) -> str | None:
@@ -111,19 +111,19 @@ def rows(cache: PagedCache) -> Callable[[torch.Tensor, torch.Tensor], torch.Tens
     return lambda slots, out: kernel(cache.data, slots, cache.page_size, out=out[:, None]).squeeze(1)
 
 
-def dequantize(inputs: AttentionInputs) -> Bound | Missing:
+def dequantize(inputs: AttentionInputs) -> BoundKernel | Missing:
     """:func:`rows` of all compressed rows of ``inputs``."""
     cache, slots = present(inputs.compressed), compressed_slots(inputs)
     kernel = rows(cache)
     if isinstance(kernel, Missing):
         return kernel
     out = torch.empty(len(slots), cache.fmt.head_dim, dtype=torch.bfloat16, device=slots.device)
-    return Bound(lambda: (kernel(slots, out),))
+    return BoundKernel(lambda: (kernel(slots, out),))
 
 
 def combined(
     inputs: AttentionInputs, topk_indices: torch.Tensor | None, out: torch.Tensor, lengths: torch.Tensor
-) -> Bound | Missing:
+) -> BoundKernel | Missing:
     """``combine_topk_swa_indices`` of SGLang's sparse prefill into ``out`` (num_qo_tokens, index_width) and ``lengths``.
 
     It takes a selection in every layer type: columns counted up for c128a, none at all for swa_only.
@@ -145,24 +145,24 @@ def combined(
         *(inputs.cu_compressed[:-1].int(), ends + inputs.work.compressed_rows),
         *(SWA_WINDOW, max(site.layer.compress_ratio, 1), topk),
     )
-    return Bound(lambda: tuple(kernel(*arguments, out_indices=out, out_lens=lengths)))
+    return BoundKernel(lambda: tuple(kernel(*arguments, out_indices=out, out_lens=lengths)))
 
 
-def combine(inputs: AttentionInputs) -> Bound | Missing:
+def combine(inputs: AttentionInputs) -> BoundKernel | Missing:
     """:func:`combined` of the inputs' own selection into buffers of its own."""
     out = torch.empty(inputs.work.num_qo_tokens, inputs.work.index_width, dtype=torch.int32, device=inputs.q.device)
     return combined(inputs, inputs.topk_indices, out, torch.empty_like(out[:, 0]))
 
 
-def metadata(context_lens: torch.Tensor, num_sms: int) -> Bound | Missing:
+def metadata(context_lens: torch.Tensor, num_sms: int) -> BoundKernel | Missing:
     """``get_paged_mqa_logits_metadata``, compiled by SGLang at run time."""
     kernel = _function("dsv4", "get_paged_mqa_logits_metadata")
     if isinstance(kernel, Missing):
         return kernel
-    return Bound(lambda: (kernel(context_lens, BLOCK_KV, num_sms),))
+    return BoundKernel(lambda: (kernel(context_lens, BLOCK_KV, num_sms),))
 
 
-def slots_of_topk(inputs: AttentionInputs, slots: torch.Tensor, raw: torch.Tensor) -> Bound | Missing:
+def slots_of_topk(inputs: AttentionInputs, slots: torch.Tensor, raw: torch.Tensor) -> BoundKernel | Missing:
     """V4's transform ``topk_transform_paged_v2``: the top-k of the scores as cache slots, and as rows of the request.
 
     ``slots`` and ``raw`` are (num_qo_tokens, topk) int32. In a prefill sglang 0.5.23 has both written on either path; its
@@ -181,10 +181,10 @@ def slots_of_topk(inputs: AttentionInputs, slots: torch.Tensor, raw: torch.Tenso
         kernel(*arguments)
         return slots, raw
 
-    return Bound(run)
+    return BoundKernel(run)
 
 
-def workspace_rows_of_topk(inputs: AttentionInputs, out: torch.Tensor) -> Bound | Missing:
+def workspace_rows_of_topk(inputs: AttentionInputs, out: torch.Tensor) -> BoundKernel | Missing:
     """V3.2's transform for ``sparse_fwd``, ``topk_transform_ragged_v2``: the top-k as workspace rows in ``out``.
 
     SGLang scores all requests' rows in one matrix; here each query has its own request's, which the kernel reads alike.
@@ -199,10 +199,10 @@ def workspace_rows_of_topk(inputs: AttentionInputs, out: torch.Tensor) -> Bound 
         kernel(inputs.scores, lens, out_offsets=offsets, out_indices=out, row_starts=starts)
         return (out,)
 
-    return Bound(run)
+    return BoundKernel(run)
 
 
-def dsa_slots_of_topk(inputs: AttentionInputs) -> Bound | Missing:
+def dsa_slots_of_topk(inputs: AttentionInputs) -> BoundKernel | Missing:
     """V3.2's transform for ``with_kvcache``, sgl_kernel's ``fast_topk_transform_fused``: slots in a tensor of its own."""
     kernel, cache = _imported("sgl_kernel", "fast_topk_transform_fused"), inputs.compressed
     if isinstance(kernel, Missing) or cache is None:
@@ -213,7 +213,7 @@ def dsa_slots_of_topk(inputs: AttentionInputs) -> Bound | Missing:
     tokens = (cache.page_table[:, :, None] * cache.page_size + within).flatten(1)  # slot of every token
     extends = torch.tensor([0, *inputs.shape.extend_lens()], dtype=torch.int32, device=device).cumsum(0).int()
     topk = inputs.site.topk
-    return Bound(lambda: (kernel(inputs.scores, lens, tokens, extends, topk, row_starts=starts),))
+    return BoundKernel(lambda: (kernel(inputs.scores, lens, tokens, extends, topk, row_starts=starts),))
 
 
 def _scored(inputs: AttentionInputs) -> torch.Tensor:

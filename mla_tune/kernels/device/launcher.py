@@ -72,15 +72,17 @@ class Launcher:
 
     def bind(
         self, grid: tuple[int, ...], arguments: tuple[Argument, ...], constants: Mapping[str, Any], num_warps: int
-    ) -> Bound:
+    ) -> BoundLaunch:
         """The same launch, to be made any number of times while the memory of its tensors stays theirs."""
-        return Bound(self, grid, arguments, constants, num_warps, *(self._bind(arguments) if self._names else ([], ())))
+        return BoundLaunch(
+            self, grid, arguments, constants, num_warps, *(self._bind(arguments) if self._names else ([], ()))
+        )
 
-    def compiled(self, bound: Bound, device: int) -> Any:
+    def compiled(self, bound: BoundLaunch, device: int) -> Any:
         """What Triton compiled for ``bound``; None if it did not yet."""
         return self._compiled.get((bound.kinds, bound.num_warps, device, bound.values))
 
-    def through_triton(self, bound: Bound) -> None:
+    def through_triton(self, bound: BoundLaunch) -> None:
         """Triton's own launch. What it compiled is kept where kernels are launched by address."""
         if not self._names:
             self._kernel[bound.grid](*bound.arguments, **bound.constants, num_warps=bound.num_warps)
@@ -117,7 +119,7 @@ class Launcher:
             raise TypeError(f"constants of {self._kernel.__name__} must be {expected}: got {tuple(constants)}")
 
 
-class Bound:
+class BoundLaunch:
     """A launch whose arguments were looked at once; :meth:`Launcher.bind` makes it.
 
     What the layers of a forward share is not bound again at each of them: a layer gives the few tensors of its own.
@@ -179,7 +181,7 @@ class Bound:
             for at, tensor in changed
         )
 
-    def _with(self, changed: tuple[tuple[int, torch.Tensor], ...]) -> Bound:
+    def _with(self, changed: tuple[tuple[int, torch.Tensor], ...]) -> BoundLaunch:
         arguments = list(self.arguments)
         for at, tensor in changed:
             arguments[at] = tensor

@@ -14,8 +14,8 @@ import triton.language as tl
 
 from mla_tune.kernels.device.cache_rows import constants_of, dequantize_rows, layout_of, requests_of, slots_of
 from mla_tune.kernels.device.combine_kernels import combine_tokens
-from mla_tune.kernels.device.launcher import Bound, Launcher
-from mla_tune.kernels.prepare import IndexJob, RowsJob
+from mla_tune.kernels.device.launcher import BoundLaunch, Launcher
+from mla_tune.kernels.prepare_jobs import IndexJob, RowsJob
 from mla_tune.sites.launch_parameters import PrepareConfig
 
 _REQUESTS = 64
@@ -151,7 +151,7 @@ CACHE, WINDOW_CACHE, TOPK_INDICES = 0, 7, 15
 
 def bind(
     compressed: RowsJob | None, window: RowsJob | None, indices: IndexJob | None, config: PrepareConfig
-) -> Bound | None:
+) -> BoundLaunch | None:
     """One launch; arguments as of :class:`mla_tune.kernels.prepare.Preparation`, checked there. None: nothing to do."""
     first, last = compressed or window, window or compressed
     if first is None or last is None:

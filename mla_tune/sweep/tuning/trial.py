@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from mla_tune.bench.sampling import Effort
-from mla_tune.bench.timing import Timer, Work
+from mla_tune.bench.timing import TimedWork, Timer
 from mla_tune.kernels.backend import Backend
 from mla_tune.kernels.binding import Device
 from mla_tune.kernels.cases import KernelCase, kernel_case
@@ -76,7 +76,7 @@ class KernelTrials:
         return next((why for pair in zip(found, checked.expected, strict=True) if (why := _difference(*pair))), None)
 
     def _time(self, case: KernelCase, trial: Trial) -> Tried:
-        works = [Work(_bound(case, config)) for config in (trial.config, trial.default)]
+        works = [TimedWork(_bound(case, config)) for config in (trial.config, trial.default)]
         taken, default = self._timer.measure(works, replace(self._effort, max_samples=trial.samples))
         if not taken.samples_us:
             reasons = "; ".join(reason for reason, _ in taken.quarantined)

@@ -11,7 +11,7 @@ from mla_tune.kernels import binding
 from mla_tune.kernels.formats import PagedSelection
 from mla_tune.kernels.indexer_metadata import shares
 from mla_tune.kernels.inputs import AttentionInputs
-from mla_tune.kernels.prepared import Prepared
+from mla_tune.kernels.prepared import PreparedPath
 from mla_tune.kernels.reference import metadata_reference, paged_attention_reference
 from mla_tune.sites.site import Site
 
@@ -22,7 +22,7 @@ SAMPLED_ROWS = 32
 class Judge(Protocol):
     """Binds candidates to one set of inputs and judges what they give."""
 
-    def prepare(self, name: str) -> Prepared:
+    def prepare(self, name: str) -> PreparedPath:
         """The candidate bound to the inputs."""
         ...
 
@@ -45,7 +45,7 @@ class AttentionJudge:
         self._rows = picks.round().long()
         self._reference: torch.Tensor | None = None
 
-    def prepare(self, name: str) -> Prepared:
+    def prepare(self, name: str) -> PreparedPath:
         """The candidate bound to the inputs."""
         return binding.prepare_attention(self._inputs, name, self._device)
 
@@ -80,7 +80,7 @@ class IndexerJudge:
     def __init__(self, site: Site, context_lens: torch.Tensor, device: binding.Device) -> None:
         self._site, self._context_lens, self._device = site, context_lens, device
 
-    def prepare(self, name: str) -> Prepared:
+    def prepare(self, name: str) -> PreparedPath:
         """The candidate bound to the context lengths."""
         return binding.prepare_indexer(self._context_lens, self._site, name, self._device)
 

@@ -19,10 +19,10 @@ import torch
 from mla_tune.bench.interference import NoWatch, Watch, watch_gpu
 from mla_tune.bench.numerics import poisoned_memory
 from mla_tune.bench.sampling import MIN_SAMPLES, Effort, Sampled, summarize
-from mla_tune.bench.timing import GraphTimer, Timer, WallTimer, Work
+from mla_tune.bench.timing import GraphTimer, TimedWork, Timer, WallTimer
 from mla_tune.kernels import binding
 from mla_tune.kernels.inputs import InputBuilder, required_bytes
-from mla_tune.kernels.prepared import BoundStage, Prepared
+from mla_tune.kernels.prepared import BoundStage, PreparedPath
 from mla_tune.sites.site import SiteName
 from mla_tune.store.measurement import (
     PER_FORWARD_TOTAL,
@@ -44,7 +44,7 @@ from mla_tune.sweep.worker.messages import TIMING, Task
 class _Ready:
     """A candidate that gave the right answer, with what its first call cost."""
 
-    prepared: Prepared
+    prepared: PreparedPath
     judge: Judge
     first_call_s: float
     workspace_bytes: int
@@ -94,7 +94,7 @@ class PointMeasurer:
         self.device = replace(self.device, launches=task.launches)
         ready: dict[str, _Ready] = {}
         try:
-            self._require_memory(point)
+            self.require_memory(point)
             judge = self.judge(point)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -116,7 +116,8 @@ class PointMeasurer:
         enter(TIMING)
         yield from self._time_fairly(task, ready)
 
-    def _require_memory(self, point: Point) -> None:
+    def require_memory(self, point: Point) -> None:
+        """Raise ``torch.OutOfMemoryError`` for inputs that would not fit, before any is built."""
         if point.site.name is SiteName.INDEXER_METADATA:
             return
         needed = required_bytes(point.site, point.built)
@@ -252,20 +253,20 @@ def _right(point: Point, name: str, entry: _Ready) -> Measurement:
     )
 
 
-def parts(prepared: Prepared) -> dict[str, Work]:
+def parts(prepared: PreparedPath) -> dict[str, TimedWork]:
     """Every stage alone, and the per-layer and per-forward sequences where they have more than one stage."""
-    works = {bound.stage.name: Work(bound.run, bound.baseline) for bound in prepared.stages}
+    works = {bound.stage.name: TimedWork(bound.run, bound.baseline) for bound in prepared.stages}
     for total, sequence in _totals(prepared):
         if len(sequence) > 1:
-            works[total] = Work(_in_order(sequence))
+            works[total] = TimedWork(_in_order(sequence))
     return works
 
 
-def _totals(prepared: Prepared) -> list[tuple[str, tuple[BoundStage, ...]]]:
+def _totals(prepared: PreparedPath) -> list[tuple[str, tuple[BoundStage, ...]]]:
     return [(PER_LAYER_TOTAL, prepared.per_layer()), (PER_FORWARD_TOTAL, prepared.per_forward())]
 
 
-def _aliases(prepared: Prepared, part: str) -> list[str]:
+def _aliases(prepared: PreparedPath, part: str) -> list[str]:
     """Totals that are this very stage: a sequence of one needs no timing of its own."""
     return [t for t, sequence in _totals(prepared) if len(sequence) == 1 and sequence[0].stage.name == part]
 

@@ -50,7 +50,7 @@ def checked(site: Site, shape: Shape = SHAPE) -> dict[str, Measurement]:
 
 def test_its_kernels_are_offered_with_their_release_and_what_is_left_out() -> None:
     found = sglang_kernels.installed("cpu")
-    assert isinstance(found, sglang_kernels.Found)
+    assert isinstance(found, sglang_kernels.FoundKernels)
     assert found.provider == HERE
     assert found.left_out == "stage topk_transform is left out: its kernels are compiled for a GPU"
 
