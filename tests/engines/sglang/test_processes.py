@@ -20,7 +20,7 @@ def python(script: str, installed: Path, folder: Path, *arguments: str) -> subpr
     path.write_text(script)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLA_TUNE_")}
     environment |= {"PYTHONPATH": f"{installed}{os.pathsep}{STUBS}", "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", path, *arguments]
+    command = [sys.executable, "-W", "ignore", str(path), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, cwd=folder, timeout=300)
 
 
