@@ -17,8 +17,14 @@ import pytest
 
 from mla_tune.integrations.sglang import dsa_hooks, indexer_hooks, v4_hooks
 from mla_tune.integrations.sglang.sglang_state import PROCESS, RELEASES, V4_RELEASES
+from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.policy.codec import write_policy
+from mla_tune.sites.provider import Provider
+from mla_tune.sites.shape import Shape
+from mla_tune.sites.site import LayerType
+from mla_tune.store.measurement import Outcome
 from tests.engines.sglang.conftest import SCHEDULES, STUBS, V4, mixed_policy
+from tests.engines.sglang.test_stages import checked, site_of
 
 ROOT = Path(__file__).parents[3]
 RELEASE = version("sglang")
@@ -111,6 +117,17 @@ def test_a_default_that_sglang_resolved_is_not_the_user_s_setting(tmp_path: Path
         "arguments flashmla_sparse resolved serves False flashmla_sparse flashmla_sparse",
         f"arguments flashmla_auto resolved serves True {EITHER}",
     ]
+
+
+def test_a_sweep_s_stages_of_v3_2_are_this_release_s_kernels_and_give_the_reference_s_attention() -> None:
+    found = sglang_kernels.installed("cpu")
+    assert isinstance(found, sglang_kernels.FoundKernels), found
+    assert found.provider == Provider("sglang", RELEASE)
+    rows = checked(site_of(LayerType.DSA, found.provider), Shape(1, 3, 90))
+    assert {name: (row.outcome, row.detail) for name, row in rows.items()} == {
+        "sparse_fwd": (Outcome.OK, ""),
+        "with_kvcache": (Outcome.OK, ""),
+    }
 
 
 @pytest.mark.skipif(RELEASE not in RELEASES, reason="a release that the plugin leaves alone")

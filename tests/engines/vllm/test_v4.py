@@ -362,7 +362,7 @@ def test_a_mistake_of_ours_costs_one_line_and_no_forward(
 
 
 def test_what_the_hook_reads_of_a_layer_is_what_this_release_sets(v4: ModuleType) -> None:
-    """The constructor needs a GPU, so that the attributes of :func:`layer` are set by hand: here they are held against it."""
+    """Its constructor needs a GPU, so that :func:`layer` sets attributes by hand: here they are held against it."""
     sources = [inspect.getsource(kind) for kind in v4.DeepseekV4FlashMLAAttention.__mro__ if "vllm" in kind.__module__]
     code = "\n".join(sources)
     for name in (*ATTRIBUTES, "max_model_len"):
