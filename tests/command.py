@@ -20,11 +20,11 @@ COMMAND = [sys.executable, "-m", "mla_tune"]
 
 
 def run(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """One command, run to its end in ``folder``."""
+    """One command, run to its end in ``folder``, which is the user's folder too."""
     return subprocess.run(
         [*COMMAND, *map(str, arguments)],
         cwd=folder,
-        env={**ENVIRONMENT, **variables},
+        env={**ENVIRONMENT, "MLA_TUNE_HOME": ".", **variables},
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
@@ -42,7 +42,7 @@ def start(folder: Path, *arguments: str | Path, **variables: str) -> subprocess.
     return subprocess.Popen(
         [*COMMAND, *map(str, arguments)],
         cwd=folder,
-        env={**ENVIRONMENT, **variables},
+        env={**ENVIRONMENT, "MLA_TUNE_HOME": ".", **variables},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -23,7 +23,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, he
 
 
 # What a developer's own sweeps have left is no part of a test.
-os.environ["MLA_TUNE_HOME"] = "/nonexistent/mla-tune"
+os.environ["MLA_TUNE_HOME"] = "/dev/null/mla-tune"  # a place that not even root can write to
 
 
 def _has_cuda() -> bool:

@@ -1,4 +1,4 @@
-"""The committed measurements, the policies made of them, and what README says about them agree, byte for byte."""
+"""The committed measurements, the policies made of them, and what the documents say about them agree, byte for byte."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from mla_tune.integrations.sglang.sglang_state import RELEASES
 from mla_tune.policy.codec import digest, load_policy
 from mla_tune.policy.evidence import load_evidence
 from mla_tune.policy.search import policy_file
+from mla_tune.sites.engines import Engine, model_incumbent
 from mla_tune.sites.provider import Provider
 from mla_tune.sites.site import MODELS, SiteName
 from mla_tune.store.export import export_lines, export_sha256, read_export
@@ -30,7 +31,10 @@ POLICIES = sorted((ROOT / "policies").glob("*.yaml"))
 MODELLED = [path for path in POLICIES if load_policy(path).evidence == "modelled"]
 MEASURED = [path for path in POLICIES if path not in MODELLED]
 EXPORTS = sorted((ROOT / "db").glob("*.jsonl"))
-README = (ROOT / "README.md").read_text()
+README = ROOT / "README.md"
+DB_README = ROOT / "db" / "README.md"
+FIT_README = ROOT / "mla_tune" / "fit" / "README.md"
+KERNELS_README = ROOT / "mla_tune" / "kernels" / "README.md"
 H200 = ROOT / "db" / "nvidia-h200.jsonl"
 
 
@@ -115,12 +119,43 @@ def test_the_h200_was_measured_at_both_sites_with_every_model_head_count_and_lay
             assert (SiteName.INDEXER_METADATA, model.name, None, layer) in tables
 
 
-def test_readme_states_the_table_that_the_committed_measurements_give() -> None:
+def test_readme_states_what_the_committed_sglang_policies_win_over_sglangs_own_choice() -> None:
+    names = {"V3.2": "deepseek-v3.2", "V4-Flash": "deepseek-v4-flash", "V4-Pro": "deepseek-v4-pro"}
+    stated = re.findall(
+        r"^\| ([\w.-]+), (\d+) \| (.+?) \|$", _stated(README, r"<!-- gains -->\n(.*?)\n\n"), re.MULTILINE
+    )
+    found = {(names[model], int(heads)): cells.split(" | ") for model, heads, cells in stated}
+    judged = [_won(gpu) for gpu in ("nvidia-h200", "nvidia-h100")]
+    assert found == {key: [cell for of in judged for cell in of[key][:2]] for key in judged[0]}
+    points = [{of[key][2] for key in of} for of in judged]
+    assert points == [
+        {int(_stated(README, r"no fit saw:\s(\d+)\sa\srow"))},
+        {int(_stated(README, r"(\d+)\son\sthe\sH100"))},
+    ]
+
+
+def _won(gpu: str) -> dict[tuple[str, int], tuple[str, str, int]]:
+    """By model and heads: what SGLang's own choice and what the policy takes at held-out shapes, and how many these are."""
+    path = ROOT / "policies" / f"{gpu}.sglang.yaml"
+    stated = load_evidence(path, digest(path.read_bytes()))
+    assert stated is not None
+    found = {}
+    for table in stated.tables:
+        if table.site != SiteName.PREFILL_ATTENTION or table.layer != "forward" or table.held_out is None:
+            continue
+        assert table.h_q is not None
+        own = model_incumbent(Engine.SGLANG, SiteName.PREFILL_ATTENTION, MODELS[table.model])
+        by_rule = {rule.rule: f"{rule.mean:.2f} ({rule.worst:.2f})" for rule in table.held_out.slowdown}
+        found[table.model, table.h_q] = (by_rule[f"always {own}"], by_rule["policy"], table.held_out.points)
+    return found
+
+
+def test_the_documents_state_the_table_that_the_committed_measurements_give() -> None:
     export = read_export(H200)
     rows = usable(export.measurements, export.tuned)
     judged = overall(Observations(rows), load_policy(ROOT / "policies" / "nvidia-h200.yaml").tables)
     assert judged is not None
-    table = _stated(r"<!-- overall -->\n(.*?)\n\n")
+    table = _stated(FIT_README, r"<!-- overall -->\n(.*?)\n\n")
     stated = re.findall(r"^\| (.+?) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.MULTILINE)
     expected = [
         (rule.rule, *(f"{value:.3f}" for value in (rule.geomean, rule.mean, rule.p95, rule.worst)))
@@ -129,29 +164,38 @@ def test_readme_states_the_table_that_the_committed_measurements_give() -> None:
     assert stated == expected
     whole = [m for m in rows if m.part == PER_LAYER_TOTAL and m.candidate == "sparse_fwd" and m.site.h_q]
     held_out = {(m.site, m.shape) for m in whole if m.role is Role.HELD_OUT}
-    assert f"{judged.points} pairs of a table and a held-out shape, over {len(held_out)} measured" in README
-    assert len({(m.site, m.shape) for m in export.measurements}) == int(_stated(r"holds (\d+) points in all"))
+    pairs = f"{judged.points} pairs of a table and a held-out shape, over {len(held_out)} measured"
+    assert pairs in " ".join(FIT_README.read_text().split())
 
 
-def _stated(pattern: str) -> str:
-    found = re.search(pattern, README, re.DOTALL)
+def test_the_documents_count_the_points_of_every_committed_export() -> None:
+    stated = dict(re.findall(r"^\| `([\w.-]+\.jsonl)` \| (\d+) \|", DB_README.read_text(), re.MULTILINE))
+    points = {path.name: {(m.site, m.shape) for m in read_export(path).measurements} for path in EXPORTS}
+    assert stated == {name: str(len(found)) for name, found in points.items()}
+    overlapping = [site for site, _ in points[H200.name] if site.overlap]
+    assert len(overlapping) == int(_stated(DB_README, r"(\d+)\sof\s`nvidia-h200.jsonl`'s"))
+
+
+def test_the_documents_state_the_limits_that_the_h200s_policy_keeps() -> None:
+    policy = load_policy(ROOT / "policies" / "nvidia-h200.yaml")
+    kept = {(limit.candidate, limit.num_qo_tokens) for table in policy.tables for limit in table.limits}
+    table = _stated(KERNELS_README, r"\| kernel \| heads \| last that runs \|\n\| --- \| --- \| --- \|\n(.*?)\n\n")
+    stated = [int(line.strip("| ").rpartition("| ")[2]) for line in table.splitlines()]
+    assert len(stated) >= 6
+    assert set(stated) == {count for _, count in kept}
+
+
+def _stated(document: Path, pattern: str) -> str:
+    found = re.search(pattern, document.read_text(), re.DOTALL)
     assert found, pattern
     return found.group(1)
 
 
-def test_readme_shows_what_explain_prints(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documents_show_what_explain_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    block = _stated(r"<!-- explain -->\n```\n(.*?)```")
+    block = _stated(FIT_README, r"<!-- explain -->\n```\n(.*?)```")
     command, shown = block.split("\n", 1)
     assert run(command.removeprefix("$ mla-tune ").split()) == 0
     assert capsys.readouterr().out.strip() == shown.strip()
-
-
-def test_every_command_that_readme_lists_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    listed = re.findall(r"^\| `mla-tune ([a-z |\\]+)", README, re.MULTILINE)
-    names = [name.replace("\\", "").split() for name in listed]
-    assert len(names) >= 8
-    for words in names:
-        for last in words[-1].split("|"):
-            assert run([*words[:-1], last, "--help"]) == 0
-    capsys.readouterr()

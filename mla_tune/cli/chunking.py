@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import evidence
-from mla_tune.cli.options import JsonOption, PolicyOption, token_count
-from mla_tune.cli.policies import GpuOption, HeadsOption, MeasurementsOption, ModelOption
+from mla_tune.cli.answering import AllowModelledOption, EngineOption, GpuOption, PolicyOption, Question, answering
+from mla_tune.cli.options import JsonOption, parsed_count, token_count
+from mla_tune.cli.policies import HeadsOption, MeasurementsOption, ModelOption
+from mla_tune.cli.priced import evidence
 from mla_tune.cli.traffic_command import RestOption, SpeedOption, TraceOption
 from mla_tune.errors import UsageError
+from mla_tune.sites.provider import SGLANG
 from mla_tune.sites.site import model as find_model
 
 if TYPE_CHECKING:
@@ -40,12 +42,20 @@ def chunks(
     prompt: PromptOption = None,
     trace: TraceOption = None,
     concurrency: Annotated[
-        int | None, typer.Option("--concurrency", help="Requests at a time (default 1 prompt, 64 of a trace).")
+        int | None,
+        typer.Option(
+            "--concurrency",
+            parser=parsed_count,
+            metavar="COUNT",
+            help="Requests at a time (default 1 prompt, 64 of a trace).",
+        ),
     ] = None,
     speed: SpeedOption = float("inf"),
     rest_us: RestOption = 0.0,
     gpu: GpuOption = "auto",
+    engine: EngineOption = SGLANG,
     policy: PolicyOption = None,
+    allow_modelled: AllowModelledOption = False,
     measurements: MeasurementsOption = None,
     h_q: HeadsOption = None,
     as_json: JsonOption = False,
@@ -70,13 +80,13 @@ def chunks(
         offered = _of_prompts(prompt or [], at_a_time, longest)
     else:
         offered = _of_trace(trace, at_a_time, speed, rest_us, longest)
-    found = evidence(model, h_q, gpu, policy, measurements)
+    found = evidence(model, h_q, answering(Question(engine, gpu, policy, allow_modelled)), measurements)
     # Smaller chunks have no token for each of the prompts.
     tried = [size for size in CHUNK_SIZES if size >= at_a_time] or [CHUNK_SIZES[-1]]
     sizes = [chunk_size(found.pricer, size, offered.forwards(found.pricer, size), rest_us) for size in tried]
     advice = advise(sizes, found.pricer.tables.noise_band)
     said = f"{model}, h_q {found.pricer.tables.attention.h_q}, {found.sku}: {offered.label}"
-    traffic_output.chunk_sizes(sizes, advice, said, as_json)
+    traffic_output.chunk_sizes(found.answering, sizes, advice, said, as_json)
 
 
 def _of_prompts(texts: list[str], concurrency: int, longest: int) -> _Batched:

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from mla_tune.store.database import Database
 
 GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose files are meant.")]
-DbOption = Annotated[Path | None, typer.Option("--db", help="Working database (default db/<sku>.db).")]
+DbOption = Annotated[
+    Path | None, typer.Option("--db", help="Working database (default db/<sku>.db of the user's folder).")
+]
 
 
 def export(
@@ -25,7 +27,9 @@ def export(
     environment: Annotated[
         str | None, typer.Option("--environment", help="Environment id, if there are several.")
     ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Export file (default db/<sku>.jsonl).")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Export file (default db/<sku>.jsonl of the user's folder).")
+    ] = None,
 ) -> None:
     """Write one environment's measurements as sorted JSON lines, ready to commit."""
     from mla_tune.cli import pipeline

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from contextlib import chdir
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from mla_tune.cli.answering import serving_json
 from mla_tune.cli.options import JsonOption, checked_provider, positive_seconds
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, UsageError
 from mla_tune.hardware.nvml import detect_gpu
@@ -79,8 +79,7 @@ def _measured(engine: str, budget_s: float) -> Serving:
         found = _serving(engine)
         if _all_serve(found):
             return found
-        with chdir(home):  # a sweep's files lie below the current folder
-            sweep(budget=budget_s, provider=engine)
+        sweep(budget=budget_s, provider=engine)
         return _serving(engine)
 
 
@@ -98,11 +97,6 @@ def _as_json(found: Serving) -> dict[str, object]:
     return {
         "engine": found.engine,
         "gpu": found.gpu.sku if found.gpu else None,
-        "policy": None if found.file is None else str(found.file),
-        "place": None if found.file is None else str(found.file.place),
-        "evidence": None if found.policy is None else found.policy.evidence,
-        "serving": len(found.tables),
-        "tables": found.total,
+        **serving_json(found),
         "complete": _all_serve(found),
-        "reasons": [found.fault] if found.fault else [str(group) for group in found.left_out],
     }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from mla_tune.cli.options import JsonOption
-from mla_tune.cli.places import export_path, make_folder, policy_path
+from mla_tune.cli.places import make_folder, policy_path, readable_export
 from mla_tune.errors import EnvironmentMismatchError, PolicyError, UsageError
 from mla_tune.hardware.datasheet import DATASHEETS, Datasheet, same_figures
 
@@ -25,10 +25,13 @@ def model(
     ] = None,
     source: Annotated[str, typer.Option("--from", help="GPU whose measurements are scaled.")] = "nvidia-h200",
     measurements: Annotated[
-        Path | None, typer.Option("--measurements", help="Its export (default db/<sku>.jsonl).")
+        Path | None,
+        typer.Option(
+            "--measurements", help="Its export (default db/<sku>.jsonl of the user's folder, else of the checkout)."
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Policy file to write (default policies/<sku>.yaml).")
+        Path | None, typer.Option("--out", help="Policy file to write (default: the user's, policies/<sku>.yaml).")
     ] = None,
     check: Annotated[
         bool, typer.Option("--check", help="Compare with every published figure; without --to nothing is written.")
@@ -39,7 +42,7 @@ def model(
     measured = _with_datasheet("--from", source)
     targets = _without_twins([_with_datasheet("--to", word) for word in dict.fromkeys(to or ())])
     _check_wishes(measured, targets, out, check)
-    export = measurements or export_path(measured.sku)
+    export = measurements or readable_export(measured.sku)
     paths = [out or policy_path(target.sku) for target in targets]
     for path in paths:
         _refuse_measured(path)

@@ -23,14 +23,13 @@ GpuOption = Annotated[
 ]
 ModelOption = Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")]
 SiteOption = Annotated[list[str] | None, typer.Option("--site", help="Only this site; may be repeated.")]
-PolicyOption = Annotated[
-    Path | None, typer.Option("--policy", help="Policy file (default: policies/<sku>.yaml, else the shipped one).")
-]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 TrafficOption = Annotated[
     Path | None, typer.Option("--traffic", help="Shapes that a server recorded (MLA_TUNE_RECORD): they weigh the fit.")
 ]
-DbOption = Annotated[Path | None, typer.Option("--db", help="Working database (default db/<sku>.db).")]
+DbOption = Annotated[
+    Path | None, typer.Option("--db", help="Working database (default db/<sku>.db of the user's folder).")
+]
 TimeoutOption = Annotated[
     float, typer.Option("--timeout", help="Longest that one point may take, s; then its worker is replaced.")
 ]

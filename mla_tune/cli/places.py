@@ -1,4 +1,8 @@
-"""Which device a command means, and where its files are."""
+"""Which device a command means, and where its files are: in the user's folder, unless a command line names others.
+
+Neither the current folder nor an installed package is written to. In a checkout ``MLA_TUNE_HOME=.`` makes it the user's
+folder, so that what is committed is made anew.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,7 @@ from pathlib import Path
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 from mla_tune.hardware.nvml import GpuIdentity, detect_gpu
 from mla_tune.hardware.sku import CPU, resolve_sku
+from mla_tune.policy.search import HOME_VARIABLE, checkout, policy_name, user_home, user_policies
 from mla_tune.sites.provider import OWN
 
 
@@ -57,7 +62,7 @@ def _accepted(gpu: GpuIdentity | None) -> str:
 
 
 def policy_sku(argument: str) -> str:
-    """The SKU whose policy ``--gpu argument`` names, which need not be in this machine; ``auto`` is the one that is."""
+    """The SKU whose files ``--gpu argument`` names, which need not be in this machine; ``auto`` is the one that is."""
     if argument != "auto":
         return resolve_sku(argument)
     gpu = detect_gpu()
@@ -65,28 +70,37 @@ def policy_sku(argument: str) -> str:
 
 
 def database_path(sku: str) -> Path:
-    """The working database of a SKU, below the current folder."""
-    return Path("db") / f"{sku}.db"
+    """The working database of a SKU, in the user's folder."""
+    return user_home() / "db" / f"{sku}.db"
 
 
 def export_path(sku: str, provider: str = OWN) -> Path:
-    """The committed export of a SKU's measurements, below the current folder; another file for an engine's kernels."""
-    return Path("db") / f"{_named(sku, provider)}.jsonl"
+    """The export of a SKU's measurements, in the user's folder; another file for an engine's kernels."""
+    return user_home() / "db" / _export_name(sku, provider)
+
+
+def readable_export(sku: str, provider: str = OWN) -> Path:
+    """The export to read where none is named: the user's, else the checkout's."""
+    own, source = export_path(sku, provider), checkout()
+    if own.is_file() or source is None:
+        return own
+    committed = source / "db" / _export_name(sku, provider)
+    return committed if committed.is_file() else own
 
 
 def policy_path(sku: str, provider: str = OWN, overlap: int = 0) -> Path:
-    """The policy of a SKU, below the current folder; other files for an engine's kernels and for overlapping selections."""
-    assumed = f".overlap-{overlap}" if overlap else ""
-    return Path("policies") / f"{_named(sku, provider)}{assumed}.yaml"
+    """The policy of a SKU, in the user's folder; other files for an engine's kernels and for overlapping selections."""
+    path = user_policies() / policy_name(sku, provider)
+    return path.with_name(f"{path.stem}.overlap-{overlap}.yaml") if overlap else path
 
 
-def _named(sku: str, provider: str) -> str:
-    return sku if provider == OWN else f"{sku}.{provider.partition('@')[0]}"
+def _export_name(sku: str, provider: str) -> str:
+    return f"{Path(policy_name(sku, provider)).stem}.jsonl"
 
 
 def validation_path(sku: str) -> Path:
-    """The database of a SKU's validations, below the current folder: no fit reads it."""
-    return Path("db") / f"{sku}.validate.db"
+    """The database of a SKU's validations, in the user's folder: no fit reads it."""
+    return user_home() / "db" / f"{sku}.validate.db"
 
 
 def make_folder(path: Path) -> None:
@@ -98,5 +112,5 @@ def make_folder(path: Path) -> None:
     except OSError as error:
         raise MlaTuneError(
             f"{path} must lie in a folder that exists or can be made: {error.filename}: {error.strerror}; "
-            "name another, or run from another folder"
+            f"name another, or another user's folder in {HOME_VARIABLE}"
         ) from None

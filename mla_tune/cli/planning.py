@@ -7,12 +7,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import Evidence, evidence
-from mla_tune.cli.options import JsonOption, PolicyOption, token_count
+from mla_tune.cli.answering import AllowModelledOption, EngineOption, GpuOption, PolicyOption, Question, answering
+from mla_tune.cli.options import JsonOption, parsed_count, token_count
 from mla_tune.cli.places import this_device
-from mla_tune.cli.policies import GpuOption, MeasurementsOption
+from mla_tune.cli.policies import HeadsOption, MeasurementsOption, ModelOption
+from mla_tune.cli.priced import Evidence, evidence
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError, UsageError
+from mla_tune.sites.provider import SGLANG
 from mla_tune.sites.shape import RaggedShape
+from mla_tune.sites.site import model as find_model
 
 if TYPE_CHECKING:
     from mla_tune.policy.schema import Table
@@ -23,13 +26,18 @@ EACH = "each"
 
 
 def plan(
-    model: Annotated[str, typer.Option("--model", help="The model that is served.")],
-    h_q: Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")] = None,
+    model: ModelOption,
+    h_q: HeadsOption = None,
     layer: Annotated[
         str,
         typer.Option("--layer", help="each: every layer type by a plan of its own; forward: one for all; or a type."),
     ] = EACH,
-    batches: Annotated[int, typer.Option("--batches", help="Batches to draw; every fifth is a control.")] = 50,
+    batches: Annotated[
+        int,
+        typer.Option(
+            "--batches", parser=parsed_count, metavar="COUNT", help="Batches to draw; every fifth is a control."
+        ),
+    ] = 50,
     seed: Annotated[int, typer.Option("--seed", help="Of the batches, and of their inputs.")] = 0,
     fresh: Annotated[str, typer.Option("--fresh", help="Tokens of the fresh prompt, LOW:HIGH.")] = "2048:8192",
     extends: Annotated[str, typer.Option("--extends", help="Requests with a cached context, LOW:HIGH.")] = "8:63",
@@ -37,7 +45,9 @@ def plan(
     context: Annotated[str, typer.Option("--context", help="Cached tokens of each, LOW:HIGH.")] = "65536:524288",
     measure: Annotated[bool, typer.Option("--measure", help="Time both single paths and the split here.")] = False,
     gpu: GpuOption = "auto",
+    engine: EngineOption = SGLANG,
     policy: PolicyOption = None,
+    allow_modelled: AllowModelledOption = False,
     measurements: MeasurementsOption = None,
     as_json: JsonOption = False,
 ) -> None:
@@ -46,8 +56,9 @@ def plan(
     from mla_tune.fit.batch_split import Planner
     from mla_tune.replay.mixed import Mix, draw_batches, outlooks
 
+    find_model(model)  # before anything about the server is asked
     mix = Mix(_ends("--fresh", fresh), _ends("--extends", extends), _ends("--new", new), _ends("--context", context))
-    found = evidence(model, h_q, gpu, policy, measurements)
+    found = evidence(model, h_q, answering(Question(engine, gpu, policy, allow_modelled)), measurements)
     tables = _tables(found, layer)
     drawn = draw_batches(mix, batches, seed, found.pricer.model.max_context)
     planners = [(Planner(found.pricer.costs, table, found.noise_band(table)), layers) for table, layers in tables]
@@ -55,7 +66,9 @@ def plan(
     taken = list(_measured(found, tables, predicted, gpu, seed, as_json)) if measure else None
     if taken is not None and all(t.best_us is None for timed in taken for t in timed or ()):
         raise MlaTuneError(f"a split is measured beside a path that runs here: none did at {len(drawn)} batches")
-    planning_output.report(planning_output.Told(tables[0][0], layer, found.sku, mix, seed, predicted, taken), as_json)
+    planning_output.report(
+        planning_output.Told(found.answering, tables[0][0], layer, mix, seed, predicted, taken), as_json
+    )
 
 
 def _ends(option: str, text: str) -> tuple[int, int]:
@@ -101,7 +114,7 @@ def _measured(
     if provider is not None:
         raise UsageError(
             f"a split is measured with this project's own kernels: {found.policy} is of {provider}; accepted: a policy "
-            "without a provider; pass another --policy, or leave --measure out"
+            "without a provider; pass --engine own, or leave --measure out"
         )
     from mla_tune.cli.output.render import note
     from mla_tune.fit.evaluation import table_scope

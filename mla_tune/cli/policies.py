@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
+import msgspec
 import typer
 
-from mla_tune.cli.named_policy import measured_costs, named_evidence, named_policy
-from mla_tune.cli.options import (
-    OverlapOption,
+from mla_tune.cli.answering import (
+    AllowModelledOption,
+    Answering,
+    EngineOption,
+    GpuOption,
     PolicyOption,
+    Question,
+    answering,
+    as_served,
+)
+from mla_tune.cli.options import (
+    JsonOption,
+    OverlapOption,
     ProviderOption,
     StrictOption,
     TrafficOption,
@@ -21,23 +30,22 @@ from mla_tune.cli.options import (
     chosen_regime,
     parsed_count,
 )
-from mla_tune.cli.places import export_path, policy_path, policy_sku
+from mla_tune.cli.places import policy_path, policy_sku, readable_export
+from mla_tune.cli.priced import costs_behind
 from mla_tune.errors import PolicyError, UsageError
-from mla_tune.policy.schema import Table
-from mla_tune.runtime.dispatcher import Dispatcher
-from mla_tune.sites.engines import Engine
-from mla_tune.sites.provider import OWN
+from mla_tune.policy.schema import Policy
+from mla_tune.sites.provider import OWN, SGLANG
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD
 
-GpuOption = Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose policy is meant.")]
 MeasurementsOption = Annotated[
-    Path | None, typer.Option("--measurements", help="Export to read (default db/<sku>.jsonl).")
+    Path | None, typer.Option("--measurements", help="Export to read (default: the one that the policy was made of).")
 ]
 SiteOption = Annotated[str, typer.Option("--site", help="prefill_attention or indexer_metadata.")]
-ModelOption = Annotated[str, typer.Option("--model", help="deepseek-v4-flash, deepseek-v4-pro or deepseek-v3.2.")]
+ModelOption = Annotated[
+    str, typer.Option("--model", help="deepseek-v4-flash, deepseek-v4-pro, deepseek-v3.2, or a checkpoint's id.")
+]
 LayerOption = Annotated[str, typer.Option("--layer", help="A layer type of the model, or forward for its whole mix.")]
-EngineOption = Annotated[Engine, typer.Option("--engine", help="The engine that chooses, where engines differ (V3.2).")]
 HeadsOption = Annotated[int | None, typer.Option("--h-q", help="Query heads per rank (default: the model's own).")]
 TokensArgument = Annotated[
     int, typer.Argument(parser=parsed_count, metavar="QUERY_TOKENS", help="Query tokens of the forward.")
@@ -51,14 +59,16 @@ ContextArgument = Annotated[
 NumReqsOption = Annotated[
     int, typer.Option("--num-reqs", parser=parsed_count, metavar="COUNT", help="Requests in the forward.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for scripts.")]
 
 
 def fit(
-    gpu: GpuOption = "auto",
-    measurements: MeasurementsOption = None,
+    gpu: Annotated[str, typer.Option("--gpu", help="auto, cpu or a SKU: whose measurements are meant.")] = "auto",
+    measurements: Annotated[
+        Path | None,
+        typer.Option("--measurements", help="Export to read (default db/<sku>.jsonl of the user's folder)."),
+    ] = None,
     out: Annotated[
-        Path | None, typer.Option("--out", help="Policy file to write (default policies/<sku>.yaml).")
+        Path | None, typer.Option("--out", help="Policy file to write (default: the user's, policies/<sku>.yaml).")
     ] = None,
     first_call_bound: Annotated[
         float, typer.Option("--first-call-bound", help="Longest first call on a new shape, s, of a served candidate.")
@@ -99,12 +109,14 @@ def fit(
         traffic=traffic,
         max_workspace_bytes=None if cap is None else byte_count("--max-workspace-bytes", cap),
     )
-    source = measurements or export_path(policy_sku(gpu), provider)
+    source = measurements or readable_export(policy_sku(gpu), provider)
     overlap = checked_overlap(overlap)
     target = out or policy_path(read_export(source).environment.sku, provider, overlap)
     fitted = pipeline.fit(source, target, first_call_bound, overlap, provider=provider, wishes=wishes)
-    render.policy_summary(fitted.policy, fitted.evidence, target, as_json)
-    if not as_json:
+    if as_json:
+        print(json.dumps(render.policy_json(fitted.policy, fitted.evidence, str(target))))
+    else:
+        render.policy_summary(fitted.policy, fitted.evidence)
         render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
         render.unsettled(fitted.unsupported, fitted.suspects)
         render.weighted(fitted.weighted)
@@ -133,20 +145,28 @@ def lookup(
     kv_tokens: ContextArgument,
     model: ModelOption,
     gpu: GpuOption = "auto",
+    engine: EngineOption = SGLANG,
     policy: PolicyOption = None,
+    allow_modelled: AllowModelledOption = False,
+    served: Annotated[
+        bool,
+        typer.Option("--as-served", help="Answer for this machine: what is installed, and the MLA_TUNE_ variables."),
+    ] = False,
     site: SiteOption = "prefill_attention",
     layer: LayerOption = FORWARD,
     h_q: HeadsOption = None,
-    engine: EngineOption = Engine.SGLANG,
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
-    """Print the candidate that a policy answers for one forward."""
+    """Print the candidate that a server answers for one forward, and by which policy; or why the engine's own stays."""
     Shape(num_reqs, num_qo_tokens, kv_tokens)  # refuses counts that no forward has
-    loaded, name = named_policy(policy, gpu)
-    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
+    from mla_tune.cli.output import render
+
+    question = Question(engine, gpu, policy, allow_modelled)
+    found = as_served(question) if served else answering(question)
+    resolved = found.resolve(site, model, layer, h_q)
     answer = resolved.explain(num_qo_tokens, kv_tokens, num_reqs)
-    print(json.dumps(asdict(answer)) if as_json else answer.candidate)
+    render.choice(found, resolved, answer, as_json)
 
 
 def explain(
@@ -154,44 +174,55 @@ def explain(
     kv_tokens: ContextArgument,
     model: ModelOption,
     gpu: GpuOption = "auto",
+    engine: EngineOption = SGLANG,
     policy: PolicyOption = None,
+    allow_modelled: AllowModelledOption = False,
     measurements: MeasurementsOption = None,
     site: SiteOption = "prefill_attention",
     layer: LayerOption = FORWARD,
     h_q: HeadsOption = None,
-    engine: EngineOption = Engine.SGLANG,
     num_reqs: NumReqsOption = 1,
     as_json: JsonOption = False,
 ) -> None:
     """Print the choice, the threshold behind it, and what each candidate costs, stage by stage."""
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
-    loaded, name = named_policy(policy, gpu)
-    resolved = Dispatcher(loaded, source=name).resolve(site, model=model, layer=layer, h_q=h_q, engine=engine)
+    found = answering(Question(engine, gpu, policy, allow_modelled))
+    table = found.table(site, model, layer, h_q)
     from mla_tune.cli.output import render
     from mla_tune.fit.explanation import explain as explain_choice
 
-    table = _require_table(resolved.table, name)
-    costs = measured_costs(loaded, name, measurements)
-    render.explanation(explain_choice(costs, table, shape), table, named_evidence(policy, gpu), as_json)
+    told = explain_choice(costs_behind(found, measurements), table, shape)
+    render.explanation(found, told, table, as_json)
 
 
 def show(
     gpu: GpuOption = "auto",
+    engine: Annotated[
+        str | None, typer.Option("--engine", help="Only what this engine reads (default sglang; of a named file, all).")
+    ] = None,
     policy: PolicyOption = None,
+    allow_modelled: AllowModelledOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Print a policy's tables, its provenance, and how every rule did on the held-out points."""
     from mla_tune.cli.output import render
 
-    loaded, name = named_policy(policy, gpu)
-    stated = named_evidence(policy, gpu)
-    render.policy_summary(loaded, stated, Path(name), as_json)
-    if not as_json:
-        render.held_out(stated)
-        render.provenance(loaded, name)
+    reader = engine or (SGLANG if policy is None else OWN)
+    found = answering(Question(reader, gpu, policy, allow_modelled))
+    shown, stated = _as_read(found), found.stated
+    if as_json:
+        told = render.policy_json(shown, stated, found.serving.name)
+        print(json.dumps({**told, "answered_by": found.as_json()}))
+        return
+    render.header(found)
+    render.policy_summary(shown, stated)
+    render.held_out(shown, stated)
+    render.provenance(shown, found.serving.name)
 
 
-def _require_table(table: Table | None, name: str) -> Table:
-    if table is None:
-        raise PolicyError(f"a choice is explained by its table: {name} has none there; see `mla-tune policy show`")
-    return table
+def _as_read(found: Answering) -> Policy:
+    """The policy with the tables alone that the engine reads, whether they serve or not."""
+    serving = found.serving
+    read = {table.key for group in serving.left_out for table in group.tables} | {table.key for table in serving.tables}
+    tables = tuple(table for table in found.policy.tables if table.key in read)
+    return msgspec.structs.replace(found.policy, tables=tables)

@@ -18,6 +18,7 @@ from mla_tune.cli.options import (
     TimeoutOption,
     chosen_models,
     chosen_sites,
+    parsed_count,
     positive_seconds,
 )
 from mla_tune.cli.output import device_output, render
@@ -42,7 +43,13 @@ def probe(
         list[str] | None, typer.Option("--candidate", help="Only this candidate; may be repeated.")
     ] = None,
     largest: Annotated[
-        int | None, typer.Option("--max", help="Most query tokens to try (default 131072 on a GPU, 4096 on a CPU).")
+        int | None,
+        typer.Option(
+            "--max",
+            parser=parsed_count,
+            metavar="TOKENS",
+            help="Most query tokens to try (default 131072 on a GPU, 4096 on a CPU).",
+        ),
     ] = None,
     suspects: Annotated[
         bool, typer.Option("--suspects", help="Only what a sweep saw fail, up to where it failed.")

@@ -6,7 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from mla_tune.cli.named_policy import Evidence
+from mla_tune.cli.priced import Evidence
 from mla_tune.replay.agents import AgentMix, Agents
 from mla_tune.replay.prices import IncumbentClock
 from mla_tune.replay.requests import RequestSource

@@ -81,7 +81,7 @@ def _judged(
         return ChangeJudgement(reason=f"no export {export} here; run this in a checkout that has it, or pass --db")
     if after.policy.scaled_from is not None and not predict:
         return ChangeJudgement(reason="nothing was timed on this GPU; --predict says what the scaled curves expect")
-    from mla_tune.cli.named_policy import measured_costs
+    from mla_tune.cli.priced import measured_costs
     from mla_tune.policy.comparison import asked_shapes
     from mla_tune.replay.measured_changes import judge_changes, mean_ratio, predict_changes
 

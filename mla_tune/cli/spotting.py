@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import Evidence, evidence
-from mla_tune.cli.options import DEFAULT_TIMEOUT_S, JsonOption, PolicyOption, TimeoutOption, positive_seconds
+from mla_tune.cli.answering import AllowModelledOption, EngineOption, GpuOption, PolicyOption, Question, answering
+from mla_tune.cli.options import DEFAULT_TIMEOUT_S, JsonOption, TimeoutOption, positive_seconds
 from mla_tune.cli.places import LocalDevice, this_device
-from mla_tune.cli.policies import GpuOption, MeasurementsOption
+from mla_tune.cli.policies import MeasurementsOption
+from mla_tune.cli.priced import Evidence, evidence
 from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
+from mla_tune.sites.provider import SGLANG
 from mla_tune.sites.shape import RaggedShape
 from mla_tune.sites.site import Site
 
@@ -26,7 +28,9 @@ if TYPE_CHECKING:
 def spot_check(
     forwards: Annotated[Path, typer.Argument(help="What `mla-tune traffic --spot-check N --forwards FILE` wrote.")],
     gpu: GpuOption = "auto",
+    engine: EngineOption = SGLANG,
     policy: PolicyOption = None,
+    allow_modelled: AllowModelledOption = False,
     measurements: MeasurementsOption = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
@@ -37,8 +41,9 @@ def spot_check(
     from mla_tune.replay.spot import read_forwards
 
     drawn = read_forwards(forwards)
-    found = evidence(drawn.model, drawn.h_q, gpu, policy, measurements)
-    traffic_output.comparison(measured(found, drawn, gpu, timeout, quiet=as_json), as_json)
+    found = evidence(drawn.model, drawn.h_q, answering(Question(engine, gpu, policy, allow_modelled)), measurements)
+    compared = measured(found, drawn, gpu, timeout, quiet=as_json)
+    traffic_output.spot_check(found.answering, compared, as_json)
 
 
 def measured(found: Evidence, drawn: ForwardList, gpu: str, timeout_s: float, quiet: bool) -> Comparison:

@@ -26,6 +26,7 @@ from mla_tune.cli.options import (
     checked_provider,
     chosen_models,
     chosen_sites,
+    parsed_count,
     positive_seconds,
 )
 from mla_tune.cli.output import device_output, render
@@ -59,7 +60,13 @@ def sweep(
     db: DbOption = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     repeat: Annotated[
-        int, typer.Option("--repeat", help="Sweep so many times, and report which choices differ from the first.")
+        int,
+        typer.Option(
+            "--repeat",
+            parser=parsed_count,
+            metavar="COUNT",
+            help="Sweep so many times, and report which choices differ from the first.",
+        ),
     ] = 1,
     traffic: TrafficOption = None,
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Measure only: write no export and no policy.")] = False,
@@ -167,7 +174,7 @@ def _sweep(request: _Request) -> None:
         render.lost_points(fitted.lost_points if fitted else (), strict=request.strict)
         return
     if fitted:
-        render.policy_summary(fitted.policy, fitted.evidence, policy, as_json=False)
+        render.policy_summary(fitted.policy, fitted.evidence)
         render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
         render.weighted(fitted.weighted)
     for other in others:

@@ -10,23 +10,23 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import named_policy, policy_conditions
-from mla_tune.cli.options import GpuOption, PolicyOption
+from mla_tune.cli.answering import EngineOption, PolicyOption, Question, answering, checked_engine
+from mla_tune.cli.options import GpuOption, parsed_count
 from mla_tune.cli.places import LocalDevice, make_folder, this_device
 from mla_tune.cli.policies import (
     ContextArgument,
-    EngineOption,
     HeadsOption,
     ModelOption,
     NumReqsOption,
     SiteOption,
     TokensArgument,
 )
+from mla_tune.cli.priced import policy_conditions
 from mla_tune.errors import MlaTuneError, UsageError
-from mla_tune.runtime.dispatcher import Dispatcher
 from mla_tune.sites.candidates import candidate_at, names_at
 from mla_tune.sites.engines import Engine, engine_choice
 from mla_tune.sites.launch_parameters import DEFAULT_LAUNCHES, Launches
+from mla_tune.sites.provider import OWN, SGLANG
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import LayerType, ModelConfig, Site
 from mla_tune.sites.site import model as find_model
@@ -44,7 +44,9 @@ LayerOption = Annotated[
     typer.Option("--layer", metavar="TYPE", help="A layer type of the model (default: its most frequent one)."),
 ]
 OutOption = Annotated[Path, typer.Option("--out", metavar="FOLDER", help="Where to write the two traces.")]
-RepeatsOption = Annotated[int, typer.Option("--repeats", metavar="COUNT", help="Recorded rounds of each candidate.")]
+RepeatsOption = Annotated[
+    int, typer.Option("--repeats", parser=parsed_count, metavar="COUNT", help="Recorded rounds of each candidate.")
+]
 _MOST_REPEATS = 1000
 
 
@@ -57,7 +59,7 @@ def trace(
     site: SiteOption = "prefill_attention",
     layer: LayerOption = None,
     h_q: HeadsOption = None,
-    engine: EngineOption = Engine.SGLANG,
+    engine: EngineOption = SGLANG,
     num_reqs: NumReqsOption = 1,
     candidate: CandidateOption = None,
     repeats: RepeatsOption = 5,
@@ -70,8 +72,10 @@ def trace(
     if not 1 <= repeats <= _MOST_REPEATS:
         raise UsageError(f"--repeats must be a number of rounds: got {repeats}; accepted: 1 to {_MOST_REPEATS}")
     shape = Shape(num_reqs, num_qo_tokens, kv_tokens)
-    device = this_device(gpu)
-    pair = _pair(shape, _site(find_model(model), site, layer, h_q), model, engine, candidate, policy, gpu)
+    chooser, device = checked_engine(engine)[1], this_device(gpu)
+    # Our own kernels run here, whichever engine's table chooses: the file is the one of those.
+    question = Question(OWN, device.sku if policy is None else "auto", policy, allow_modelled=True)
+    pair = _pair(shape, _site(find_model(model), site, layer, h_q), model, chooser, candidate, question)
     files = {name: out / f"{device.sku}.{name}.json.gz" for name in pair.names}
     for path in files.values():
         make_folder(path)
@@ -103,9 +107,7 @@ def _site(config: ModelConfig, name: str, layer: str | None, h_q: int | None) ->
     return config.site(site_name, LayerType(layer), h_q)
 
 
-def _pair(
-    shape: Shape, site: Site, model: str, engine: Engine, named: list[str] | None, path: Path | None, gpu: str
-) -> _Pair:
+def _pair(shape: Shape, site: Site, model: str, engine: Engine, named: list[str] | None, question: Question) -> _Pair:
     """The two candidates to trace, the engine's default first. Raises :class:`UsageError` where they are one."""
     names = list(dict.fromkeys(named or ()))
     if len(names) > 2 or len(names) < len(named or ()):
@@ -117,12 +119,11 @@ def _pair(
     if names:
         incumbent, chosen, launches = engine_choice(engine, site.name, site.layer).incumbent, names[0], DEFAULT_LAUNCHES
     else:
-        loaded, source = named_policy(path, gpu)
-        dispatcher = Dispatcher(loaded, source=source)
-        resolved = dispatcher.resolve(site.name, model=model, layer=site.layer, h_q=site.h_q, engine=engine)
-        incumbent, launches = resolved.incumbent, dispatcher.launches
+        found = answering(question)
+        resolved = found.resolve(site.name, model, site.layer, site.h_q, engine)
+        incumbent, launches = resolved.incumbent, found.dispatcher.launches
         chosen = resolved.choose(shape.num_qo_tokens, shape.kv_tokens, shape.num_reqs)
-        site = policy_conditions(loaded).at(site)
+        site = policy_conditions(found.policy).at(site)
     if chosen == incumbent:
         others = ", ".join(name for name in names_at(site) if name != incumbent)
         raise UsageError(

@@ -7,17 +7,18 @@ from typing import Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import evidence
+from mla_tune.cli.answering import AllowModelledOption, EngineOption, GpuOption, PolicyOption, Question, answering
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
     JsonOption,
-    PolicyOption,
     TimeoutOption,
     parsed_count,
     positive_seconds,
 )
-from mla_tune.cli.policies import GpuOption, HeadsOption, MeasurementsOption, ModelOption
+from mla_tune.cli.policies import HeadsOption, MeasurementsOption, ModelOption
+from mla_tune.cli.priced import evidence
 from mla_tune.errors import UsageError
+from mla_tune.sites.provider import SGLANG
 from mla_tune.sites.site import model as find_model
 
 TraceOption = Annotated[
@@ -26,7 +27,10 @@ TraceOption = Annotated[
 ChunkOption = Annotated[
     int, typer.Option("--chunk", parser=parsed_count, metavar="TOKENS", help="Most query tokens of a prefill forward.")
 ]
-ConcurrencyOption = Annotated[int, typer.Option("--concurrency", help="Most requests in the server at a time.")]
+ConcurrencyOption = Annotated[
+    int,
+    typer.Option("--concurrency", parser=parsed_count, metavar="COUNT", help="Most requests in the server at a time."),
+]
 SpeedOption = Annotated[
     float, typer.Option("--speed", help="Divides a trace's arrival times; inf: all requests wait from the start.")
 ]
@@ -37,9 +41,17 @@ DecodeOption = Annotated[
 ]
 SeedOption = Annotated[int, typer.Option("--seed", help="Seed of the agentic mix and of the drawn forwards.")]
 _AgentsOption = Annotated[
-    int | None, typer.Option("--agents", help="Instead of a trace: so many agentic sessions at a time.")
+    int | None,
+    typer.Option(
+        "--agents",
+        parser=parsed_count,
+        metavar="COUNT",
+        help="Instead of a trace: so many agentic sessions at a time.",
+    ),
 ]
-_TurnsOption = Annotated[int, typer.Option("--turns", help="Turns of each agentic session.")]
+_TurnsOption = Annotated[
+    int, typer.Option("--turns", parser=parsed_count, metavar="COUNT", help="Turns of each agentic session.")
+]
 _FirstPromptOption = Annotated[
     int,
     typer.Option(
@@ -63,7 +75,13 @@ _RecordOption = Annotated[
     Path | None, typer.Option("--record", help="Write the forwards as MLA_TUNE_RECORD does in a server.")
 ]
 _SpotOption = Annotated[
-    int | None, typer.Option("--spot-check", help="Draw so many of the forwards, for --forwards or --measure.")
+    int | None,
+    typer.Option(
+        "--spot-check",
+        parser=parsed_count,
+        metavar="COUNT",
+        help="Draw so many of the forwards, for --forwards or --measure.",
+    ),
 ]
 _ForwardsOption = Annotated[Path | None, typer.Option("--forwards", help="Write the drawn forwards to this file.")]
 _MeasureOption = Annotated[bool, typer.Option("--measure", help="Time the drawn forwards on this machine.")]
@@ -79,7 +97,9 @@ def traffic(
     growth: _GrowthOption = 1500,
     pause_ms: _PauseOption = 3000.0,
     gpu: GpuOption = "auto",
+    engine: EngineOption = SGLANG,
     policy: PolicyOption = None,
+    allow_modelled: AllowModelledOption = False,
     measurements: MeasurementsOption = None,
     h_q: HeadsOption = None,
     chunk: ChunkOption = 8192,
@@ -104,14 +124,16 @@ def traffic(
     from mla_tune.replay.agents import AgentMix
     from mla_tune.replay.scheduler import Server
 
-    engine, longest = Server(chunk, concurrency, rest_us, rest_us_per_token, decode_us), find_model(model).max_context
+    settings = Server(chunk, concurrency, rest_us, rest_us_per_token, decode_us)
+    longest = find_model(model).max_context
     if trace is not None:
         offered = replaying.of_trace(trace, speed, longest)
     else:
         mix = AgentMix(agents or 0, turns, first_prompt, turn_tokens, growth, pause_ms * 1e3, longest, seed)
         offered = replaying.of_mix(mix)
-    found = evidence(model, h_q, gpu, policy, measurements)
-    told = replaying.judged(found, offered, engine)
+    answers = answering(Question(engine, gpu, policy, allow_modelled))
+    found = evidence(model, h_q, answers, measurements)
+    told = replaying.judged(found, offered, settings)
     if record is not None:
         replaying.record(told, record)
     drawn = None if spot_check is None else replaying.drawn(told, spot_check, seed, forwards)

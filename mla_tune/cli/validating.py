@@ -8,20 +8,22 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.named_policy import named_evidence, named_policy, policy_conditions
+from mla_tune.cli.answering import EngineOption, PolicyOption, Question, answering
 from mla_tune.cli.options import (
     DEFAULT_TIMEOUT_S,
     GpuOption,
     JsonOption,
     ModelOption,
-    PolicyOption,
     TimeoutOption,
     chosen_models,
+    parsed_count,
     positive_seconds,
 )
 from mla_tune.cli.output import device_output
 from mla_tune.cli.places import make_folder, this_device, validation_path
+from mla_tune.cli.priced import policy_conditions
 from mla_tune.errors import GoalMissedError, UsageError
+from mla_tune.sites.provider import OWN
 
 if TYPE_CHECKING:
     from mla_tune.fit.observations import Observations
@@ -32,11 +34,19 @@ _MOST_POINTS = 100_000
 
 def validate(
     gpu: GpuOption = "auto",
-    points: Annotated[int, typer.Option("--points", help="Random shapes to measure, over all sites together.")] = 400,
+    points: Annotated[
+        int,
+        typer.Option(
+            "--points", parser=parsed_count, metavar="COUNT", help="Random shapes to measure, over all sites together."
+        ),
+    ] = 400,
     seed: Annotated[int, typer.Option("--seed", help="Seed of the shapes; one that no fit has used.")] = 1,
+    engine: EngineOption = OWN,
     policy: PolicyOption = None,
     model: ModelOption = None,
-    db: Annotated[Path | None, typer.Option("--db", help="Its own database (default db/<sku>.validate.db).")] = None,
+    db: Annotated[
+        Path | None, typer.Option("--db", help="Its own database (default db/<sku>.validate.db of the user's folder).")
+    ] = None,
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
 ) -> None:
@@ -45,8 +55,8 @@ def validate(
     if not 1 <= points <= _MOST_POINTS:
         raise UsageError(f"--points must be a number of shapes: got {points}; accepted: 1 to {_MOST_POINTS}")
     positive_seconds("--timeout", timeout)
-    loaded, _ = named_policy(policy, device.sku)
-    stated = named_evidence(policy, device.sku)
+    found = answering(Question(engine, device.sku, policy, allow_modelled=True))
+    loaded, stated = found.policy, found.stated
     models = chosen_models(model)
     from mla_tune.fit.goal import Goal
     from mla_tune.fit.goal import validate as judge

@@ -65,9 +65,8 @@ def _candidate(costs: CostModel, where: Scope, name: str, shape: Shape) -> Candi
     works = [work(site, [shape]) for site, _ in where.parts]
     lines: list[StageCost] = []
     for (site, layers), load in zip(where.parts, works, strict=True):
-        lines += _in_running_order(
-            costs.costs(site, name).breakdown(load, shares(where.model, site), layers), site, name
-        )
+        path = costs.costs(where.launched(site, name, costs), name)
+        lines += _in_running_order(path.breakdown(load, shares(where.model, site), layers), site, name)
     total_us = float(where.predicted_us(costs, name, works)[0])
     return CandidateExplanation(
         candidate=name,

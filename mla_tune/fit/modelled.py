@@ -18,12 +18,19 @@ from mla_tune.fit.costs import CandidateCosts, CostModel, PathCosts
 from mla_tune.fit.limits import suspects
 from mla_tune.fit.scaling import ScaledStage, Scaling, scale_stage
 from mla_tune.fit.scope import Scope, scopes
-from mla_tune.fit.table_rows import FIRST_CALL_BOUND_S, FittedPolicy, FittedTable, policy_environment, unjudged_table
+from mla_tune.fit.table_rows import (
+    FIRST_CALL_BOUND_S,
+    FittedPolicy,
+    FittedTable,
+    every_table,
+    policy_environment,
+    unjudged_table,
+)
 from mla_tune.fit.work import work
 from mla_tune.hardware.datasheet import Datasheet, datasheet
 from mla_tune.policy.evidence import Modelled, PolicyEvidence, StageUncertainty, Uncertainty
 from mla_tune.policy.schema import Gpu, Policy, Source
-from mla_tune.sites.site import Site
+from mla_tune.sites.site import PLAIN, Site
 
 _DIGITS = 4
 """Of an uncertainty in a policy."""
@@ -90,7 +97,7 @@ def model_policy(
             f"a modelled GPU must be another than the measured one: got {target.sku} for both; next: `mla-tune fit`"
         )
     costs = ModelledCosts(measured, target)
-    tables = [table for scope in scopes() if (table := _table(costs, scope)) is not None]
+    tables = every_table(PLAIN, lambda scope: _table(costs, scope))
     if not tables:
         raise FitError(
             f"a modelled policy needs a site whose incumbent ran: got none for {environment.sku}; "

@@ -39,7 +39,7 @@ class Scope:
         """Measured whole-path cost: per layer, or per forward; None if any part of it was not measured."""
         total_us = 0.0
         for site, layers in self.parts:
-            cost = observations.cost(self._launched(site, candidate, observations), candidate, shape)
+            cost = observations.cost(self.launched(site, candidate, observations), candidate, shape)
             if cost is None:
                 return None
             total_us += layers * cost.amortized(shares(self.model, site))
@@ -49,7 +49,7 @@ class Scope:
         """Confidence interval of :meth:`measured_us`; None where that is None."""
         low_us = high_us = 0.0
         for site, layers in self.parts:
-            launched = self._launched(site, candidate, observations)
+            launched = self.launched(site, candidate, observations)
             ends = observations.cost_range(launched, candidate, shape, shares(self.model, site))
             if ends is None:
                 return None
@@ -60,17 +60,17 @@ class Scope:
         """Predicted cost, (num_shapes,); ``works`` holds the shapes' work at each site of :attr:`parts`."""
         total_us = np.zeros_like(works[0].num_qo_tokens)
         for (site, layers), load in zip(self.parts, works, strict=True):
-            launched = self._launched(site, candidate, costs)
+            launched = self.launched(site, candidate, costs)
             total_us += layers * costs.costs(launched, candidate).amortized_us(load, shares(self.model, site))
         return total_us
 
     def error(self, costs: CostModel, candidate: str) -> float:
         """Relative error of a prediction between the measured points, weighted by layers."""
         layers = sum(count for _, count in self.parts)
-        launched = ((self._launched(site, candidate, costs), count) for site, count in self.parts)
+        launched = ((self.launched(site, candidate, costs), count) for site, count in self.parts)
         return sum(count * costs.costs(site, candidate).error for site, count in launched) / layers
 
-    def _launched(self, site: Site, candidate: str, ran: Observations | CostModel) -> Site:
+    def launched(self, site: Site, candidate: str, ran: Observations | CostModel) -> Site:
         """The site whose kernels the engine runs for ``candidate``; ``site`` where that one was not swept."""
         launched = launched_site(self.engine, site, candidate, ran.architecture)
         return launched if candidate in ran.candidates(launched) else site

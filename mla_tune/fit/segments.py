@@ -7,6 +7,7 @@ integers, so that the result depends neither on the order of a sum nor on a libr
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ IntArray = npt.NDArray[np.int64]
 COST_UNIT = 1e-9
 """What one unit of cost stands for."""
 _UNITS = 1_000_000_000
+_REACH = 3
+"""Columns (of six an octave) by which a merged row's thresholds may move from those that its halves had."""
 _ROUNDS = 4
 """Times that every threshold of a row is looked at again after the others moved; it settles after two."""
 
@@ -75,6 +78,11 @@ class Cells:
         )
 
     @cached_property
+    def _thresholds(self) -> list[int]:
+        """Between each column but the first and the one before it."""
+        return [int(tokens) for tokens in threshold(self.tokens, np.arange(1, len(self.tokens)))]
+
+    @cached_property
     def _sums(self) -> IntArray:
         """Costs of all columns below each, (num_bins, num_candidates, num_columns + 1)."""
         return np.pad(self.costs, ((0, 0), (0, 0), (1, 0))).cumsum(axis=2)
@@ -84,25 +92,23 @@ class Cells:
         columns = [self._columns(first_bin, end_bin, s.first, s.last) for s in segments]
         return Band(first_bin, end_bin, segments, int(self._total(first_bin, segments, columns).sum()))
 
-    def fitted(self, first_bin: int, end_bin: int, segments: tuple[Segment, ...], reach: int) -> Band:
-        """``segments`` with their thresholds moved, by at most ``reach`` columns at each end, to where they cost least."""
+    def fitted(self, first_bin: int, end_bin: int, segments: tuple[Segment, ...]) -> Band:
+        """``segments`` with their thresholds moved, by at most some columns at each end, to where they cost least."""
         found = segments
         for _ in range(_ROUNDS):
             before = found
             for index in range(1, len(found)):
-                found = self._moved(first_bin, end_bin, found, index, reach)
+                found = self._moved(first_bin, end_bin, found, index)
             if found == before:
                 break
         return self.judged(first_bin, end_bin, found)
 
-    def _moved(
-        self, first_bin: int, end_bin: int, segments: tuple[Segment, ...], index: int, reach: int
-    ) -> tuple[Segment, ...]:
+    def _moved(self, first_bin: int, end_bin: int, segments: tuple[Segment, ...], index: int) -> tuple[Segment, ...]:
         """``segments`` with the threshold of one at the best place between those of its neighbours."""
         segment = segments[index]
         floor, ceiling = segments[index - 1], segments[index + 1] if index + 1 < len(segments) else None
-        firsts = self._near(segment.first, reach, floor.first, ceiling.first if ceiling else None)
-        lasts = self._near(segment.last, reach, floor.last, ceiling.last if ceiling else None)
+        firsts = self._near(segment.first, floor.first, ceiling.first if ceiling else None)
+        lasts = self._near(segment.last, floor.last, ceiling.last if ceiling else None)
         if not (firsts.size and lasts.size):
             return segments
         sums = self._sums
@@ -123,19 +129,21 @@ class Cells:
         now = int((before[rows, here] - after[rows, here]).sum())
         return _with(segments, index, moved) if int(costs[best]) < now else segments
 
-    def _near(self, tokens: int, reach: int, floor: int, ceiling: int | None) -> IntArray:
+    def _near(self, tokens: int, floor: int, ceiling: int | None) -> IntArray:
         """Thresholds to try instead of ``tokens``: halfway between neighbouring columns."""
-        at = int(np.searchsorted(self.tokens, tokens))
-        columns = np.arange(max(at - reach, 1), min(at + reach, len(self.tokens) - 1) + 1)
-        found = threshold(self.tokens, columns)
-        return np.asarray(found[(found > floor) & (found < (ceiling if ceiling is not None else np.inf))])
+        at = int(self.tokens.searchsorted(tokens))
+        low, high = max(at - _REACH, 1) - 1, min(at + _REACH, len(self.tokens) - 1)
+        low = bisect_right(self._thresholds, floor, low, high)
+        high = high if ceiling is None else bisect_left(self._thresholds, ceiling, low, high)
+        return np.array(self._thresholds[low:high], dtype=np.int64)
 
     def _columns(self, first_bin: int, end_bin: int, first: int | IntArray, last: int | IntArray) -> IntArray:
         """First column at or above a threshold in each bin, (end_bin - first_bin, ...) with the shape of the ends."""
         start, end = self.starts[first_bin], self.starts[end_bin]
         share = (self.middles[first_bin:end_bin] - start) / (end - start)
-        share = share.reshape(-1, *(1 for _ in np.shape(np.add(first, last))))
-        return np.asarray(np.searchsorted(self.tokens, first + (np.asarray(last) - first) * share))
+        if isinstance(first, int):
+            return np.asarray(self.tokens.searchsorted(first + (last - first) * share))
+        return np.asarray(self.tokens.searchsorted(first + (last - first) * share.reshape(-1, 1, 1)))
 
     def _total(self, first_bin: int, segments: tuple[Segment, ...], columns: Sequence[IntArray]) -> IntArray:
         """(num_bins of the band,) what the segments cost in each bin."""
@@ -248,10 +256,6 @@ def _lost(bands: Sequence[Band]) -> int:
     return sum(band.cost for band in bands)
 
 
-_REACH = 3
-"""Columns (of six an octave) by which a merged row's thresholds may move from those that its halves had."""
-
-
 def _merge(cells: Cells, bands: list[Band]) -> None:
     """Join neighbours in place, the cheapest pair first, until each further one would cost too much."""
     joined = [_joined(cells, a, b) for a, b in pairwise(bands)]
@@ -270,7 +274,7 @@ def _merge(cells: Cells, bands: list[Band]) -> None:
 
 def _joined(cells: Cells, one: Band, other: Band) -> Band:
     """Two neighbours as one row: lines through what both had, or the segments of either stretched over both."""
-    attempts = [cells.fitted(one.first_bin, other.end_bin, segments, _REACH) for segments in _joints(one, other)]
+    attempts = [cells.fitted(one.first_bin, other.end_bin, segments) for segments in _joints(one, other)]
     return min(attempts, key=lambda band: (band.cost, len(band.segments)))
 
 

@@ -29,6 +29,7 @@ from mla_tune.policy.evidence import PolicyEvidence, RowEvidence, TableEvidence
 from mla_tune.policy.kernel_config import kernel_configs
 from mla_tune.policy.schema import Gpu, Ineligible, Library, Limit, Policy, PolicyEnvironment, Source, Table
 from mla_tune.sites.engines import Engine, engine_choice
+from mla_tune.sites.site import FORWARD, Conditions
 from mla_tune.store.limit_try import Try
 from mla_tune.store.measurement import Measurement, Role
 from mla_tune.store.tuned import Tuned
@@ -83,8 +84,7 @@ def fit_policy(
     costs = CostModel(environment, measurements, tries, objective.regime)
     require_regime(costs.observations)
     conditions = costs.observations.conditions
-    fitted = (fit_table(costs, scope, first_call_bound_s, objective, on_lost) for scope in scopes(conditions))
-    found = [entry for entry in fitted if entry is not None]
+    found = every_table(conditions, lambda one: fit_table(costs, one, first_call_bound_s, objective, on_lost))
     tables = tuple(entry.table for entry in found)
     if not tables:
         raise FitError(
@@ -110,6 +110,24 @@ def fit_policy(
         objective=objective.stated(),
     )
     return FittedPolicy(policy, evidence)
+
+
+def every_table(conditions: Conditions, fit: Callable[[Scope], FittedTable | None]) -> list[FittedTable]:
+    """What ``fit`` gives for every table that a policy can have, without those for which it gives none.
+
+    The forward of a model with one layer type has the table of that layer: every cost is the same number of times as high.
+    """
+    found: list[FittedTable] = []
+    entry: FittedTable | None = None
+    for one in scopes(conditions):
+        if one.layer != FORWARD or len(one.parts) > 1:
+            entry = fit(one)
+        elif entry is not None:  # of the layer, which comes just before
+            table = msgspec.structs.replace(entry.table, layer=FORWARD)
+            entry = FittedTable(table, msgspec.structs.replace(entry.evidence, layer=FORWARD))
+        if entry is not None:
+            found.append(entry)
+    return found
 
 
 def policy_environment(environment: Environment) -> PolicyEnvironment:

@@ -36,11 +36,13 @@ class Tables:
     """The indexer's, of the whole forward."""
     noise_band: float = LEAST_DIFFERENCE
     """Relative difference below which two candidates of :attr:`attention` count as equal."""
+    served: ModelConfig | None = None
+    """A model that takes another one's tables, with its own layer counts; None for the tables' own."""
 
     @property
     def model(self) -> ModelConfig:
         """The model that they are for."""
-        return MODELS[self.attention.model]
+        return self.served or MODELS[self.attention.model]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,9 +84,9 @@ class Pricer:
         conditions = costs.observations.conditions
         attention, metadata = SiteName.PREFILL_ATTENTION, SiteName.INDEXER_METADATA
         h_q = tables.attention.h_q
-        self._attention = scope(attention, self.model, FORWARD, h_q, conditions=conditions)
+        self._attention = scope(attention, self.model, FORWARD, h_q, tables.attention.engine, conditions)
         self.sites: tuple[tuple[Site, int], ...] = self._attention.parts
-        self._metadata = scope(metadata, self.model, FORWARD, None, conditions=conditions)
+        self._metadata = scope(metadata, self.model, FORWARD, None, tables.metadata.engine, conditions)
         for table, parts in ((tables.attention, self.sites), (tables.metadata, self._metadata.parts)):
             for site, _ in parts:
                 lacking = set(table.candidates) - set(costs.candidates(site))
@@ -102,7 +104,8 @@ class Pricer:
         layers = []
         for (site, count), load, table in zip(self.sites, works, self.tables.layers, strict=True):
             share = shares(self.model, site)
-            us = np.stack([count * self.costs.costs(site, name).amortized_us(load, share) for name in names])
+            paths = [self.costs.costs(self._attention.launched(site, name, self.costs), name) for name in names]
+            us = np.stack([count * path.amortized_us(load, share) for path in paths])
             layers.append(LayerPrices(site.layer, names, _limited(us, names, tokens, table.limits)))
         indexer = self.tables.metadata.candidates
         loads = [work(site, forwards) for site, _ in self._metadata.parts]

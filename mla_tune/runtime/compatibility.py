@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from mla_tune.hardware.builds import (
@@ -27,9 +27,13 @@ from mla_tune.sites.provider import SGLANG, SGLANG_KERNEL
 class BuildsHere:
     """The builds that ``engine`` runs on this machine, compared with those that a policy's tables name."""
 
-    def __init__(self, engine: str, libraries: Iterable[Library] = ()) -> None:
-        """``engine``: ``own``, ``sglang`` or ``vllm``; ``libraries`` are the policy's, with the digests of their files."""
+    def __init__(self, engine: str, libraries: Iterable[Library] = (), *, installed: bool = True) -> None:
+        """``engine``: ``own``, ``sglang`` or ``vllm``; ``libraries`` are the policy's, with the digests of their files.
+
+        Without ``installed`` this machine is not asked: every build is taken to be there that the engine can run at all.
+        """
         self._engine = engine
+        self._installed = installed
         self._digests = {Build(one.name, one.version): one.sha256 for one in libraries if one.sha256}
         self._known: dict[str, str | None] = {}
 
@@ -49,6 +53,8 @@ class BuildsHere:
             return elsewhere
         if build.version == UNKNOWN:
             return f"{build.name} was measured in an unknown version"
+        if not self._installed:
+            return None
         found = installed_version(build.name)
         if found is None:
             return f"{build.name} must be {build.version}: it is not installed"
@@ -63,7 +69,7 @@ class BuildsHere:
             return None
         if self._engine == VLLM:
             return f"{build.name} must be {build.version}: vLLM runs the {module} of its own wheel"
-        if module == FLASH_MLA and self._flash_mla not in (None, package_of(build.name)):
+        if self._installed and module == FLASH_MLA and self._flash_mla not in (None, package_of(build.name)):
             there = f"{module} in {SGLANG_KERNEL}" if self._flash_mla == SGL_KERNEL else f"package {module}"
             said = f"{build.name} must be {build.version}: "
             if self._engine == SGLANG:
@@ -114,10 +120,18 @@ def candidate_faults(table: Table, here: BuildsHere) -> dict[str, str]:
     return {candidate: fault for candidate, fault in faults if fault is not None}
 
 
-def differences(policy: Policy) -> Iterator[str]:
-    """How the software here differs from that of the measurement, in what no table depends on: context for a reader."""
-    stated: Mapping[str, str] = {"torch": policy.environment.torch, "triton": policy.environment.triton}
-    for name, measured in stated.items():
-        found = installed_version(name)
+def differences(policy: Policy, driver: str | None = None) -> Iterator[str]:
+    """How the software here differs from that of the measurement, in what no table depends on: context for a reader.
+
+    ``driver`` is the version of this machine's; None where nobody asked for it.
+    """
+    measured_with = policy.environment
+    stated = {
+        name: (installed_version(name), measured)
+        for name, measured in (("torch", measured_with.torch), ("triton", measured_with.triton))
+    }
+    if driver:
+        stated["driver"] = driver, measured_with.driver
+    for name, (found, measured) in stated.items():
         if measured and found != measured:
             yield f"{name} {found or 'not installed'}, measured with {measured}"

@@ -243,7 +243,7 @@ class Dispatcher:
                     raise
                 reason = str(error)
                 self._note(reason)
-        return Resolved(name, model, str(layer), h_q, incumbent, constant(incumbent), None, reason, rule)
+        return Resolved(name, config.name, str(layer), h_q, incumbent, constant(incumbent), None, reason, rule)
 
     def _serving(self, table: Table, layer: str) -> Resolved:
         name, rule, incumbent = SiteName(table.site), Rule.POLICY, table.incumbent

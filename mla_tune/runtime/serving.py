@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 import msgspec
 
 from mla_tune.errors import PolicyError, UsageError
+from mla_tune.hardware.sku import CPU
 from mla_tune.policy.codec import digest, parse_policy, read_policy_file
 from mla_tune.policy.schema import Policy, Table
 from mla_tune.policy.search import Place, PolicyFile, packaged_policies, policy_files, user_policies
-from mla_tune.runtime.compatibility import BuildsHere, candidate_faults, differences
+from mla_tune.runtime.compatibility import BuildsHere, candidate_faults
 from mla_tune.runtime.switches import MODELLED_VARIABLE, Switches
 from mla_tune.sites.engines import Engine, table_engine
 from mla_tune.sites.provider import OWN, SGLANG, VLLM
@@ -37,7 +38,8 @@ class GpuKey:
     sm_count: int | None = None
 
     def __str__(self) -> str:
-        return self.sku if self.sm_count is None else f"{self.sku} with {self.sm_count} SMs"
+        units = "threads" if self.sku == CPU else "SMs"
+        return self.sku if self.sm_count is None else f"{self.sku} with {self.sm_count} {units}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,8 +75,6 @@ class Serving:
     """Why the file serves nothing at all, whatever its tables say."""
     overridden: tuple[str, ...] = ()
     """What would keep tables of a named file from serving, and does not, since the user named it."""
-    context: tuple[str, ...] = ()
-    """How the software differs from the measured one in what no table depends on."""
 
     @property
     def total(self) -> int:
@@ -89,6 +89,8 @@ class Serving:
     @property
     def summary(self) -> str:
         """One line: the file, how many tables serve of how many, and the reason for each group that does not."""
+        if self.file is None:
+            return f"{self.source}: {self.fault}"
         parts = [f"{len(self.tables)} of {self.total} tables serve {self.engine}"]
         parts += [self.fault] if self.fault is not None else map(str, self.left_out)
         parts += [f"although {reason}" for reason in self.overridden]
@@ -96,20 +98,34 @@ class Serving:
 
     @property
     def source(self) -> str:
-        """The file, where it was found, its digest, and what was measured on which GPU."""
+        """The file, where it was found, its digest, and what was measured on which GPU with whose kernels."""
         if self.file is None:
             return "no policy file"
         if self.policy is None:
-            return f"{self.file} ({self.file.place})"
+            return f"{self.name} ({self.file.place})"
         evidence, of = self.policy.evidence, GpuKey(self.policy.gpu.sku, self.policy.gpu.sm_count)
-        return f"{self.file} ({self.file.place}, sha256 {self.digest[:12]}, {evidence} for {of})"
+        whose = f"kernels of {self.policy.provider or 'mla-tune'}"
+        return f"{self.name} ({self.file.place}, sha256 {self.digest[:12]}, {evidence} for {of}, {whose})"
+
+    @property
+    def name(self) -> str:
+        """The file as a reader knows it: a shipped one has one name wherever the package lies."""
+        if self.file is None:
+            return "no policy file"
+        return self.file.path.name if self.file.place is Place.SHIPPED else str(self.file)
 
 
 def find_serving(
-    gpu: GpuKey | None, engine: str = OWN, switches: Switches | None = None, environment: Mapping[str, str] = os.environ
+    gpu: GpuKey | None,
+    engine: str = OWN,
+    switches: Switches | None = None,
+    environment: Mapping[str, str] = os.environ,
+    *,
+    installed: bool = True,
 ) -> Serving:
     """What serves ``engine`` (a word of :data:`ENGINES`) on ``gpu``, by the builds that are installed here.
 
+    Without ``installed`` it is what serves a machine that has the builds of each policy, as far as the engine runs them.
     The first file in which any table serves: the one that ``switches`` name, then the user's, then the shipped ones. A
     named file serves as it is, whatever differs. Raises :class:`PolicyError` for a named file that cannot be read.
     """
@@ -120,7 +136,7 @@ def find_serving(
         return Serving(engine, gpu, fault="there is no GPU, and no file is named")
     passed: list[Serving] = []
     for file in policy_files("" if gpu is None else gpu.sku, engine, switches.policy, environment):
-        serving = _look_into(file, gpu, engine, switches)
+        serving = _look_into(file, gpu, engine, switches, installed=installed)
         if serving.tables:
             return replace(serving, passed_over=tuple(map(_why_not, passed)))
         passed.append(serving)
@@ -131,7 +147,7 @@ def find_serving(
     return Serving(engine, gpu, fault=f"none is for {sku}, in {folder} or among the shipped ones ({shipped})")
 
 
-def _look_into(file: PolicyFile, gpu: GpuKey | None, engine: str, switches: Switches) -> Serving:
+def _look_into(file: PolicyFile, gpu: GpuKey | None, engine: str, switches: Switches, *, installed: bool) -> Serving:
     """What one file serves. Raises :class:`PolicyError` for a named one that cannot be read."""
     serving, named = Serving(engine, gpu, file), file.place is Place.NAMED
     try:
@@ -141,13 +157,13 @@ def _look_into(file: PolicyFile, gpu: GpuKey | None, engine: str, switches: Swit
         if named:
             raise
         return replace(serving, fault=str(error))
-    serving = replace(serving, policy=policy, digest=digest(data), context=tuple(differences(policy)))
+    serving = replace(serving, policy=policy, digest=digest(data))
     read = tuple(table for table in policy.tables if _reads(engine, table))
     fault = _evidence_fault(policy, switches, named=named)
     other = _gpu_fault(policy, gpu)
     if fault is not None or (other is not None and not named):
         return replace(serving, fault=fault or other, left_out=_all_left(read, fault or other or ""))
-    tables, left_out = _sorted_out(read, BuildsHere(engine, policy.environment.libraries))
+    tables, left_out = _sorted_out(read, BuildsHere(engine, policy.environment.libraries, installed=installed))
     if not named:
         return replace(serving, tables=tables, left_out=left_out)
     return replace(serving, tables=read, overridden=(*([other] if other else ()), *map(str, left_out)))
@@ -213,7 +229,7 @@ def _all_left(tables: tuple[Table, ...], reason: str) -> tuple[LeftOut, ...]:
 
 def _why_not(serving: Serving) -> str:
     reasons = [serving.fault] if serving.fault is not None else [group.reason for group in serving.left_out]
-    return f"{serving.file}: {'; '.join(dict.fromkeys(reasons)) or f'no table that {serving.engine} reads'}"
+    return f"{serving.name}: {'; '.join(dict.fromkeys(reasons)) or f'no table that {serving.engine} reads'}"
 
 
 def _named(table: Table) -> str:

@@ -199,14 +199,38 @@ DEEPSEEK_V3_2 = ModelConfig(
     max_context=163840,
 )
 MODELS: dict[str, ModelConfig] = {m.name: m for m in (DEEPSEEK_V4_FLASH, DEEPSEEK_V4_PRO, DEEPSEEK_V3_2)}
+"""By the names that tables have."""
+
+_GLM_5 = replace(DEEPSEEK_V3_2, layers=((LayerType.DSA, 78),), heads=(64,), max_context=202752)
+"""V3.2's attention with half its heads, which runs the same kernels on the same shapes and takes the same tables."""
+HUGGING_FACE: dict[str, ModelConfig] = {
+    "deepseek-ai/DeepSeek-V4-Flash": DEEPSEEK_V4_FLASH,
+    "deepseek-ai/DeepSeek-V4-Pro": DEEPSEEK_V4_PRO,
+    "deepseek-ai/DeepSeek-V3.2": DEEPSEEK_V3_2,
+    "deepseek-ai/DeepSeek-V3.2-Exp": DEEPSEEK_V3_2,
+    "zai-org/GLM-5": _GLM_5,
+    "zai-org/GLM-5-FP8": _GLM_5,
+}
+"""By the ids of their checkpoints, as an engine's ``--model`` has them; their names are those of the tables they take."""
+_WITHOUT_TABLES = {
+    "deepseek-ai/DeepSeek-V4.1-Flash": "its layers of compress ratios 1 and 2 are no site of any measurement yet",
+}
+"""Models that engines serve and nobody measured, and what is missing."""
 
 
 def model(name: str) -> ModelConfig:
-    """Look a model up by name. Raises :class:`UsageError` that lists the known ones."""
-    try:
+    """Look a model up by name, or by the id of its checkpoint. Raises :class:`UsageError` that lists the known ones."""
+    if name in MODELS:
         return MODELS[name]
-    except KeyError:
-        raise UsageError(f"model must be a known one: got {name!r}; accepted: {', '.join(MODELS)}") from None
+    word = name.lower()
+    found = next((config for known, config in HUGGING_FACE.items() if known.lower() == word), None)
+    if found is not None:
+        return found
+    accepted = f"{', '.join(MODELS)}, or an id: {', '.join(HUGGING_FACE)}"
+    missing = next((why for known, why in _WITHOUT_TABLES.items() if known.lower() == word), None)
+    if missing is not None:
+        raise UsageError(f"model must be one that has tables: got {name!r}: {missing}; accepted: {accepted}")
+    raise UsageError(f"model must be a known one: got {name!r}; accepted: {accepted}")
 
 
 def attention_sites(models: Iterable[ModelConfig], conditions: Conditions = PLAIN) -> dict[Site, ModelConfig]:

@@ -31,11 +31,12 @@ def swept(tmp_path_factory: pytest.TempPathFactory) -> Swept:
 
 @pytest.fixture
 def folder(swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it, which is the current folder of the test."""
+    """A copy of it, which is the current folder of the test and the user's folder."""
     assert swept.result.returncode == 0, swept.result.stderr
     copy = tmp_path / "work"
     shutil.copytree(swept.folder, copy)
     monkeypatch.chdir(copy)
+    monkeypatch.setenv("MLA_TUNE_HOME", ".")
     return copy
 
 

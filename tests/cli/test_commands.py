@@ -117,7 +117,7 @@ def test_lookup_explain_and_the_runtime_give_one_answer(folder: Path, capsys: py
     for tokens, kv_tokens in ((1, 1), (16, 4096), (700, 8192), (16384, 32768), (1 << 40, 1 << 41)):
         query = (str(tokens), str(kv_tokens), *PLACE, "--layer", "c4a")
         expected = resolved.choose(tokens, kv_tokens, 1)
-        assert output(capsys, "lookup", *query) == f"{expected}\n"
+        assert f"\nchoice: {expected}, because: " in output(capsys, "lookup", *query)
         assert as_json(capsys, "lookup", *query)["candidate"] == expected
         explained = as_json(capsys, "explain", *query)
         assert explained["decision"]["candidate"] == expected
@@ -127,6 +127,7 @@ def test_lookup_explain_and_the_runtime_give_one_answer(folder: Path, capsys: py
 
 def test_json_of_a_policy_is_the_policy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shown, fitted = as_json(capsys, "policy", "show", "--gpu", "cpu"), as_json(capsys, "fit", "--gpu", "cpu")
+    assert shown.pop("answered_by")["policy"] == str(POLICY)
     assert shown == fitted
     policy = load_policy(POLICY)
     assert [table["layer"] for table in shown["tables"]] == [table.layer for table in policy.tables]
@@ -179,6 +180,7 @@ def test_a_dry_run_counts_the_points_of_a_sweep_and_writes_nothing(
     swept: Swept, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLA_TUNE_HOME", ".")
     plan = as_json(capsys, *SWEEP, "--dry-run")
     assert f"{plan['points']} points measured" in swept.result.stderr
     assert sum(row["points"] for row in plan["plan"]) == plan["points"]

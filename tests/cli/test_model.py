@@ -26,6 +26,7 @@ LOOKUP = ("16", "1048576", "--gpu", "h100", "--model", "deepseek-v4-flash", "--l
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with made-up measurements of an H200, at one site."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLA_TUNE_HOME", ".")
     export("nvidia-h200", ENVIRONMENT)
     return tmp_path
 
@@ -109,11 +110,14 @@ def test_a_modelled_choice_is_looked_up_shown_and_explained_by_the_scaled_costs(
 ) -> None:
     assert run(["model", "--to", "h100"]) == 0
     capsys.readouterr()
-    assert run(["lookup", *LOOKUP]) == 0
-    assert capsys.readouterr().out.strip() == "with_kvcache"
-    assert run(["policy", "show", "--gpu", "h100"]) == 0
+    named = ["--policy", str(H100)]
+    assert run(["lookup", *LOOKUP, *named]) == 0
+    printed = capsys.readouterr().out
+    assert "modelled for nvidia-h100" in printed.splitlines()[0]
+    assert "\nchoice: with_kvcache, " in printed
+    assert run(["policy", "show", *named]) == 0
     assert "not judged" in capsys.readouterr().out
-    assert run(["explain", *LOOKUP, "--json"]) == 0
+    assert run(["explain", *LOOKUP, *named, "--json"]) == 0
     explained = json.loads(capsys.readouterr().out)
     assert explained["decision"]["candidate"] == "with_kvcache"
     assert [entry["measured_us"] for entry in explained["candidates"]] == [None, None]

@@ -23,6 +23,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("db", "policies"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.db*"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLA_TUNE_HOME", ".")
     return tmp_path
 
 
@@ -121,8 +122,13 @@ REFUSALS = {
         "no.yaml",
     ),
     "measurements of another gpu": ([*FLASH, "--measurements", "db/cpu.jsonl"], 1, "measured on cpu"),
+    "another gpu's policy": (
+        ["plan", "--model", "deepseek-v3.2", "--gpu", "cpu", "--policy", "policies/nvidia-h200.yaml"],
+        2,
+        "policies/nvidia-h200.yaml is for nvidia-h200, --gpu names cpu",
+    ),
     "another gpu's predictions": (
-        ["plan", "--model", "deepseek-v3.2", "--gpu", "cpu", "--policy", "policies/nvidia-h200.yaml", "--measure"],
+        ["plan", "--model", "deepseek-v3.2", "--policy", "policies/nvidia-h200.yaml", "--batches", "1", "--measure"],
         1,
         "policies/nvidia-h200.yaml is for nvidia-h200, this machine is cpu",
     ),

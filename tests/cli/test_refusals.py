@@ -21,6 +21,7 @@ GOLDEN = Path(__file__).parents[1] / "policy" / "golden.yaml"
 FLASH = ("--gpu", "cpu", "--model", "deepseek-v4-flash")
 EXPORT = "db/cpu.jsonl"
 PLACE = (*FLASH, "--site", "indexer_metadata")
+NAMED = ("--policy", "policies/cpu.yaml", *PLACE)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: str) -> tuple[int, str]:
@@ -109,8 +110,11 @@ def test_a_wrong_argument_is_named_with_what_is_accepted(
 FAILURES = {
     "a gpu that is not in this machine": (["sweep", "--gpu", "b200"], "nvidia-b200 that is in this machine: found "),
     "verifying one": (["verify", "--gpu", "b200"], "accepted here: auto, "),
-    "a gpu without a policy": (["policy", "show", "--gpu", "nvidia-l4"], "got none for nvidia-l4"),
-    "a site that was not swept": (["lookup", "1", "1", *FLASH], "policies/cpu.yaml must have a table for prefill"),
+    "a gpu without a policy": (["policy", "show", "--gpu", "nvidia-l4"], "none is for nvidia-l4"),
+    "a site that was not swept": (
+        ["lookup", "1", "1", "--policy", "policies/cpu.yaml", *FLASH],
+        "policies/cpu.yaml must have a table for prefill",
+    ),
     "an explanation of one": (["explain", "1", "1", *FLASH], "policies/cpu.yaml must have a table for prefill"),
     "a policy that is not there": (["policy", "show", "--policy", "no.yaml"], "no.yaml: No such file"),
     "a folder as policy": (["policy", "show", "--policy", "db"], "db: Is a directory"),
@@ -184,8 +188,8 @@ def fill_with_noise(path: Path) -> None:
         ("db/cpu.jsonl", ["fit", "--gpu", "cpu"]),
         ("db/cpu.jsonl", ["db", "import", "db/cpu.jsonl", "--db", "copy.db"]),
         ("db/cpu.jsonl", ["explain", "4", "4000", *PLACE]),
-        ("policies/cpu.yaml", ["policy", "show", "--gpu", "cpu"]),
-        ("policies/cpu.yaml", ["lookup", "4", "4000", *PLACE]),
+        ("policies/cpu.yaml", ["policy", "show", "--policy", "policies/cpu.yaml"]),
+        ("policies/cpu.yaml", ["lookup", "4", "4000", *NAMED]),
     ],
 )
 def test_a_damaged_file_is_named(
@@ -241,7 +245,7 @@ def test_an_edited_policy_is_refused_with_its_line(
     text = path.read_text()
     assert old in text
     path.write_text(text.replace(old, new, 1))
-    code, line = refusal(capsys, folder, "lookup", "4", "4000", *PLACE)
+    code, line = refusal(capsys, folder, "lookup", "4", "4000", *NAMED)
     assert code == 1
     assert line.startswith("policies/cpu.yaml:")
     assert said in line
@@ -252,6 +256,7 @@ def test_a_file_in_the_place_of_an_output_folder_shows_before_the_sweep(
     blocked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLA_TUNE_HOME", ".")
     (tmp_path / "db").mkdir()
     if blocked == "db":
         (tmp_path / "db").rmdir()

@@ -27,6 +27,7 @@ def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("db", "policies"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.db*"))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MLA_TUNE_HOME", ".")
     return tmp_path
 
 
@@ -178,7 +179,7 @@ REFUSALS = {
     "neither trace nor agents": (["traffic", *FLASH], 2, "pass --trace FILE or --agents N"),
     "both": ([*REPLAY, "--agents", "3"], 2, "pass --trace FILE or --agents N"),
     "no agents": (["traffic", *FLASH, "--agents", "0"], 2, "an agentic mix must have agents"),
-    "negative turns": (["traffic", *FLASH, "--agents", "2", "--turns=-1"], 2, "an agentic mix must have agents"),
+    "negative turns": (["traffic", *FLASH, "--agents", "2", "--turns=-1"], 2, "'--turns': a count must be a whole"),
     "a draw for nothing": ([*REPLAY, "--spot-check", "3"], 2, "with --forwards FILE, --measure or both"),
     "a file without a draw": ([*REPLAY, "--forwards", "x.json"], 2, "pass --spot-check N"),
     "a measurement without a draw": ([*REPLAY, "--measure"], 2, "pass --spot-check N"),
@@ -241,7 +242,7 @@ def test_what_cannot_be_done_is_one_line(
 
 def test_a_spot_check_of_another_gpus_predictions_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     output(capsys, *REPLAY, "--spot-check", "1", "--forwards", "drawn.json")
-    code = run(["spot-check", "drawn.json", "--gpu", "cpu", "--policy", "policies/nvidia-h200.yaml"])
+    code = run(["spot-check", "drawn.json", "--policy", "policies/nvidia-h200.yaml"])
     captured = capsys.readouterr()
     assert code == 1
     assert "policies/nvidia-h200.yaml is for nvidia-h200, this machine is cpu" in captured.err

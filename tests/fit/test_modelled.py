@@ -14,10 +14,11 @@ from mla_tune.errors import UsageError
 from mla_tune.fit.bases import Chip, Resource, basis
 from mla_tune.fit.costs import CostModel
 from mla_tune.fit.curves import fit_curve, terms_of
+from mla_tune.fit.explanation import explain
 from mla_tune.fit.modelled import ModelledCosts, model_policy
 from mla_tune.fit.scaling import Scaling
 from mla_tune.fit.scope import Scope, scope
-from mla_tune.fit.table_rows import FittedPolicy
+from mla_tune.fit.table_rows import FittedPolicy, unjudged_table
 from mla_tune.fit.work import Array, work
 from mla_tune.fit.workspace_bytes import workspace
 from mla_tune.hardware.datasheet import DATASHEETS, SM90, SM100, Datasheet, Figure, datasheet
@@ -342,3 +343,18 @@ def test_v3_2_with_64_heads_pays_for_128_over_the_workspace_in_sglang_on_sm100(s
     }
     assert (us[64, "sparse_fwd"] == us[128, "sparse_fwd"]) == (sku == "nvidia-b200")
     assert us[64, "with_kvcache"] < us[128, "with_kvcache"]
+
+
+def test_what_sglang_pads_on_sm100_is_explained_with_the_heads_that_run() -> None:
+    """SGLang pads V3.2's 64 heads to 128 for the workspace path there, so its stages are those of 128."""
+    v32, dsa = MODELS["deepseek-v3.2"], LayerType.DSA
+    sites = [v32.site(SiteName.PREFILL_ATTENTION, dsa, h_q) for h_q in (64, 128)]
+    costs = ModelledCosts(CostModel(ENVIRONMENT, sweep(World(noise=0.01), sites)), datasheet("nvidia-b200"))
+    at = Shape(1, 4096, 65536)
+    found = {}
+    for h_q in (64, 128):
+        fitted = unjudged_table(costs, scope(SiteName.PREFILL_ATTENTION, v32, dsa, h_q))
+        assert fitted is not None
+        (path,) = (entry for entry in explain(costs, fitted.table, at).candidates if entry.candidate == "sparse_fwd")
+        found[h_q] = {line.stage: line.latency_us for line in path.stages}
+    assert found[64] == found[128]

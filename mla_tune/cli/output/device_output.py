@@ -127,7 +127,7 @@ def sweep_json(measured: Measured, repetitions: Sequence[Repetition], fitted: Fi
                 "suspects": list(measured.suspects),
                 "troubles": [trouble for report in measured.reports for trouble in report.troubles],
                 "repetitions": [_repetition_json(entry) for entry in repetitions],
-                "policy": policy_json(fitted.policy, fitted.evidence, policy_path) if fitted else None,
+                "policy": policy_json(fitted.policy, fitted.evidence, str(policy_path)) if fitted else None,
             }
         )
     )

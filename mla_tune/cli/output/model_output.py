@@ -16,11 +16,11 @@ from mla_tune.fit.table_rows import FittedPolicy
 def modelled(policies: Sequence[tuple[FittedPolicy, Path]], checks: Sequence[Checked], as_json: bool) -> None:
     """Everything that one call of ``model`` has to say."""
     if as_json:
-        written = [policy_json(fitted.policy, fitted.evidence, path) for fitted, path in policies]
+        written = [policy_json(fitted.policy, fitted.evidence, str(path)) for fitted, path in policies]
         print(json.dumps({"policies": written, "checks": [_json(entry) for entry in checks]}))
         return
     for fitted, path in policies:
-        policy_summary(fitted.policy, fitted.evidence, path, as_json=False)
+        policy_summary(fitted.policy, fitted.evidence)
         if fitted.evidence.modelled is not None:
             note(f"limits of {fitted.policy.scaled_from}: {fitted.evidence.modelled.limits}")
         print(f"modelled policy written to {path}")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table as RichTable
 
-from mla_tune.cli.output.render import console
+from mla_tune.cli.output.render import console, header
 
 if TYPE_CHECKING:
+    from mla_tune.cli.answering import Answering
     from mla_tune.policy.schema import Table
     from mla_tune.replay.mixed import Mix, Outlook, Timed
 
@@ -23,10 +24,10 @@ GOAL, NEVER_BELOW = 1.15, 0.98
 class Told:
     """All that the command found."""
 
+    answering: Answering
     table: Table
     """Of the model and heads."""
     layer: str
-    sku: str
     mix: Mix
     seed: int
     predicted: Sequence[Outlook]
@@ -39,6 +40,7 @@ def report(told: Told, as_json: bool) -> None:
     if as_json:
         print(json.dumps(_json(told)))
         return
+    header(told.answering)
     console.print(_model_line(told), highlight=False)
     console.print(_batches(told))
     for line in _summary(told):
@@ -46,9 +48,9 @@ def report(told: Told, as_json: bool) -> None:
 
 
 def _model_line(told: Told) -> str:
-    table, mix = told.table, told.mix
+    table, mix, sku = told.table, told.mix, told.answering.policy.gpu.sku
     return (
-        f"{table.model}, h_q {table.h_q}, layers {told.layer}, {told.sku}, seed {told.seed}: one fresh prompt of "
+        f"{table.model}, h_q {table.h_q}, layers {told.layer}, {sku}, seed {told.seed}: one fresh prompt of "
         f"{_range(mix.fresh_tokens)} tokens among {_range(mix.extends)} extends of {_range(mix.new_tokens)} new tokens on "
         f"{_range(mix.context_tokens)} cached ones, each uniform in its logarithm and cut at the model's context; every "
         "fifth batch is a control"
@@ -154,7 +156,8 @@ def _json(told: Told) -> dict[str, object]:
         "model": told.table.model,
         "h_q": told.table.h_q,
         "layer": told.layer,
-        "gpu": told.sku,
+        "gpu": told.answering.policy.gpu.sku,
+        "answered_by": told.answering.as_json(),
         "seed": told.seed,
         "mix": asdict(told.mix),
         "batches": [told_of(index, outlook) for index, outlook in enumerate(told.predicted)],

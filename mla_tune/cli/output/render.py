@@ -16,7 +16,6 @@ import msgspec
 from rich.console import Console
 from rich.table import Table as RichTable
 
-from mla_tune.cli.places import export_path
 from mla_tune.errors import GoalMissedError
 from mla_tune.hardware.sku import CPU
 from mla_tune.policy.evidence import HeldOut, PolicyEvidence, RowEvidence, TableEvidence
@@ -28,9 +27,11 @@ from mla_tune.sites.provider import OWN
 from mla_tune.sites.stages import KernelSource
 
 if TYPE_CHECKING:
+    from mla_tune.cli.answering import Answering
     from mla_tune.fit.evaluation import LostTable, Weighted
     from mla_tune.fit.explanation import Explanation
     from mla_tune.policy.decision import ExplainedChoice
+    from mla_tune.runtime.dispatcher import Resolved
     from mla_tune.store.database import EnvironmentSummary
 
 # Tables wider than a narrow pipe would be cut: where there is no terminal there is no width to fit into.
@@ -38,11 +39,28 @@ console = Console() if Console().is_terminal else Console(width=160)
 status = Console(stderr=True)
 
 
-def policy_summary(policy: Policy, stated: PolicyEvidence | None, path: Path, as_json: bool) -> None:
-    """The thresholds of a policy and how it did on points that the fit did not see, as ``stated`` has it."""
+def header(found: Answering) -> None:
+    """Which policy, GPU, provider and evidence answer."""
+    for line in found.lines():
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def choice(found: Answering, resolved: Resolved, answer: ExplainedChoice, as_json: bool) -> None:
+    """What is taken at one shape, and who decides it."""
     if as_json:
-        print(json.dumps(policy_json(policy, stated, path)))
+        told = {**asdict(answer), "rule": resolved.rule, "kept": resolved.fallback}
+        print(json.dumps({**told, "answered_by": found.as_json()}))
         return
+    header(found)
+    why = f"because: {_because(answer, None)}"
+    if resolved.fallback is not None:  # of a file from which nothing serves, the first line has said why
+        kept = "nothing serves it" if resolved.fallback == found.dispatcher.source else resolved.fallback
+        why = f"{found.word}'s own, which stays: {kept}"
+    console.print(f"choice: {answer.candidate}, {why}", highlight=False, markup=False, soft_wrap=True)
+
+
+def policy_summary(policy: Policy, stated: PolicyEvidence | None) -> None:
+    """The thresholds of a policy and how it did on points that the fit did not see, as ``stated`` has it."""
     title = f"{policy.gpu.sku}, {policy.gpu.sm_count} {_units(policy)}, {policy.evidence}, {policy.regime} time"
     table = RichTable(
         "site", "model", "h_q", "layer", "num_reqs", "kv_tokens", "choice by num_qo_tokens", "slowdown", title=title
@@ -117,9 +135,9 @@ def warn(line: str) -> None:
     status.print(f"warning: {line}", highlight=False, soft_wrap=True)
 
 
-def policy_json(policy: Policy, stated: PolicyEvidence | None, path: Path) -> dict[str, object]:
+def policy_json(policy: Policy, stated: PolicyEvidence | None, path: str) -> dict[str, object]:
     """A policy, where it lies and what stands beside it, for scripts."""
-    return {"path": str(path), **msgspec.to_builtins(policy), "justified_by": msgspec.to_builtins(stated)}
+    return {"path": path, **msgspec.to_builtins(policy), "justified_by": msgspec.to_builtins(stated)}
 
 
 def _head(table: Table) -> tuple[str, str, str, str]:
@@ -161,12 +179,12 @@ def _slowdown_text(evidence: TableEvidence | None) -> str:
     return f"{own.mean:.3f} / {own.worst:.2f} ({evidence.held_out.points} pts)"
 
 
-def held_out(stated: PolicyEvidence | None) -> None:
+def held_out(policy: Policy, stated: PolicyEvidence | None) -> None:
     """Slowdown of the policy and of every baseline rule, table by table."""
     if stated is None:
         console.print("no evidence beside this policy: its held-out points are not known", highlight=False)
         return
-    for entry in stated.tables:
+    for entry in filter(None, map(stated.of, policy.tables)):
         if not entry.held_out.points:
             continue
         engine = "" if entry.engine is Engine.SGLANG else f" ({entry.engine})"
@@ -182,8 +200,8 @@ def provenance(policy: Policy, source: str) -> None:
     )
     kernels = f", around attention the kernels of {policy.provider}" if policy.provider else ""
     console.print(
-        f"{source}: schema {SCHEMA_VERSION}, {policy.evidence} with driver {environment.driver}, "
-        f"torch {environment.torch}, triton {environment.triton}, {libraries}{kernels}\n"
+        f"{source}: schema {SCHEMA_VERSION}, {policy.evidence} with {libraries}{kernels}\n"
+        f"for context, no condition: driver {environment.driver}, torch {environment.torch}, triton {environment.triton}\n"
         f"{policy.source.measurements} measurements in {policy.source.file} "
         f"(sha256 {policy.source.sha256[:16]}); made by: {policy.source.command}",
         highlight=False,
@@ -261,23 +279,22 @@ def next_command(policy: Policy, path: Path) -> None:
     kv_tokens = max(row.kv_tokens_from, table.measured.kv_tokens[0])
     tokens = max(row.choices[-1].threshold.at(kv_tokens), table.measured.num_qo_tokens[0], num_reqs)
     words = [*_this_command(), "explain", "--policy", str(path)]
-    if Path(policy.source.file) != export_path(policy.gpu.sku):
-        words += ["--measurements", policy.source.file]
     words += ["--site", table.site, "--model", table.model, "--layer", table.layer]
     words += [] if table.h_q is None else ["--h-q", str(table.h_q)]
-    words += [] if table.engine is Engine.SGLANG else ["--engine", table.engine.value]
+    words += [] if table.engine is Engine.SGLANG else ["--engine", OWN if table.engine is Engine.OWN else table.engine]
     words += [] if num_reqs == 1 else ["--num-reqs", str(num_reqs)]
     print(f"policy written to {path}")
     print(f"next: {shlex.join([*words, str(tokens), str(max(kv_tokens, tokens))])}")
 
 
-def explanation(result: Explanation, table: Table, stated: PolicyEvidence | None, as_json: bool) -> None:
+def explanation(found: Answering, result: Explanation, table: Table, as_json: bool) -> None:
     """A choice with the bracket of its threshold, and what each candidate costs stage by stage."""
     shape, decision = result.shape, result.decision
-    bracket = _bracket(decision, table, stated)
+    bracket = _bracket(decision, table, found.stated)
     if as_json:
-        print(json.dumps({**asdict(result), "bracket": bracket}))
+        print(json.dumps({**asdict(result), "bracket": bracket, "answered_by": found.as_json()}))
         return
+    header(found)
     console.print(
         f"{table.site} of {model_text(table)}, layer {table.layer}, h_q {table.h_q or '-'}: "
         f"{shape.num_qo_tokens} query tokens, {shape.kv_tokens} context tokens in {shape.num_reqs} requests",

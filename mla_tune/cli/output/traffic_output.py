@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 
 from rich.table import Table as RichTable
 
-from mla_tune.cli.output.render import console
+from mla_tune.cli.output.render import console, header
 from mla_tune.cli.replaying import Judged, engine_label
 
 if TYPE_CHECKING:
+    from mla_tune.cli.answering import Answering
     from mla_tune.replay.chunks import Advice, ChunkSize
     from mla_tune.replay.rule_comparison import RuleTotal
     from mla_tune.replay.spot_result import Comparison
@@ -34,6 +35,7 @@ def report(told: Judged, compared: Comparison | None, as_json: bool) -> None:
     replay, judgement = told.replay, told.judgement
     table = told.evidence.pricer.tables.attention
     computed = replay.prompt_tokens - replay.cached_tokens
+    header(told.evidence.answering)
     console.print(f"{told.offered.label}; {engine_label(told.engine)}", highlight=False)
     console.print(
         f"{len(replay.served)} requests, {replay.prompt_tokens} prompt tokens, {_share(replay.cached_tokens, computed)} of "
@@ -59,7 +61,7 @@ def report(told: Judged, compared: Comparison | None, as_json: bool) -> None:
         highlight=False,
     )
     if compared is not None:
-        comparison(compared, as_json=False)
+        comparison(compared)
 
 
 def _share(part: int, rest: int) -> str:
@@ -86,6 +88,7 @@ def _report_json(told: Judged, compared: Comparison | None) -> dict[str, object]
         "h_q": table.h_q,
         "gpu": told.evidence.sku,
         "policy": told.evidence.policy,
+        "answered_by": told.evidence.answering.as_json(),
         "requests": len(replay.served),
         "left_out": told.offered.left_out,
         "prompt_tokens": replay.prompt_tokens,
@@ -106,11 +109,17 @@ def _ratio(us: float | None, incumbent_us: float | None) -> float | None:
     return None if us is None or incumbent_us is None else us / incumbent_us - 1
 
 
-def comparison(compared: Comparison, as_json: bool) -> None:
-    """Predicted against measured, forward by forward and over all of them."""
+def spot_check(found: Answering, compared: Comparison, as_json: bool) -> None:
+    """Whose predictions they are, and how they compare."""
     if as_json:
-        print(json.dumps(comparison_json(compared)))
+        print(json.dumps({**comparison_json(compared), "answered_by": found.as_json()}))
         return
+    header(found)
+    comparison(compared)
+
+
+def comparison(compared: Comparison) -> None:
+    """Predicted against measured, forward by forward and over all of them."""
     lines = RichTable(
         "requests", "query tokens", "context tokens", "layers", "candidate", "predicted, us", "measured, us", "ratio"
     )
@@ -141,11 +150,13 @@ def comparison_json(compared: Comparison) -> dict[str, object]:
     return asdict(compared)
 
 
-def chunk_sizes(sizes: Sequence[ChunkSize], advice: Advice, said: str, as_json: bool) -> None:
+def chunk_sizes(found: Answering, sizes: Sequence[ChunkSize], advice: Advice, said: str, as_json: bool) -> None:
     """Time and workspace at each chunk size, and the size to set."""
     if as_json:
-        print(json.dumps({"prompts": said, "sizes": [asdict(size) for size in sizes], "advice": asdict(advice)}))
+        told = {"prompts": said, "sizes": [asdict(size) for size in sizes], "advice": asdict(advice)}
+        print(json.dumps({**told, "answered_by": found.as_json()}))
         return
+    header(found)
     table = RichTable(
         "chunk", "forwards", "policy, ms", "workspace, MiB", "choice", "incumbent, ms", "workspace, MiB", title=said
     )
