@@ -16,6 +16,7 @@ from mla_tune.cli import (
     planning,
     policies,
     probing,
+    reporting,
     reviewing,
     spotting,
     sweeping,
@@ -44,6 +45,7 @@ app.command()(policies.fit)
 app.command()(modelling.model)
 app.command()(policies.lookup)
 app.command()(policies.explain)
+app.command()(reporting.report)
 app.command()(probing.probe)
 app.command()(tuning.tune)
 app.command()(validating.validate)

@@ -60,13 +60,20 @@ def measured_costs(policy: Policy, name: str, export: Path) -> CostModel:
 
 
 def _behind(found: Answering) -> Path:
-    """The export that the policy names: a sibling of its folder, as in a checkout and in the user's, or from here."""
-    source, file = found.policy.source.file, Path(str(found.serving.file))
+    return export_behind(found.policy, Path(str(found.serving.file)), found.serving.name)
+
+
+def export_behind(policy: Policy, file: Path, name: str) -> Path:
+    """The export that ``policy`` names: a sibling of its file's folder, as in a checkout and in the user's, or from here.
+
+    ``name`` is what messages call the policy. Raises :class:`StoreError` where the export is not there.
+    """
+    source = policy.source.file
     places = [file.parent.parent / source, Path(source)]
     there = next((place for place in places if place.is_file()), None)
     if there is None:
         raise StoreError(
-            f"a choice is explained by the measurements behind it: {source}, which {found.serving.name} was made of, "
+            f"a choice is explained by the measurements behind it: {source}, which {name} was made of, "
             "is not here; run this in a checkout that has it, or pass --measurements"
         )
     return there

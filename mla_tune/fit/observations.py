@@ -105,6 +105,8 @@ class Observations:
         """Those in which anything was timed."""
         self.regime = regime or (Regime.GRAPH if Regime.GRAPH in self.regimes else Regime.EAGER)
         asked = {(m.site, m.shape) for m in ordered if m.regime is self.regime and m.outcome is Outcome.OK}
+        self._candidates: dict[Site, tuple[str, ...]] = {}
+        """What :meth:`candidates` found: a report and a fit ask at every shape."""
         self._parts: dict[tuple[Site, str, Shape], dict[str, Measurement]] = {}
         self._failures: dict[tuple[Site, str, Shape], Measurement] = {}
         self._roles: dict[Site, dict[Shape, Role]] = {}
@@ -146,8 +148,11 @@ class Observations:
 
     def candidates(self, site: Site) -> tuple[str, ...]:
         """Candidates with at least one whole timing among the fit points, sorted."""
-        fit_shapes = self.shapes(site, Role.FIT)
-        return tuple(c for c in names_at(site) if any(self.cost(site, c, s) is not None for s in fit_shapes))
+        if site not in self._candidates:
+            shapes = self.shapes(site, Role.FIT)
+            ran = (c for c in names_at(site) if any(self.cost(site, c, s) is not None for s in shapes))
+            self._candidates[site] = tuple(ran)
+        return self._candidates[site]
 
     def part(self, site: Site, candidate: str, shape: Shape, name: str) -> Measurement | None:
         """The successful measurement of one part; a group of one stage is its own total."""

@@ -73,7 +73,7 @@ class Scope:
     def launched(self, site: Site, candidate: str, ran: Observations | CostModel) -> Site:
         """The site whose kernels the engine runs for ``candidate``; ``site`` where that one was not swept."""
         launched = launched_site(self.engine, site, candidate, ran.architecture)
-        return launched if candidate in ran.candidates(launched) else site
+        return launched if launched is site or candidate in ran.candidates(launched) else site
 
     def candidates(self, observations: Observations) -> tuple[str, ...]:
         """Candidates of the engine that ran at every site of the scope, sorted."""
