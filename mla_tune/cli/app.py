@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import typer
@@ -11,6 +12,7 @@ from mla_tune.cli import (
     chunking,
     databases,
     ensuring,
+    help_page,
     machine,
     modelling,
     planning,
@@ -26,15 +28,17 @@ from mla_tune.cli import (
     tuning,
     validating,
 )
+from mla_tune.cli.refused_arguments import described
 from mla_tune.errors import UsageError
 
 _UsageProblem: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 """Base of the exceptions for a malformed command line; typer has moved it between releases, but not in the hierarchy."""
 
+_COMPLETION = "_MLA_TUNE_COMPLETE"
+
 app = typer.Typer(
     help="Measured kernel choices for DeepSeek-V4 and V3.2 prefill: sweep a GPU, fit the crossovers, serve a policy.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -84,18 +88,23 @@ def invoke(arguments: Sequence[str]) -> int:
     Not ``app()``, which swallows Ctrl-C: the exception passes through here.
     """
     command = typer.main.get_command(app)
+    help_page.complete_help(command)
     try:
+        if _COMPLETION in os.environ:  # a shell asks, by the function that --install-completion gave it
+            command._main_shell_completion({}, "mla-tune", _COMPLETION)
         with command.make_context("mla-tune", list(arguments)) as context:
             command.invoke(context)
     except typer.Exit as end:
         return end.exit_code
+    except SystemExit as end:  # typer's completion ends so
+        return end.code if isinstance(end.code, int) else 0
     except _UsageProblem as problem:
         path = problem.ctx.command_path if problem.ctx else "mla-tune"
-        text = problem.format_message().strip()
+        text = described(problem)
         if "\n" in text:  # a group without its command: the message is the whole help
             print(text)
             text = "a command is missing"
-        raise UsageError(f"{text.rstrip('.')}; see '{path} --help'") from None
+        raise UsageError(f"{text}; see '{path} --help'") from None
     return 0
 
 

@@ -63,6 +63,8 @@ def chunks(
     """Print attention and indexer time and peak workspace for chunk sizes from 1K to 64K, and the size to set.
 
     Prompts: so many at a time share each chunk evenly, nothing cached. A trace: replayed at each chunk size.
+
+    Example: mla-tune chunks --model deepseek-v3.2 --gpu h200 --prompt 32768
     """
     if (trace is None) == (not prompt):
         raise UsageError(

@@ -31,7 +31,10 @@ def export(
         Path | None, typer.Option("--out", help="Export file (default db/<sku>.jsonl of the user's folder).")
     ] = None,
 ) -> None:
-    """Write one environment's measurements as sorted JSON lines, ready to commit."""
+    """Write one environment's measurements as sorted JSON lines, ready to commit.
+
+    Example: mla-tune db export --gpu h200 --out h200.jsonl
+    """
     from mla_tune.cli import pipeline
     from mla_tune.store.database import Database
 
@@ -61,7 +64,10 @@ def import_(
         bool, typer.Option("--only-tries", help="Only a probe's tries: FlashMLA's limits hold for any provider.")
     ] = False,
 ) -> None:
-    """Read an export into a working database (raw samples are not in exports)."""
+    """Read an export into a working database (raw samples are not in exports).
+
+    Example: mla-tune db import db/nvidia-h200.jsonl --db work.db
+    """
     from mla_tune.store.database import Database
     from mla_tune.store.export import read_export
 
@@ -77,7 +83,10 @@ def import_(
 
 
 def ls(gpu: GpuOption = "auto", db: DbOption = None, as_json: Annotated[bool, typer.Option("--json")] = False) -> None:
-    """List the environments in a database, with their outcomes."""
+    """List the environments in a database, with their outcomes.
+
+    Example: mla-tune db ls --gpu h200
+    """
     from mla_tune.cli.output import render
     from mla_tune.store.database import Database
 

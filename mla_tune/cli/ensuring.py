@@ -35,6 +35,8 @@ def ensure(
 
     What it measures lies in the user's folder (MLA_TUNE_HOME), which comes before the shipped policies. Interrupted, the
     next call goes on. A second call at the same time waits for the first.
+
+    Example: mla-tune ensure --engine sglang --budget 90
     """
     if engine not in ENGINES:
         raise UsageError(f"--engine must be a known engine: got {engine!r}; accepted: {', '.join(ENGINES)}")

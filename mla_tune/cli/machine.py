@@ -13,7 +13,10 @@ from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
 def verify(
     gpu: GpuOption = "auto", model: ModelOption = None, site: SiteOption = None, as_json: JsonOption = False
 ) -> None:
-    """Compare every candidate with the torch reference on small shapes; exit 1 if one differs."""
+    """Compare every candidate with the torch reference on small shapes; exit 1 if one differs.
+
+    Example: mla-tune verify --model deepseek-v4-flash
+    """
     device = this_device(gpu)
     models, names = chosen_models(model), chosen_sites(site)
     from mla_tune.store.measurement import Outcome
@@ -33,7 +36,10 @@ def verify(
 
 
 def env(as_json: JsonOption = False) -> None:
-    """Print what this machine is, as measurements record it, and which policy would serve it."""
+    """Print what this machine is, as measurements record it, and which policy would serve it.
+
+    Example: mla-tune env --json
+    """
     from dataclasses import asdict
 
     from mla_tune.bench.environment import detect_environment

@@ -38,7 +38,10 @@ def model(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Model the policy of a GPU that nobody measured, with a stated uncertainty, and check it by published figures."""
+    """Model the policy of a GPU that nobody measured, with a stated uncertainty, and check it by published figures.
+
+    Example: mla-tune model --to b200 --from h200
+    """
     measured = _with_datasheet("--from", source)
     targets = _without_twins([_with_datasheet("--to", word) for word in dict.fromkeys(to or ())])
     _check_wishes(measured, targets, out, check)

@@ -51,7 +51,10 @@ def plan(
     measurements: MeasurementsOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Draw batches of one fresh prompt and many short extends; tell what serving each request by its own path gains."""
+    """Draw batches of one fresh prompt and many short extends; tell what serving each request by its own path gains.
+
+    Example: mla-tune plan --model deepseek-v4-pro --gpu h200 --batches 20
+    """
     from mla_tune.cli.output import planning_output
     from mla_tune.fit.batch_split import Planner
     from mla_tune.replay.mixed import Mix, draw_batches, outlooks

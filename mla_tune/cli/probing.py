@@ -62,7 +62,10 @@ def probe(
     no_fit: Annotated[bool, typer.Option("--no-fit", help="Store the tries only: no export, no policy.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Find the largest query token count that each candidate runs correctly: doubling, bisection, a process a try."""
+    """Find the largest query token count that each candidate runs correctly: doubling, bisection, a process a try.
+
+    Example: mla-tune probe --candidate with_kvcache --max 65536
+    """
     device = this_device(gpu)
     targets = _targets(chosen_models(model), chosen_sites(site), candidate)
     most = _DEFAULT_MAX[device.kind] if largest is None else largest

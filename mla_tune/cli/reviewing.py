@@ -121,7 +121,10 @@ def lint(
 def schema(
     out: Annotated[Path | None, typer.Option("--out", help="File to write (default: standard output).")] = None,
 ) -> None:
-    """Print the JSON Schema of a policy file, by which editors complete and check it."""
+    """Print the JSON Schema of a policy file, by which editors complete and check it.
+
+    Example: mla-tune policy schema --out policy.schema.json
+    """
     from mla_tune.files import write_atomically
     from mla_tune.policy.file_schema import dump_json_schema
 

@@ -35,7 +35,10 @@ def spot_check(
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
 ) -> None:
-    """Time drawn forwards with real kernels on this machine, and print predicted against measured."""
+    """Time drawn forwards with real kernels on this machine, and print predicted against measured.
+
+    Example: mla-tune spot-check forwards.json --gpu h200
+    """
     positive_seconds("--timeout", timeout)
     from mla_tune.cli.output import traffic_output
     from mla_tune.replay.spot import read_forwards

@@ -29,7 +29,7 @@ from mla_tune.cli.options import (
     parsed_count,
     positive_seconds,
 )
-from mla_tune.cli.output import device_output, render
+from mla_tune.cli.output import device_output, policy_output, render
 from mla_tune.cli.places import LocalDevice, database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import EnvironmentMismatchError, UsageError
 from mla_tune.sites.provider import OWN, Provider
@@ -78,7 +78,10 @@ def sweep(
     ] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure this machine, fit a policy and write it. Run again, it measures only what is missing."""
+    """Measure this machine, fit a policy and write it. Run again, it measures only what is missing.
+
+    Example: mla-tune sweep --model deepseek-v4-pro --budget 600
+    """
     device = this_device(gpu)
     models, names = chosen_models(model), chosen_sites(site)
     preset = find_preset(effort)
@@ -174,7 +177,7 @@ def _sweep(request: _Request) -> None:
         render.lost_points(fitted.lost_points if fitted else (), strict=request.strict)
         return
     if fitted:
-        render.policy_summary(fitted.policy, fitted.evidence)
+        policy_output.policy_summary(fitted.policy, fitted.evidence, str(policy), as_json=False)
         render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
         render.weighted(fitted.weighted)
     for other in others:

@@ -116,7 +116,10 @@ def traffic(
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
 ) -> None:
-    """Replay requests through a server's batching, and judge the policy and every baseline on the forwards."""
+    """Replay requests through a server's batching, and judge the policy and every baseline on the forwards.
+
+    Example: mla-tune traffic --model deepseek-v4-pro --gpu h200 --agents 16
+    """
     _check_purpose(trace, agents, spot_check, drawn_for=forwards is not None or measure)
     positive_seconds("--timeout", timeout)
     from mla_tune.cli import replaying, spotting

@@ -29,7 +29,10 @@ def tune(
     db: DbOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Search the fastest launch parameters of our own kernels on this GPU. Run again, it goes on where it was."""
+    """Search the fastest launch parameters of our own kernels on this GPU. Run again, it goes on where it was.
+
+    Example: mla-tune tune --kernel dequantize_v4 --budget 120
+    """
     for name in kernel or ():
         if name not in KERNELS:
             raise UsageError(f"--kernel must be a kernel of ours: got {name!r}; accepted: {', '.join(KERNELS)}")

@@ -50,7 +50,10 @@ def validate(
     timeout: TimeoutOption = DEFAULT_TIMEOUT_S,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure random shapes and judge a policy by them; exit 3 if it misses its goal. Run again, it goes on."""
+    """Measure random shapes and judge a policy by them; exit 3 if it misses its goal. Run again, it goes on.
+
+    Example: mla-tune validate --points 200 --seed 7
+    """
     device = this_device(gpu)
     if not 1 <= points <= _MOST_POINTS:
         raise UsageError(f"--points must be a number of shapes: got {points}; accepted: 1 to {_MOST_POINTS}")
