@@ -12,7 +12,7 @@ import pytest
 import wrapt
 
 from mla_tune.integrations.sglang import indexer_hooks
-from tests.engines.sglang.conftest import SCHEDULES, batch, mixed_policy, rows, use_policy, v4_backend
+from tests.engines.sglang.conftest import SCHEDULES, batch, made_up_batches, mixed_policy, rows, use_policy, v4_backend
 from tests.policy.strategies import table
 
 pytestmark = pytest.mark.usefixtures("serving")
@@ -98,6 +98,28 @@ def test_rows_of_padding_count_since_the_planner_sees_them(v4: ModuleType, sched
 def test_other_forwards_keep_the_engine_s_planner(mode: str, v4: ModuleType, scheduled: list[str]) -> None:
     prepare(v4_backend(v4), batch((100_000, 64), mode=mode), 64)
     assert scheduled == ["jit"]
+
+
+def test_batches_without_a_request_are_neither_counted_nor_planned_otherwise(
+    v4: ModuleType, scheduled: list[str]
+) -> None:
+    backend = v4_backend(v4)
+    for forward in made_up_batches((100_000, 64)).values():
+        prepare(backend, forward, 64)
+    assert scheduled == ["jit"] * 3
+    assert backend._mla_tune_indexer._decider.counters.lookups == 0
+
+
+def test_a_parameter_that_sglang_appends_reaches_its_own_function(v4: ModuleType, scheduled: list[str]) -> None:
+    seen: list[int] = []
+
+    def theirs(*_: Any, appended: int = 0) -> None:
+        seen.append(appended)
+
+    backend = v4_backend(v4)
+    indexer_hooks.around_prepare(theirs, backend, (batch((100_000, 64)),), {"appended": 7})
+    indexer_hooks.around_schedule(theirs, None, (None, 64, 132), {"appended": 8})
+    assert seen == [7, 8]
 
 
 def test_outside_a_forward_the_engine_s_planner_is_the_one(v4: ModuleType, scheduled: list[str]) -> None:

@@ -340,6 +340,25 @@ def test_the_runners_whose_dummy_forwards_are_marked_have_that_method() -> None:
         assert "def _dummy_run(\n        self,\n        num_tokens: int," in source
 
 
+def test_a_parameter_that_vllm_appends_reaches_its_own_method(v4: ModuleType, serving: pytest.MonkeyPatch) -> None:
+    from mla_tune.integrations.vllm import vllm_state
+
+    seen: list[int] = []
+
+    def theirs(*_: Any, appended: int = 0, **__: Any) -> None:
+        seen.append(appended)
+
+    serving.setattr(v4, "get_forward_context", lambda: SimpleNamespace(attn_metadata=object()))
+    made, kind = layer(v4, LayerType.C4A), v4.DeepseekV4FlashMLAAttention
+    metadata = Forward(LayerType.C4A, Shape(1, 20, 2100)).swa_metadata
+    metadata.num_prefill_tokens = 0  # vLLM's to decide
+    for name in ("_forward_prefill", "forward_mqa"):
+        around = inspect.getattr_static(kind, name)._self_wrapper
+        around(theirs, made, (), {"swa_metadata": metadata, "appended": 7})
+    vllm_state._around_dummy_run(theirs, None, (8,), {"appended": 7})
+    assert seen == [7, 7, 7]
+
+
 def test_a_second_model_in_the_process_has_tables_of_its_own(v4: ModuleType) -> None:
     layer(v4, LayerType.C4A)
     config = vllm_config()
