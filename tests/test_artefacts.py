@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -189,6 +190,21 @@ def _stated(document: Path, pattern: str) -> str:
     found = re.search(pattern, document.read_text(), re.DOTALL)
     assert found, pattern
     return found.group(1)
+
+
+def test_the_documents_state_how_far_a_modelled_policy_is_off_published_timings(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert run(["model", "--check", "--json"]) == 0
+    covered = [of for of in json.loads(capsys.readouterr().out)["checks"] if of["predicted_ms"] is not None]
+    table = _stated(FIT_README, r"<!-- published -->\n(.*?)\n\n")
+    stated = re.findall(r"\| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$", table, re.MULTILINE)
+    assert len(stated) == len(covered)
+    for (predicted, published, ratio), of in zip(stated, covered, strict=True):
+        digits = len(predicted.partition(".")[2])
+        assert predicted == f"{of['predicted_ms']:.{digits}f}"
+        assert float(published) == of["published_ms"]
+        assert ratio == f"{of['ratio']:.2f}"
 
 
 def test_the_documents_show_what_explain_prints(

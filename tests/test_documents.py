@@ -40,6 +40,7 @@ PARSED_ONLY = {
     "verify": "compares every candidate, for minutes without a GPU; tests/cli runs it",
     "fit": "fits for minutes; test_artefacts.py runs it",
     "model": "fits for minutes; test_modelled.py runs it",
+    "report": "needs the extra of that name; tests/report runs it",
     "trace": "records for seconds; tests/trace does",
     "trace-diff": "needs traces; tests/trace runs the lines of its README",
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -37,6 +36,7 @@ from mla_tune.policy.schema import Policy
 from mla_tune.sites.provider import OWN, SGLANG
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import FORWARD
+from mla_tune.sites.site import model as find_model
 
 MeasurementsOption = Annotated[
     Path | None, typer.Option("--measurements", help="Export to read (default: the one that the policy was made of).")
@@ -55,6 +55,10 @@ ContextArgument = Annotated[
     typer.Argument(
         parser=parsed_count, metavar="CONTEXT_TOKENS", help="Context tokens of all requests together: 131072, 128K, 1M."
     ),
+]
+ModelsOption = Annotated[list[str] | None, typer.Option("--model", help="Only this model; may be repeated.")]
+LayersOption = Annotated[
+    list[str] | None, typer.Option("--layer", help="Only this layer type, row by row; may be repeated.")
 ]
 NumReqsOption = Annotated[
     int, typer.Option("--num-reqs", parser=parsed_count, metavar="COUNT", help="Requests in the forward.")
@@ -104,7 +108,7 @@ def fit(
         )
     from mla_tune.cli import pipeline
     from mla_tune.cli.fit_options import Wishes
-    from mla_tune.cli.output import render
+    from mla_tune.cli.output import policy_output, render
     from mla_tune.store.export import read_export
 
     wishes = Wishes(
@@ -116,10 +120,8 @@ def fit(
     overlap = checked_overlap(overlap)
     target = out or policy_path(read_export(source).environment.sku, provider, overlap)
     fitted = pipeline.fit(source, target, first_call_bound, overlap, provider=provider, wishes=wishes)
-    if as_json:
-        print(json.dumps(render.policy_json(fitted.policy, fitted.evidence, str(target))))
-    else:
-        render.policy_summary(fitted.policy, fitted.evidence)
+    policy_output.policy_summary(fitted.policy, fitted.evidence, str(target), as_json)
+    if not as_json:
         render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
         render.unsettled(fitted.unsupported, fitted.suspects)
         render.weighted(fitted.weighted)
@@ -210,26 +212,44 @@ def show(
         str | None, typer.Option("--engine", help="Only what this engine reads (default sglang; of a named file, all).")
     ] = None,
     policy: PolicyOption = None,
+    model: ModelsOption = None,
+    layer: LayersOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Every table, row by row, and where it all is from.")
+    ] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print a line for each choice, for a spreadsheet.")] = False,
     allow_modelled: AllowModelledOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Print a policy's tables, its provenance, and how every rule did on the held-out points.
+    """Print a policy on one screen: what it is for, what it takes for each model, and how that did on held-out points.
 
-    Example: mla-tune policy show --gpu h200
+    Example: mla-tune policy show --gpu h200 --layer c4a
     """
-    from mla_tune.cli.output import render
+    from mla_tune.cli.output import policy_output
 
     reader = engine or (SGLANG if policy is None else OWN)
     found = answering(Question(reader, gpu, policy, allow_modelled))
-    shown, stated = _as_read(found), found.stated
-    if as_json:
-        told = render.policy_json(shown, stated, found.serving.name)
-        print(json.dumps({**told, "answered_by": found.as_json()}))
-        return
-    render.header(found)
-    render.policy_summary(shown, stated)
-    render.held_out(shown, stated)
-    render.provenance(shown, found.serving.name)
+    shown = policy_output.ShownPolicy(
+        policy=_as_read(found),
+        name=found.serving.name,
+        sha256=found.serving.digest,
+        stated=found.stated,
+        models=tuple(find_model(word).name for word in model or ()),
+        layers=tuple(layer or ()),
+        everything=everything,
+        path=None if found.serving.file is None else Path(str(found.serving.file)),
+        reader=_reader(found),
+        of_own_engine=engine == OWN,
+    )
+    policy_output.print_policy(shown, as_csv=as_csv, as_json=as_json, answered_by=found.as_json())
+
+
+def _reader(found: Answering) -> str:
+    """Who reads how many of the tables, and why not all of them; empty where that goes without saying."""
+    serving = found.serving
+    reasons = [serving.fault] if serving.fault else [*map(str, serving.left_out), *serving.passed_over]
+    told = f"{found.word}: {len(serving.tables)} of {serving.total} tables serve with the builds below"
+    return "; ".join([told, *reasons])
 
 
 def _as_read(found: Answering) -> Policy:

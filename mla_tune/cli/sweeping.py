@@ -29,7 +29,7 @@ from mla_tune.cli.options import (
     parsed_count,
     positive_seconds,
 )
-from mla_tune.cli.output import device_output, render
+from mla_tune.cli.output import device_output, policy_output, render
 from mla_tune.cli.places import LocalDevice, database_path, export_path, make_folder, policy_path, this_device
 from mla_tune.errors import EnvironmentMismatchError, UsageError
 from mla_tune.sites.provider import OWN, Provider
@@ -177,7 +177,7 @@ def _sweep(request: _Request) -> None:
         render.lost_points(fitted.lost_points if fitted else (), strict=request.strict)
         return
     if fitted:
-        render.policy_summary(fitted.policy, fitted.evidence)
+        policy_output.policy_summary(fitted.policy, fitted.evidence, str(policy), as_json=False)
         render.judgement(fitted.evidence.overall, fitted.left_out, fitted.lost)
         render.weighted(fitted.weighted)
     for other in others:

@@ -14,7 +14,7 @@ from mla_tune.sites.provider import SGLANG_KERNEL
 from mla_tune.sites.site import FORWARD, MODELS, SiteName
 
 _COLUMNS = 118
-_CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
+TOLD_CONTEXTS = (8 << 10, 128 << 10, 1 << 20)
 """Context tokens at which a model's choices are told."""
 
 
@@ -86,8 +86,8 @@ def _by_context(table: Table) -> str:
         return "nothing that runs at every length"
     low, high = table.measured.kv_tokens
     longest = min(high, MODELS[table.model].max_context)
-    contexts = [kv for kv in _CONTEXTS if low <= kv <= longest] or [low]
-    found = [_at_context(table, kv) for kv in contexts]
+    contexts = [kv for kv in TOLD_CONTEXTS if low <= kv <= longest] or [low]
+    found = [choices_at(table, kv) for kv in contexts]
     names = {tuple(candidate for _, candidate in choices) for choices in found}
     if names == {(found[0][0][1],)}:
         return f"{found[0][0][1]} at every length"
@@ -103,7 +103,7 @@ def _by_context(table: Table) -> str:
     )
 
 
-def _at_context(table: Table, kv_tokens: int) -> list[tuple[int, str]]:
+def choices_at(table: Table, kv_tokens: int) -> list[tuple[int, str]]:
     """Query tokens from which each candidate is taken for one request of this context."""
     choose, (low, high) = Decision(table).choose, table.measured.num_qo_tokens
     rows = [row for row in table.rows if row.num_reqs_from <= 1 and row.kv_tokens_from <= kv_tokens]

@@ -133,6 +133,17 @@
   }
   const config = { displaylogo: false, responsive: true, modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"], displayModeBar: false };
 
+  // Drawn, and then told its own size, so that paper can scale it whatever its width is.
+  async function plot(id, traces, shape) {
+    await Plotly.react(id, traces, shape, config);
+    sized(id);
+  }
+  function sized(id) {
+    const { width, height } = at(id)._fullLayout;
+    for (const svg of at(id).querySelectorAll(".main-svg")) svg.setAttribute("viewBox", `0 0 ${width} ${height}`);
+    at(id).style.setProperty("--ratio", `${width} / ${height}`);
+  }
+
   function swatch(kind, hex, sign) {
     const signs = {
       circle: '<circle cx="8" cy="8" r="5.5"/>', square: '<rect x="3" y="3" width="10" height="10"/>',
@@ -340,11 +351,11 @@
     const ySpan = y[0] === y[1] ? [y[0] / 8, y[1] * 8] : y;
     const highest = Math.max(x[1], ...pointsOf(map, view).map(aside));
     const spans = [pad(x[0], highest), pad(...ySpan)];
-    await Plotly.react("map", traces, layout(
+    await plot("map", traces, layout(
       { title: { text: "query tokens of the forward" }, range: spans[0], ...ticks(x[0], highest * 1.3, narrow() ? 4 : 2) },
       { title: { text: "context tokens of the forward" }, range: spans[1], ...ticks(ySpan[0], ySpan[1], 2) },
       { annotations: shown.rules ? ruleLabels(view, ...spans) : [] },
-    ), config);
+    ));
     order = [];
     traces.forEach((trace, curve) => { if (trace.meta === "points") trace.x.forEach((qo, index) => order.push([qo, trace.y[index], curve, index])); });
     order.sort((a, b) => a[1] - b[1] || a[0] - b[0]);
@@ -360,9 +371,10 @@
     at("map-where").textContent = `${map.engine_words} chooses; ${origin.provider} run around attention; times are ${origin.regime === "graph" ? "GPU time" : "time with the host's part"} ${unit(map)}. Policy ${origin.file}.`;
     const points = pointsOf(map, view);
     const notes = [];
-    if (origin.modelled_from) notes.push(`Modelled from ${origin.modelled_from}: nothing was timed on this GPU. Signs are predictions an octave apart, at ${view.cells[0]?.[CELL.reqs] ?? "-"} requests.`);
+    if (origin.modelled_from) notes.push(`Modelled from ${origin.modelled_from}: nothing was timed on this GPU. Signs are predictions an octave apart, for ${view.cells.length ? requests(view.cells[0][CELL.reqs], view.cells[0][CELL.reqs]) : "no shape"}.`);
     else {
       const count = (test) => points.filter(test).length;
+      notes.push("Larger signs: the engine's default and its best alternative are farther apart.");
       notes.push(`${count(whole)} shapes at which every path was timed, ${count((p) => whole(p) && p[POINT.heldOut])} of them held out; cannot be told apart: ${count((p) => p[POINT.ambiguous])}; a path failed: ${count(failed)}.`);
       if (points.some(partly)) notes.push(`At ${count(partly)} more a path was not timed with the launch parameters of this policy.`);
       if (points.some((p) => p[POINT.shift])) notes.push("Shapes that differ only in their requests are drawn side by side.");
@@ -431,10 +443,10 @@
     for (const v of [1.01, 1.02, 1.05, 1.1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100, 200]) {
       if (v <= most * 1.05 && Math.log(v / marks.at(-1)) > Math.log(most) * (narrow() ? 0.15 : 0.07)) marks.push(v);
     }
-    await Plotly.react("spread", traces, layout(
+    await plot("spread", traces, layout(
       { title: { text: "time of the rule's path over the faster path" }, range: [Math.log10(0.985), Math.log10(most * 1.08)], tickmode: "array", tickvals: marks, ticktext: marks.map((v) => `${v}x`), tickangle: 0 },
       { title: { text: "share of shapes, %" }, type: "linear", range: [-2, 104] },
-    ), config);
+    ));
   }
 
   // ---- stages ------------------------------------------------------------------------------------------------------
@@ -494,10 +506,10 @@
     at("stage-note").textContent = `Line: the fitted curve for ${members[0].along}; its band is what it was off by at points left out of it${modelled ? ", and what carrying it to this GPU adds. No points: nobody timed this GPU" : ". Signs: every timing of the stage at any shape"}.`;
     const xs = members.flatMap((s) => [...s.curve.map((c) => c[0]), ...s.points.map((p) => p[0])]);
     const ys = members.flatMap((s) => [...s.curve.flatMap((c) => [c[1], c[2] ?? c[1]]), ...s.points.map((p) => p[1][0])]).filter((v) => v > 0);
-    await Plotly.react("stage", traces, layout(
+    await plot("stage", traces, layout(
       { title: { text: members[0].axis }, range: [Math.log10(Math.min(...xs) / 1.3), Math.log10(Math.max(...xs) * 1.3)], ...ticks(Math.min(...xs), Math.max(...xs), narrow() ? 4 : 2) },
       { title: { text: "time of one run" }, range: [Math.log10(Math.min(...ys) / 1.6), Math.log10(Math.max(...ys) * 1.6)], ...decades(time) },
-    ), config);
+    ));
   }
 
   // ---- all of it ---------------------------------------------------------------------------------------------------
@@ -533,12 +545,11 @@
       draw().then(() => at("map-title").scrollIntoView({ block: "start" }));
     });
   }
-  const fit = () => Promise.all(["map", "spread", "stage"].filter((id) => at(id).data && at(id).offsetParent).map((id) => Plotly.Plots.resize(at(id))));
+  const fit = () => Promise.all(["map", "spread", "stage"].filter((id) => at(id).data && at(id).offsetParent).map((id) => Plotly.Plots.resize(at(id)).then(() => sized(id))));
   // On paper everything is on light ground, and as wide as the page.
   const paper = async (on) => {
     printing = on;
     if (on) document.documentElement.dataset.theme = "light"; else theme();
-    await fit();
     await draw();
   };
   window.matchMedia("print").addEventListener("change", (event) => paper(event.matches));

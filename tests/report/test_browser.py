@@ -211,6 +211,10 @@ def test_on_paper_everything_is_on_light_ground_and_controls_are_gone(shown: Ope
     assert shown.tab.evaluate("document.getElementById('map').layout.paper_bgcolor") in ("#fff", "#ffffff")
     assert shown.tab.locator("form.controls").is_hidden()
     assert shown.tab.locator("#map").is_visible()
+    shown.tab.set_viewport_size({"width": 700, "height": 900})  # a sheet of A4
+    for name in ("map", "spread", "stage"):
+        assert shown.tab.locator(f"#{name} .main-svg").first.bounding_box()["width"] <= 700
+    shown.tab.set_viewport_size({"width": 1280, "height": 900})
     shown.tab.emulate_media(media="screen", color_scheme="light")
     shown.wait(before + 2)
 

@@ -78,6 +78,24 @@ def test_the_example_is_a_small_picture() -> None:
     assert Image.open(path).size[0] == 1600
 
 
+def readme_commands() -> list[list[str]]:
+    """Every command of the README beside the report."""
+    lines = (ROOT / "mla_tune" / "report" / "README.md").read_text().splitlines()
+    return [line.split()[1:] for line in lines if line.startswith("    mla-tune ")]
+
+
+def test_the_readmes_commands_write_what_they_say(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mla_tune" / "report").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    commands = readme_commands()
+    assert len(commands) == 2
+    for command in commands:
+        # An H100 has half of an H200's measurements: the same command in half of the time.
+        assert run([word.replace("h200", "h100") for word in command]) == 0
+        assert (tmp_path / command[-1]).stat().st_size > 10_000
+    assert (tmp_path / "report.html").stat().st_size < MOST_BYTES
+
+
 REFUSED = {
     "a page and a picture": (["--gpu", "h100", "-o", "a.html", "--png", "a.png"], "got --out a.html as well", 2),
     "measurements of nothing": (["--gpu", "h100", "--measurements", "a.jsonl"], "without --policy", 2),

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
-import sys
-import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from mla_tune.cli.output.plain_text import wrapped
 from mla_tune.cli.revisions import NamedVersion
 from mla_tune.policy.comparison import MovedAnswers, PolicyChange, TableChange, table_name
 from mla_tune.policy.file_form import written_tokens
@@ -55,7 +53,7 @@ def print_diff(report: DiffReport, *, markdown: bool, as_json: bool) -> None:
     if as_json:
         print(json.dumps(_as_json(report)))
         return
-    lines = _markdown(report) if markdown else _wrapped(_text(report))
+    lines = _markdown(report) if markdown else wrapped(_text(report))
     print("\n".join(lines))
 
 
@@ -265,13 +263,3 @@ def _span(ends: tuple[int, int]) -> str:
 
 def _faster(ratio: float) -> str:
     return f"{ratio:.3f}x faster" if ratio >= 1 else f"{1 / ratio:.3f}x slower"
-
-
-def _wrapped(lines: Iterator[str]) -> Iterator[str]:
-    """Lines that fit a terminal, continued under their text; whole words, so that no name is cut."""
-    width = max(40, shutil.get_terminal_size((80, 24)).columns) if sys.stdout.isatty() else 80
-    for line in lines:
-        indent = " " * (len(line) - len(line.lstrip()) + 4)
-        yield from textwrap.wrap(
-            line, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
-        ) or [""]

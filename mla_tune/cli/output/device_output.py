@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
-from mla_tune.cli.output.render import console, note, policy_json, status
+from mla_tune.cli.output.policy_output import policy_json
+from mla_tune.cli.output.render import console, note, status
 
 if TYPE_CHECKING:
     from mla_tune.cli.pipeline import Fitted, Measured

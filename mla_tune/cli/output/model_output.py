@@ -8,7 +8,8 @@ from pathlib import Path
 
 from rich.table import Table as RichTable
 
-from mla_tune.cli.output.render import console, note, policy_json, policy_summary
+from mla_tune.cli.output.policy_output import policy_json, policy_summary
+from mla_tune.cli.output.render import console, note
 from mla_tune.fit.published_check import Checked
 from mla_tune.fit.table_rows import FittedPolicy
 
@@ -20,7 +21,7 @@ def modelled(policies: Sequence[tuple[FittedPolicy, Path]], checks: Sequence[Che
         print(json.dumps({"policies": written, "checks": [_json(entry) for entry in checks]}))
         return
     for fitted, path in policies:
-        policy_summary(fitted.policy, fitted.evidence)
+        policy_summary(fitted.policy, fitted.evidence, str(path), as_json=False)
         if fitted.evidence.modelled is not None:
             note(f"limits of {fitted.policy.scaled_from}: {fitted.evidence.modelled.limits}")
         print(f"modelled policy written to {path}")

@@ -7,21 +7,17 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import msgspec
 from rich.console import Console
 from rich.table import Table as RichTable
 
 from mla_tune.errors import GoalMissedError
-from mla_tune.hardware.sku import CPU
-from mla_tune.policy.evidence import HeldOut, PolicyEvidence, RowEvidence, TableEvidence
-from mla_tune.policy.file_form import SCHEMA_VERSION, written_tokens
-from mla_tune.policy.schema import Policy, Row, Table
-from mla_tune.policy.threshold import Threshold
+from mla_tune.policy.evidence import HeldOut, PolicyEvidence
+from mla_tune.policy.schema import Policy, Table
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.provider import OWN
 from mla_tune.sites.stages import KernelSource
@@ -59,72 +55,6 @@ def choice(found: Answering, resolved: Resolved, answer: ExplainedChoice, as_jso
     console.print(f"choice: {answer.candidate}, {why}", highlight=False, markup=False, soft_wrap=True)
 
 
-def policy_summary(policy: Policy, stated: PolicyEvidence | None) -> None:
-    """The thresholds of a policy and how it did on points that the fit did not see, as ``stated`` has it."""
-    title = f"{policy.gpu.sku}, {policy.gpu.sm_count} {_units(policy)}, {policy.evidence}, {policy.regime} time"
-    table = RichTable(
-        "site", "model", "h_q", "layer", "num_reqs", "kv_tokens", "choice by num_qo_tokens", "slowdown", title=title
-    )
-    for entry in policy.tables:
-        evidence = stated.of(entry) if stated else None
-        for index, row in enumerate(entry.rows):
-            head = _head(entry) if index == 0 else ("", "", "", "")
-            slowdown = _slowdown_text(evidence) if index == 0 else ""
-            where = f">= {row.num_reqs_from}", f">= {written_tokens(row.kv_tokens_from)}"
-            text = choices_text(row, evidence.rows[index] if evidence else None)
-            table.add_row(*head, *where, text, slowdown, end_section=row is entry.rows[-1])
-    console.print(table)
-    if policy.scaled_from is None:
-        console.print(
-            "slowdown: mean / worst against the faster measured candidate, on held-out points", highlight=False
-        )
-    else:
-        _modelled(policy, stated)
-    for line in dict.fromkeys(_barred(policy, stated)):
-        console.print(line, highlight=False)
-
-
-def _modelled(policy: Policy, stated: PolicyEvidence | None) -> None:
-    """What a modelled policy rests on, and how sure it is."""
-    widths = [entry.relative for table in stated.tables for entry in table.uncertainty] if stated else []
-    off = f"exp({min(widths):.2f}) to exp({max(widths):.2f})" if widths else "an unknown factor"
-    console.print(
-        f"modelled: scaled from {policy.scaled_from}; nothing was timed on {', '.join(policy.gpu.skus)}. A predicted cost "
-        f"may be off by {off} both ways; where two intervals meet the engine's own choice stays",
-        highlight=False,
-    )
-
-
-def _barred(policy: Policy, stated: PolicyEvidence | None) -> Iterator[str]:
-    """What may not serve, or not everywhere."""
-    for table in policy.tables:
-        evidence = stated.of(table) if stated else None
-        found = {limit.candidate: limit.fails_at for limit in evidence.limits} if evidence else {}
-        for limit in table.limits:
-            heads = f", {table.h_q} heads" if table.h_q else ""
-            fails = f", fails at {found[limit.candidate]}" if limit.candidate in found else ""
-            yield (
-                f"limit: {limit.candidate} ({table.site}, {table.layer}{heads}) up to {limit.num_qo_tokens} query "
-                f"tokens{fails}"
-            )
-        if evidence is not None and (cap := evidence.workspace_cap) is not None and cap.over:
-            yield (
-                f"workspace cap: {table.model}{f', {table.h_q} heads' if table.h_q else ''}, {table.layer}: at most "
-                f"{cap.max_bytes} bytes bar a candidate around {cap.over} of {cap.shapes} shapes; around {cap.exempt} of "
-                f"them no candidate is surely under it and {table.incumbent} stays"
-            )
-        for entry in table.ineligible:
-            bound = f", above {stated.first_call_bound_s:g} s (--first-call-bound)" if stated else ""
-            yield (
-                f"not served: {entry.candidate} ({table.site}): the first call on a new shape takes "
-                f"{entry.first_call_s:.1f} s{bound}"
-            )
-
-
-def _units(policy: Policy) -> str:
-    return "threads" if policy.gpu.sku == CPU else "SMs"
-
-
 def note(line: str) -> None:
     """A line on standard error about what was done or comes next."""
     status.print(line, highlight=False, markup=False, soft_wrap=True)
@@ -135,77 +65,9 @@ def warn(line: str) -> None:
     status.print(f"warning: {line}", highlight=False, soft_wrap=True)
 
 
-def policy_json(policy: Policy, stated: PolicyEvidence | None, path: str) -> dict[str, object]:
-    """A policy, where it lies and what stands beside it, for scripts."""
-    return {"path": path, **msgspec.to_builtins(policy), "justified_by": msgspec.to_builtins(stated)}
-
-
-def _head(table: Table) -> tuple[str, str, str, str]:
-    return table.site, model_text(table), str(table.h_q or "-"), table.layer
-
-
 def model_text(table: Table) -> str:
     """``deepseek-v3.2 (vllm)`` where the table is another engine's than SGLang's."""
     return table.model if table.engine is Engine.SGLANG else f"{table.model} ({table.engine})"
-
-
-def choices_text(row: Row, evidence: RowEvidence | None = None) -> str:
-    """``with_kvcache; sparse_fwd from 15 at 1K rising to 54 at 80K [x 0.9, x 1.1]``: thresholds and their brackets."""
-    first, *rest = row.choices
-    parts = [first.candidate]
-    for index, choice in enumerate(rest):
-        bracket = f" [x {', x '.join(f'{end:g}' for end in evidence.thresholds[index].bracket)}]" if evidence else ""
-        parts.append(f"{choice.candidate} from {threshold_text(choice.threshold)}{bracket}")
-    if rest or evidence is None:
-        return "; ".join(parts)
-    if evidence.censored:
-        return f"{first.candidate} (crossover {evidence.censored} the measured range)"
-    return f"{first.candidate} (no crossover here)"
-
-
-def threshold_text(threshold: Threshold) -> str:
-    """``15 at 1K rising to 54 at 80K``."""
-    low, high = threshold.num_qo_tokens
-    if threshold.is_level:
-        return str(low)
-    start, end = map(written_tokens, threshold.kv_tokens)
-    return f"{low} at {start} rising to {high} at {end}"
-
-
-def _slowdown_text(evidence: TableEvidence | None) -> str:
-    if evidence is None or not evidence.held_out.slowdown:
-        return "not judged"
-    own = evidence.held_out.slowdown[0]
-    return f"{own.mean:.3f} / {own.worst:.2f} ({evidence.held_out.points} pts)"
-
-
-def held_out(policy: Policy, stated: PolicyEvidence | None) -> None:
-    """Slowdown of the policy and of every baseline rule, table by table."""
-    if stated is None:
-        console.print("no evidence beside this policy: its held-out points are not known", highlight=False)
-        return
-    for entry in filter(None, map(stated.of, policy.tables)):
-        if not entry.held_out.points:
-            continue
-        engine = "" if entry.engine is Engine.SGLANG else f" ({entry.engine})"
-        where = f"{entry.site}, {entry.model}{engine}, h_q {entry.h_q or '-'}, {entry.layer}"
-        console.print(_rules_table(entry.held_out, f"{where}: {entry.held_out.points} held-out points"))
-
-
-def provenance(policy: Policy, source: str) -> None:
-    """Where a policy comes from."""
-    environment = policy.environment
-    libraries = (
-        ", ".join(f"{library.name} {library.version}" for library in environment.libraries) or "no kernel library"
-    )
-    kernels = f", around attention the kernels of {policy.provider}" if policy.provider else ""
-    console.print(
-        f"{source}: schema {SCHEMA_VERSION}, {policy.evidence} with {libraries}{kernels}\n"
-        f"for context, no condition: driver {environment.driver}, torch {environment.torch}, triton {environment.triton}\n"
-        f"{policy.source.measurements} measurements in {policy.source.file} "
-        f"(sha256 {policy.source.sha256[:16]}); made by: {policy.source.command}",
-        highlight=False,
-    )
 
 
 def judgement(overall: HeldOut | None, left_out: Sequence[str], lost: Sequence[str]) -> None:
