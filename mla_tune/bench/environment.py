@@ -17,7 +17,7 @@ from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
 from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN, installed_version, module_folder
 from mla_tune.hardware.digests import digest_library
 from mla_tune.hardware.driver import refusal
-from mla_tune.hardware.nvml import detect_gpu
+from mla_tune.hardware.nvml import GpuIdentity, detect_gpu
 from mla_tune.hardware.sku import CPU, Environment, KernelLibrary, sku_name
 from mla_tune.notice import say_once
 
@@ -39,6 +39,26 @@ def detect_environment(gpu: bool) -> Environment:
     is said in the log.
     """
     return _gpu_environment() if gpu else _cpu_environment()
+
+
+def environment_without_torch(gpu: GpuIdentity | None) -> Environment:
+    """What the driver and the installed packages tell of ``gpu``, or of the processor: for reading, no measurement has it.
+
+    What torch alone knows is 0 or empty.
+    """
+    return Environment(
+        sku=gpu.sku if gpu else CPU,
+        sm_count=gpu.sm_count if gpu else 0,
+        shared_memory_optin_bytes=0,
+        driver=(gpu.driver or UNKNOWN) if gpu else processor_name(_processors()),
+        cuda="",
+        torch=installed_version("torch") or "",
+        triton=_triton_version(),
+        libraries=kernel_libraries() if gpu else (),
+        product=gpu.product if gpu else "",
+        memory_gib=gpu.memory_gib if gpu else 0,
+        power_limit_w=gpu.power_limit_w if gpu else 0,
+    )
 
 
 def kernel_libraries() -> tuple[KernelLibrary, ...]:
@@ -96,17 +116,20 @@ def _gpu_environment() -> Environment:
 
 def _cpu_environment() -> Environment:
     torch = _torch()
-    lines = _PROCESSORS.read_text(errors="replace").splitlines() if _PROCESSORS.is_file() else []
     return Environment(
         sku=CPU,
         sm_count=torch.get_num_threads(),
         shared_memory_optin_bytes=0,
-        driver=processor_name(lines),
+        driver=processor_name(_processors()),
         cuda=torch.version.cuda or "",
         torch=str(torch.__version__),
         triton=_triton_version(),
         libraries=(),
     )
+
+
+def _processors() -> list[str]:
+    return _PROCESSORS.read_text(errors="replace").splitlines() if _PROCESSORS.is_file() else []
 
 
 def _torch() -> ModuleType:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
+from mla_tune.cli.answering import Question, as_served
 from mla_tune.cli.options import GpuOption, JsonOption, ModelOption, SiteOption, chosen_models, chosen_sites
 from mla_tune.cli.output import device_output, render
 from mla_tune.cli.places import this_device
-from mla_tune.errors import EnvironmentMismatchError, MlaTuneError
+from mla_tune.errors import EnvironmentMismatchError, MissingPackageError, MlaTuneError
+from mla_tune.runtime.serving import ENGINES
+from mla_tune.sites.provider import OWN
 
 
 def verify(
@@ -36,38 +40,37 @@ def verify(
 
 
 def env(as_json: JsonOption = False) -> None:
-    """Print what this machine is, as measurements record it, and which policy would serve it.
+    """Print what this machine is, as measurements record it, and what would serve each engine. Needs no torch.
 
     Example: mla-tune env --json
     """
-    from dataclasses import asdict
-
-    from mla_tune.bench.environment import detect_environment
+    from mla_tune.bench.environment import detect_environment, environment_without_torch
     from mla_tune.hardware.nvml import detect_gpu
-    from mla_tune.runtime.dispatcher import Dispatcher
 
     try:
         gpu = detect_gpu()
         product = gpu.product if gpu else "no NVIDIA GPU"
     except EnvironmentMismatchError as error:  # there is one that nobody can tell: the rest is still worth printing
         gpu, product = None, f"unknown: {error}"
-    environment = detect_environment(gpu=gpu is not None)
-    cannot_run = _cannot_run("cpu" if gpu is None else "cuda")
+    incomplete = None
     try:
-        serving = Dispatcher.for_this_gpu()
-        served_by = f"{serving.source} ({serving.evidence})"
-    except MlaTuneError as error:
-        served_by = f"none: {error}"
+        environment = detect_environment(gpu=gpu is not None)
+    except (MissingPackageError, EnvironmentMismatchError) as error:
+        environment, incomplete = environment_without_torch(gpu), str(error)
+    cannot_run = _cannot_run("cpu" if gpu is None else "cuda") if incomplete is None else []
+    serving = {engine: as_served(Question(engine)).dispatcher.summary for engine in ENGINES}
     if as_json:
         found = {
             **asdict(environment),
             "product": gpu.product if gpu else None,
-            "policy": served_by,
+            "incomplete": incomplete,
+            "policy": serving[OWN],
+            "serving": serving,
             "cannot_run": cannot_run,
         }
         print(json.dumps(found, indent=2))
         return
-    device_output.environment(product, environment, served_by)
+    device_output.environment(product, environment, serving, incomplete)
     for line in cannot_run:
         render.note(line)
 

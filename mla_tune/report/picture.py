@@ -12,7 +12,7 @@ from mla_tune.report.contents import Boundary, Contents, SiteMap, View, is_whole
 from mla_tune.report.measured_points import MeasuredPoint
 from mla_tune.report.modelled_cells import ModelledCell
 from mla_tune.report.page import INSTALL
-from mla_tune.report.palette import look, model_words, request_words, site_words, tokens
+from mla_tune.report.palette import device_words, look, model_words, request_words, site_words, tokens
 
 _INCHES, _DOTS = (10.0, 6.9), 160
 _TEXT, _QUIET = "#1b1f24", "#57606a"
@@ -76,7 +76,7 @@ def _small(data: bytes) -> bytes:
 
 
 def _title(found: Contents, entry: SiteMap) -> str:
-    return f"{model_words(entry.model, entry.h_q)}, on an NVIDIA {found.sku.removeprefix('nvidia-').upper()}"
+    return f"{model_words(entry.model, entry.h_q)}, on {device_words(found.sku)}"
 
 
 def _subtitle(found: Contents, entry: SiteMap, view: View) -> str:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.checkout import copy_checkout
+from tests.engines.released import kernel_pins, lay_out, unpack
+
+FLASH_MLA = "sgl-flash-mla"
+Install = Callable[[str, str], dict[str, str]]
 
 
 @pytest.fixture(scope="session")
@@ -19,3 +24,24 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-index"]
     subprocess.run([*command, "--no-deps", "--no-build-isolation", "--target", site, checkout], check=True)
     return site
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Lay an engine's release out with the kernel packages that it pins, FlashMLA's with its files."""
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    monkeypatch.syspath_prepend(str(site))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for name in ("POLICY", "MODE", "ALLOW_MODELLED"):
+        monkeypatch.delenv(f"MLA_TUNE_{name}", raising=False)
+
+    def laid_out(engine: str, release: str) -> dict[str, str]:
+        pins = kernel_pins(engine, release)
+        lay_out(site, engine, release)
+        for name, pinned in pins.items():
+            (unpack if name == FLASH_MLA else lay_out)(site, name, pinned)
+        sys.path_importer_cache.clear()
+        return pins
+
+    return laid_out

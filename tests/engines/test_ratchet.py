@@ -8,10 +8,7 @@ of the supported ones, and the failure says what to measure again.
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 from importlib.metadata import version
-from pathlib import Path
 
 import pytest
 
@@ -24,34 +21,12 @@ from mla_tune.policy.schema import Policy
 from mla_tune.policy.search import packaged_policies, policy_file
 from mla_tune.runtime.serving import GpuKey, Serving, find_serving
 from mla_tune.runtime.switches import Switches
-from tests.engines.released import kernel_pins, lay_out, newest, unpack
+from tests.engines.conftest import FLASH_MLA, Install
+from tests.engines.released import kernel_pins, newest
 
-FLASH_MLA = "sgl-flash-mla"
 GPUS = ("nvidia-h100", "nvidia-h200", "nvidia-b200")
 NEWEST = os.environ.get("MLA_TUNE_NEWEST_ENGINES") == "1"
 ENGINES = [("sglang", release) for release in SGLANG_RELEASES] + [("vllm", release) for release in VLLM_RELEASES]
-Install = Callable[[str, str], dict[str, str]]
-
-
-@pytest.fixture
-def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
-    """Lay an engine's release out with the kernel packages that it pins, FlashMLA's with its files."""
-    site = tmp_path / "site-packages"
-    site.mkdir()
-    monkeypatch.syspath_prepend(str(site))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for name in ("POLICY", "MODE", "ALLOW_MODELLED"):
-        monkeypatch.delenv(f"MLA_TUNE_{name}", raising=False)
-
-    def laid_out(engine: str, release: str) -> dict[str, str]:
-        pins = kernel_pins(engine, release)
-        lay_out(site, engine, release)
-        for name, pinned in pins.items():
-            (unpack if name == FLASH_MLA else lay_out)(site, name, pinned)
-        sys.path_importer_cache.clear()
-        return pins
-
-    return laid_out
 
 
 def shipped(engine: str, gpu: str) -> Policy:

@@ -100,7 +100,10 @@ REFUSED = {
     "a page and a picture": (["--gpu", "h100", "-o", "a.html", "--png", "a.png"], "got --out a.html as well", 2),
     "measurements of nothing": (["--gpu", "h100", "--measurements", "a.jsonl"], "without --policy", 2),
     "unknown layer": (["--gpu", "h100", "--png", "a.png", "--layer", "c9a"], "got none for prefill_attention", 1),
-    "unknown model": (["--gpu", "h100", "--png", "a.png", "--model", "v9"], "accepted: another --model", 1),
+    "unknown model": (["--gpu", "h100", "--png", "a.png", "--model", "v9"], "got 'v9'; accepted: deepseek-v4-flash", 2),
+    "unknown engine": (["--gpu", "h100", "--png", "a.png", "--engine", "trt"], "got 'trt'; accepted: sglang, vllm", 2),
+    "unknown provider": (["--gpu", "h100", "--png", "a.png", "--provider", "x"], "got 'x'; accepted: own, sglang", 2),
+    "unknown site": (["--gpu", "h100", "--png", "a.png", "--site", "moe"], "got 'moe'; accepted: prefill_attention", 2),
     "no such gpu": (["--gpu", "h300"], "got 'h300'; accepted: auto", 2),
     "no measurements here": (
         ["--policy", "other/p.yaml"],

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table as RichTable
 
@@ -286,8 +287,8 @@ def validation(result: Validation, missed: Sequence[str], as_json: bool) -> None
     console.print("goal met" if not missed else "goal missed", highlight=False)
 
 
-def environment(product: str, found: Environment, served_by: str) -> None:
-    """What measurements on this machine would record."""
+def environment(product: str, found: Environment, serving: Mapping[str, str], incomplete: str | None) -> None:
+    """What measurements on this machine would record, and what serves each engine; ``incomplete`` says what it lacks."""
     table = RichTable(show_header=False)
     table.add_row("product", product)
     for name, value in asdict(found).items():
@@ -295,6 +296,7 @@ def environment(product: str, found: Environment, served_by: str) -> None:
             table.add_row(name, str(value) or "-")
     for library in found.libraries:
         table.add_row(library.name, f"{library.version} sha256 {library.sha256[:16]}")
-    table.add_row("id", found.id)
-    table.add_row("policy", served_by)
+    table.add_row("id", found.id if incomplete is None else escape(f"unknown: {incomplete}"))
+    for engine, line in serving.items():
+        table.add_row(f"serves {engine}", escape(line))
     console.print(table)
