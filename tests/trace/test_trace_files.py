@@ -46,9 +46,7 @@ def test_a_file_reads_the_same_in_pieces_of_any_length(
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
-def test_no_more_is_held_than_two_pieces(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_more_is_held_than_two_pieces(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path / name, document([kernel("gemm", n, 1) for n in range(2000)]))
     monkeypatch.setattr(event_stream, "PIECE_BYTES", 20_000)
     counts = [len(events) for events in EventStream(path).pieces()]
