@@ -15,7 +15,7 @@ import typer
 
 from mla_tune.cli.options import JsonOption
 from mla_tune.errors import MlaTuneError
-from mla_tune.hardware.builds import DISTRIBUTIONS, VLLM, installed_version
+from mla_tune.hardware.builds import DEEP_GEMM, FLASH_MLA, VLLM, distributions_of, installed_version
 from mla_tune.hardware.nvml import GpuIdentity, detect_gpu
 from mla_tune.sites.provider import SGLANG
 
@@ -118,9 +118,8 @@ def _packages() -> Iterator[Diagnosis]:
         yield Diagnosis("packages", Health.NOTE, said, "pip install 'mla-tune[tune]'")
     else:
         yield Diagnosis("packages", Health.FINE, "what measuring and fitting need is installed")
-    for module, names in DISTRIBUTIONS.items():
-        if module == VLLM:  # an engine, of which more below
-            continue
+    for module in (FLASH_MLA, DEEP_GEMM):
+        names = distributions_of(module)
         there = [f"{name} {version}" for name in names if (version := installed_version(name)) is not None]
         if len(there) > 1:
             said = f"{module} comes from several distributions, one over the other: {', '.join(there)}"
