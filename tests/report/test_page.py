@@ -72,6 +72,16 @@ def test_a_picture_is_1600_pixels_wide_and_small(h100: Contents, h800: Contents)
     assert data == picture(found, entry, entry.views[0])
 
 
+def test_no_sign_of_a_pictures_heading_is_cut_off(h100: Contents) -> None:
+    import numpy as np
+
+    entry = h100.maps[0]
+    long = msgspec.structs.replace(entry, engine_words="An engine with quite a long name " * 4)
+    heading = np.asarray(Image.open(BytesIO(picture(h100, long, long.views[0]))).convert("L"))[:190]
+    assert (heading[:, -20:] > 250).all()
+    assert (heading < 128).any()
+
+
 def test_the_example_is_a_small_picture() -> None:
     path = ROOT / "mla_tune" / "report" / "example.png"
     assert path.stat().st_size <= 150_000
