@@ -120,19 +120,48 @@ def test_the_h200_was_measured_at_both_sites_with_every_model_head_count_and_lay
             assert (SiteName.INDEXER_METADATA, model.name, None, layer) in tables
 
 
-def test_readme_states_what_the_committed_sglang_policies_win_over_sglangs_own_choice() -> None:
-    names = {"V3.2": "deepseek-v3.2", "V4-Flash": "deepseek-v4-flash", "V4-Pro": "deepseek-v4-pro"}
-    stated = re.findall(
-        r"^\| ([\w.-]+), (\d+) \| (.+?) \|$", _stated(README, r"<!-- gains -->\n(.*?)\n\n"), re.MULTILINE
-    )
-    found = {(names[model], int(heads)): cells.split(" | ") for model, heads, cells in stated}
+NAMES = {"V3.2": "deepseek-v3.2", "V4-Flash": "deepseek-v4-flash", "V4-Pro": "deepseek-v4-pro"}
+
+
+def _cells(document: Path, mark: str) -> dict[tuple[str, int], list[str]]:
+    """The cells of the table behind a mark, by model and heads."""
+    table = _stated(document, rf"<!-- {mark} -->\n(.*?)\n\n")
+    stated = re.findall(r"^\| ([\w.-]+), (\d+) \| (.+?) \|$", table, re.MULTILINE)
+    return {(NAMES[model], int(heads)): cells.split(" | ") for model, heads, cells in stated}
+
+
+def test_the_documents_state_what_the_committed_policies_win_over_sglangs_own_choice() -> None:
     judged = [_won(gpu) for gpu in ("nvidia-h200", "nvidia-h100")]
-    assert found == {key: [cell for of in judged for cell in of[key][:2]] for key in judged[0]}
-    points = [{of[key][2] for key in of} for of in judged]
+    assert _cells(FIT_README, "held out") == {key: [cell for of in judged for cell in of[key][:2]] for key in judged[0]}
+    points = [{count for _, _, count in of.values()} for of in judged]
     assert points == [
-        {int(_stated(README, r"no fit saw:\s(\d+)\sa\srow"))},
-        {int(_stated(README, r"(\d+)\son\sthe\sH100"))},
+        {int(_stated(FIT_README, r"(\d+) shapes a row on the H200"))},
+        {int(_stated(FIT_README, r"(\d+) on the H100"))},
     ]
+    readme = _cells(README, "gains")
+    assert len(readme) == 3
+    assert {key: cells[3:] for key, cells in readme.items()} == {key: list(judged[0][key][:2]) for key in readme}
+
+
+@pytest.mark.parametrize("model", NAMES.values())
+def test_readme_states_what_traffic_prints_of_agents(
+    model: str, everything: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The chat trace is not ours to ship. One line in every run, the others with ``--all``."""
+    commands = re.findall(
+        r"^mla-tune (traffic .*--agents.*)$", (ROOT / "mla_tune/replay/README.md").read_text(), re.MULTILINE
+    )
+    assert len(commands) == 2
+    if not everything and model != "deepseek-v4-pro":
+        pytest.skip("one model in every run, the others with --all")
+    h_q = MODELS[model].heads[0]
+    for column, command in enumerate(commands, start=1):
+        if everything or column == 2:
+            assert run([*command.replace("deepseek-v3.2", model).split(), "--json"]) == 0
+            (total,) = (
+                of["against_incumbent"] for of in json.loads(capsys.readouterr().out)["rules"] if of["rule"] == "policy"
+            )
+            assert _cells(README, "gains")[model, h_q][column] == f"{100 * total or 0:.2f} %"
 
 
 def _won(gpu: str) -> dict[tuple[str, int], tuple[str, str, int]]:

@@ -46,7 +46,7 @@ LAYERS: dict[str, set[str]] = {
     "sites": {"errors", "files", "hardware"},
     "policy": VALUES,
     "runtime": {"policy"} | VALUES,
-    "kernels": {"sites", "errors"},
+    "kernels": {"sites", "errors", "hardware"},
     "bench": {"hardware", "errors", "files", "notice"},
     "store": VALUES,
     "sweep": {"kernels", "bench", "store"} | VALUES,

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mla_tune.errors import EnvironmentMismatchError, MissingPackageError
-from mla_tune.hardware.builds import DISTRIBUTIONS, UNKNOWN, installed_version, module_folder
+from mla_tune.hardware.builds import (
+    DISTRIBUTIONS,
+    FLASH_MLA,
+    UNKNOWN,
+    distributions_of,
+    flash_mla_package,
+    installed_version,
+    module_folder,
+)
 from mla_tune.hardware.digests import digest_library
 from mla_tune.hardware.driver import refusal
 from mla_tune.hardware.nvml import GpuIdentity, detect_gpu
@@ -62,18 +70,19 @@ def environment_without_torch(gpu: GpuIdentity | None) -> Environment:
 
 
 def kernel_libraries() -> tuple[KernelLibrary, ...]:
-    """The kernel libraries that could be imported here, sorted by name; none of them is imported.
+    """The kernel libraries that a sweep runs here, sorted by name; none of them is imported. Of two FlashMLAs one runs.
 
     A library without metadata (a source tree on the path) goes by its project's name and the version :data:`UNKNOWN`.
     """
     libraries: list[KernelLibrary] = []
-    for module, distributions in DISTRIBUTIONS.items():
-        folder = module_folder(module)
+    for module in DISTRIBUTIONS:
+        package = flash_mla_package() if module == FLASH_MLA else module
+        folder = module_folder(package)
         if folder is None:
             continue
-        sha256 = digest_library(folder)
-        stated = {name: found for name in distributions if (found := installed_version(name)) is not None}
-        for name, release in (stated or {distributions[-1]: UNKNOWN}).items():
+        sha256, names = digest_library(folder), distributions_of(package)
+        stated = {name: found for name in names if (found := installed_version(name)) is not None}
+        for name, release in (stated or {names[-1]: UNKNOWN}).items():
             if release == UNKNOWN:
                 say_once(_UNKNOWN_RELEASE.format(name=name, folder=folder))
             libraries.append(KernelLibrary(name, release, sha256))

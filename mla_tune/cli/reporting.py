@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from mla_tune.cli.options import parsed_count
+from mla_tune.cli.answering import checked_engine
+from mla_tune.cli.options import checked_provider, chosen_sites, parsed_count
 from mla_tune.cli.places import make_folder, policy_sku
 from mla_tune.cli.priced import export_behind, measured_costs
 from mla_tune.errors import PolicyError, UsageError
@@ -16,8 +17,9 @@ from mla_tune.policy.codec import digest, parse_policy, read_policy_file
 from mla_tune.policy.evidence import load_evidence
 from mla_tune.policy.search import policy_file, policy_files
 from mla_tune.sites.engines import Engine
-from mla_tune.sites.provider import OWN, PROVIDERS
+from mla_tune.sites.provider import OWN, PROVIDERS, SGLANG
 from mla_tune.sites.site import FORWARD
+from mla_tune.sites.site import model as find_model
 
 if TYPE_CHECKING:
     from mla_tune.policy.schema import Table
@@ -46,7 +48,7 @@ def report(
     h_q: Annotated[
         int | None, typer.Option("--h-q", help="Of --png: query heads a rank (default: the model's own).")
     ] = None,
-    engine: Annotated[Engine, typer.Option("--engine", help="Of --png: the engine that chooses.")] = Engine.SGLANG,
+    engine: Annotated[str, typer.Option("--engine", help="Of --png: sglang, vllm, vllm-few-heads or own.")] = SGLANG,
     provider: Annotated[
         str | None,
         typer.Option("--provider", help="Of --png: own or sglang (default: the engine's, where it was measured)."),
@@ -66,18 +68,28 @@ def report(
         raise UsageError(
             "--measurements is the export of one policy: got it without --policy; next: name that file too"
         )
+    if provider is not None:
+        checked_provider(provider)
     target = png or out or Path("report.html")
     make_folder(target)
     if png is None:
         data = _page(files, measurements)
     else:
-        data = _picture(files, measurements, (site, model, h_q, layer, engine), provider, num_reqs)
+        data = _picture(files, measurements, _wanted(site, model, h_q, layer, engine), provider, num_reqs)
     write_atomically(target, data)
     print(f"{target}: {len(data) / 1e6:.1f} MB" if len(data) >= 1e6 else f"{target}: {len(data) / 1e3:.0f} kB")
 
 
 _Wanted = tuple[str, str | None, int | None, str, Engine]
 """Site, model, heads, layer and engine of the table to draw."""
+
+
+def _wanted(site: str, model: str | None, h_q: int | None, layer: str, engine: str) -> _Wanted:
+    """The options of ``--png``. Raises :class:`UsageError` for an unknown word."""
+    (name,) = chosen_sites([site])
+    if model is not None:
+        find_model(model)
+    return name, model, h_q, layer, checked_engine(engine)[1]
 
 
 def _page(files: list[Path], measurements: Path | None) -> bytes:

@@ -14,15 +14,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 FLASH_MLA = "flash_mla"
+SGL_KERNEL = "sgl_kernel"
+"""SGLang's own kernels. Up to SGLang 0.5.22 they have a build of FlashMLA in them, and SGLang calls no other."""
 DEEP_GEMM = "deep_gemm"
 VLLM = "vllm"
 """vLLM's wheel has builds of its own of both libraries; its FlashMLA is ``vllm/_flashmla_C.abi3.so``."""
 DISTRIBUTIONS: dict[str, tuple[str, ...]] = {
-    FLASH_MLA: ("sgl-flash-mla", "flash-mla"),
+    FLASH_MLA: ("sglang-kernel", "sgl-flash-mla", "flash-mla"),
     DEEP_GEMM: ("sgl-deep-gemm", "deep-gemm"),
     VLLM: ("vllm",),
 }
-"""Kernel modules, and the distributions that may have brought each of them, the module's own project last."""
+"""Kernel libraries, and the distributions that may have brought each of them, the library's own project last."""
+_PACKAGES = {"sglang-kernel": SGL_KERNEL}
+"""The package of a distribution that has another library in it; of any other it has the library's name."""
 UNKNOWN = "unknown"
 """The version of a library whose metadata do not state one. It equals no version, not even itself."""
 
@@ -51,18 +55,41 @@ class Build:
 
 
 def module_of(distribution: str) -> str | None:
-    """The kernel module that ``distribution`` brings; None for one that is no kernel library, such as an engine."""
+    """The kernel library that ``distribution`` brings; None for one that is none, such as an engine."""
     return next((module for module, names in DISTRIBUTIONS.items() if distribution in names), None)
+
+
+def package_of(distribution: str) -> str | None:
+    """The package that has the kernels of ``distribution``; None for one that is no kernel library."""
+    return _PACKAGES.get(distribution) or module_of(distribution)
+
+
+def distributions_of(package: str) -> tuple[str, ...]:
+    """The distributions of kernel libraries that may have brought ``package``."""
+    return tuple(name for names in DISTRIBUTIONS.values() for name in names if package_of(name) == package)
+
+
+def flash_mla_package(engine: str = "sglang") -> str:
+    """The package whose FlashMLA runs here: what the installed ``engine`` calls, or the one that is there."""
+    asked = {requires(engine, name) for name in distributions_of(FLASH_MLA)}
+    if True in asked:
+        return FLASH_MLA
+    inside = module_folder(SGL_KERNEL)
+    if inside is None or not (inside / "flash_mla.py").is_file():
+        return FLASH_MLA
+    return SGL_KERNEL if None not in asked or module_folder(FLASH_MLA) is None else FLASH_MLA
 
 
 def module_folder(module: str) -> Path | None:
     """Where a top-level package lies, without importing it; None if there is no such package.
 
-    A folder without ``__init__.py``, as an uninstall leaves it where something was cached, is none.
+    A folder without ``__init__.py``, as an uninstall leaves it where something was cached, is none. Nor is one inside a
+    zip, from which no kernel can be loaded.
     """
     spec = find_spec(module)
     folders = list(spec.submodule_search_locations or ()) if spec and spec.origin else []
-    return Path(folders[0]) if folders else None
+    folder = Path(folders[0]) if folders else None
+    return folder if folder is not None and folder.is_dir() else None
 
 
 def installed_version(distribution: str) -> str | None:
@@ -74,9 +101,9 @@ def installed_version(distribution: str) -> str | None:
     found = list(distributions(name=distribution))
     if not found:
         return None
-    module = module_of(distribution)
-    package = None if module is None else module_folder(module)
-    folder = _folder(found[0]) if package is None else package.parent
+    package = package_of(distribution)
+    where = None if package is None else module_folder(package)
+    folder = _folder(found[0]) if where is None else where.parent
     beside = [one for one in found if _folder(one) == folder]
     stated = {_stated(one) for one in beside or found[:1]} - {""}
     return stated.pop() if len(stated) == 1 else UNKNOWN

@@ -13,17 +13,17 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from mla_tune.hardware.builds import VLLM
+from mla_tune.hardware.builds import SGL_KERNEL, VLLM
 
 _CHUNK_BYTES = 1 << 20
-_COMPILED = {VLLM: "_flashmla*.so"}
+_COMPILED = {VLLM: "_flashmla*.so", SGL_KERNEL: "flashmla_ops*.so"}
 """The compiled files that identify a package, by its name; of any other package all of them, however deep."""
 
 
 def digest_library(folder: Path) -> str:
     """SHA-256 over a package's compiled files, or over its Python sources where it has none, in path order.
 
-    Of vLLM, whose wheel has kernels of every kind, FlashMLA's file alone.
+    Of vLLM and of SGLang's own kernels, which are of every kind, FlashMLA's file alone.
 
     Each file enters by its path in the package, its size and its bytes; where the package lies does not matter.
     """

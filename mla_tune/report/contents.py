@@ -18,6 +18,7 @@ from mla_tune.policy.schema import Policy, Table
 from mla_tune.report.boundary import areas, crossings, request_ranges
 from mla_tune.report.measured_points import MeasuredPoint, measured_points, significant
 from mla_tune.report.modelled_cells import ModelledCell, modelled_cells
+from mla_tune.report.palette import unit_words
 from mla_tune.report.stage_plots import StagePlot, stage_plots
 from mla_tune.report.typed_rules import typed_rules
 from mla_tune.report.wins import Win, modelled_win, win
@@ -325,7 +326,7 @@ def _origin(measured: MeasuredPolicy) -> Origin:
         measurements=policy.source.measurements,
         command=policy.source.command,
         environment=(
-            ("GPU", f"{policy.gpu.sku}, {policy.gpu.sm_count} SMs"),
+            ("GPU", f"{policy.gpu.sku}, {policy.gpu.sm_count} {unit_words(policy.gpu.sku)}"),
             ("driver", environment.driver),
             ("CUDA", environment.cuda),
             ("torch", environment.torch),

@@ -18,7 +18,7 @@ from mla_tune import __version__
 from mla_tune.errors import MissingPackageError
 from mla_tune.hardware.datasheet import DATASHEETS
 from mla_tune.report.contents import CandidateBound, Contents, Origin, SiteMap, is_whole_forward
-from mla_tune.report.palette import look, model_words, site_words
+from mla_tune.report.palette import device_words, look, model_words, site_words, unit_words
 from mla_tune.report.roofline import MEASURED_COPY_GBPS
 from mla_tune.sites.engines import Engine
 from mla_tune.sites.site import SiteName
@@ -102,13 +102,12 @@ def _roofline_words(sku: str) -> dict[str, str]:
 
 
 def _head(found: Contents) -> Iterable[str]:
-    name = found.sku.removeprefix("nvidia-").upper()
     yield '<div class="top"><div>'
-    yield f"<h1>Which attention kernel is faster on an NVIDIA {escape(name)}</h1>"
+    yield f"<h1>Which attention kernel is faster on {escape(device_words(found.sku))}</h1>"
     kinds = {"modelled" if origin.modelled_from else "measured" for origin in found.policies}
     timed = sum(origin.measurements for origin in found.policies)
     yield (
-        f'<p class="quiet">{found.sm_count} SMs; {" and ".join(sorted(kinds))} policies: '
+        f'<p class="quiet">{found.sm_count} {unit_words(found.sku)}; {" and ".join(sorted(kinds))} policies: '
         f"{', '.join(escape(origin.file) for origin in found.policies)}; {timed:,} timings behind them.</p></div>"
     )
     yield '<button id="theme" class="screen" type="button">Theme: auto</button></div>'

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import msgspec
 
+from mla_tune.hardware.sku import CPU
+
 
 class Look(msgspec.Struct, frozen=True):
     """One candidate's colour on light and on dark ground, and its sign as plotly and as matplotlib name it."""
@@ -52,6 +54,16 @@ def model_words(model: str, h_q: int | None) -> str:
     """``DeepSeek-V3.2, 128 heads``."""
     name = _MODELS.get(model, model)
     return name if h_q is None else f"{name}, {h_q} heads"
+
+
+def device_words(sku: str) -> str:
+    """``an NVIDIA H200``."""
+    return "a CPU" if sku == CPU else f"an NVIDIA {sku.removeprefix('nvidia-').upper()}"
+
+
+def unit_words(sku: str) -> str:
+    """What a device is counted in."""
+    return "threads" if sku == CPU else "SMs"
 
 
 def site_words(site: str) -> str:

@@ -6,14 +6,17 @@ from collections.abc import Iterable, Iterator
 from functools import cached_property
 
 from mla_tune.hardware.builds import (
-    DISTRIBUTIONS,
     FLASH_MLA,
+    SGL_KERNEL,
     UNKNOWN,
     VLLM,
     Build,
+    distributions_of,
+    flash_mla_package,
     installed_version,
     module_folder,
     module_of,
+    package_of,
     requires,
 )
 from mla_tune.hardware.digests import known_digest
@@ -66,24 +69,35 @@ class BuildsHere:
             return None
         if self._engine == VLLM:
             return f"{build.name} must be {build.version}: vLLM runs the {module} of its own wheel"
-        if self._engine == SGLANG and module == FLASH_MLA and self._installed and self._sglang_has_its_own:
-            return f"{build.name} must be {build.version}: this SGLang runs the {module} in {SGLANG_KERNEL}"
+        if self._installed and module == FLASH_MLA and self._flash_mla not in (None, package_of(build.name)):
+            there = f"{module} in {SGLANG_KERNEL}" if self._flash_mla == SGL_KERNEL else f"package {module}"
+            said = f"{build.name} must be {build.version}: "
+            if self._engine == SGLANG:
+                return said + f"this SGLang runs the {there}, which `mla-tune ensure --engine {SGLANG}` measures"
+            return said + f"what runs here is the {there}"
         return None
 
     @cached_property
-    def _sglang_has_its_own(self) -> bool:
-        """Before 0.5.23 SGLang required no distribution of FlashMLA: it was compiled into sglang-kernel."""
-        asked = [requires(SGLANG, name) for name in DISTRIBUTIONS[FLASH_MLA]]
-        return not any(asked) and None not in asked
+    def _flash_mla(self) -> str | None:
+        """The package whose FlashMLA the engine runs; None where nobody says.
+
+        Before 0.5.23 SGLang required no distribution of FlashMLA: it was compiled into sglang-kernel.
+        """
+        if self._engine != SGLANG:
+            return flash_mla_package()
+        asked = {requires(SGLANG, name) for name in distributions_of(FLASH_MLA)}
+        if True in asked:
+            return FLASH_MLA
+        return None if None in asked else SGL_KERNEL
 
     def _files_fault(self, build: Build) -> str | None:
-        module = module_of(build.name)
-        if module is None:
+        package = package_of(build.name)
+        if package is None:
             return None
-        folder = module_folder(module)
+        folder = module_folder(package)
         if folder is None:
-            return f"{build.name} must be {build.version}: its package {module} is not there"
-        for other in DISTRIBUTIONS[module]:
+            return f"{build.name} must be {build.version}: its package {package} is not there"
+        for other in distributions_of(package):
             if other != build.name and installed_version(other) is not None:
                 return f"{build.name} must be {build.version}: {other} is installed over it"
         measured = self._digests.get(build)

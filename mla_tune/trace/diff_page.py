@@ -58,6 +58,10 @@ def _page(found: TraceDiff) -> Iterator[str]:
         found.times(),
         found.wall,
     )
+    if (alone := found.nccl_alone()).a or alone.b:
+        yield from _totals(
+            "NCCL", "Microseconds. What else ran, and nothing but NCCL, add up to the wall.", found.halves()
+        )
     for group in Group:
         yield from _changes(found, group)
     yield "</body></html>"

@@ -110,7 +110,7 @@ class TraceDiff:
             *(Total(kind, a.count(kind), b.count(kind)) for kind in kinds),
             Total(EventKind.ANNOTATION, a.kinds[EventKind.ANNOTATION], b.kinds[EventKind.ANNOTATION]),
             self.wall,
-            Total(f"{self.wall_name} without NCCL", a.wall_without_nccl_ns, b.wall_without_nccl_ns, is_time=True),
+            self.halves()[0],
             Total(f"{self.lane} sum", a.sum_ns, b.sum_ns, is_time=True),
         )
 
@@ -142,6 +142,11 @@ class TraceDiff:
         """Time in which nothing but NCCL ran: the wall less the wall without NCCL."""
         a, b = self.a, self.b
         return Total("NCCL alone", a.wall_ns - a.wall_without_nccl_ns, b.wall_ns - b.wall_without_nccl_ns, is_time=True)
+
+    def halves(self) -> tuple[Total, Total]:
+        """The wall without NCCL and the time of NCCL alone, which add up to the wall."""
+        a, b = self.a.wall_without_nccl_ns, self.b.wall_without_nccl_ns
+        return Total(f"{self.wall_name} without NCCL", a, b, is_time=True), self.nccl_alone()
 
     def ranks(self) -> tuple[Total, ...]:
         """The wall of each rank, where there are several."""

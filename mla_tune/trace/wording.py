@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from mla_tune.trace.chrome_event import GPU_WORK
 from mla_tune.trace.difference import Group, Total, TraceDiff
 from mla_tune.trace.side import Side
 from mla_tune.trace.summary import Lane, TraceSummary
@@ -75,6 +76,8 @@ def notes(found: TraceDiff) -> list[str]:
     if all(names) and names[0] != names[1]:
         lines.append(f"A ran on {', '.join(names[0])}, B on {', '.join(names[1])}")
     for name, side in (("A", found.a), ("B", found.b)):
+        if found.lane is Lane.GPU and not side.count(*GPU_WORK):
+            lines.append(f"{name} has no GPU work: it ran on the CPU, or torch.profiler did not reach the GPU")
         if side.unfinished:
             lines.append(f"{side.unfinished} events of {name} have no end: they are counted, with no time")
     return [printable(line) for line in lines]

@@ -148,7 +148,10 @@ def test_an_sglang_that_has_flash_mla_in_sglang_kernel_does_not_run_the_other(sh
     install("sglang", "0.5.22", requires=("sglang-kernel==0.4.9", "torch==2.14.1"))
     install("sgl-flash-mla", "1.0.0", "flash_mla")
     write_policy(shipped / "nvidia-h200.yaml", undigested())
-    assert reasons(H200, "sglang") == ["sgl-flash-mla must be 1.0.0: this SGLang runs the flash_mla in sglang-kernel"]
+    assert reasons(H200, "sglang") == [
+        "sgl-flash-mla must be 1.0.0: this SGLang runs the flash_mla in sglang-kernel, which "
+        "`mla-tune ensure --engine sglang` measures"
+    ]
     assert reasons(H200, "own") == []
 
 

@@ -40,6 +40,7 @@ def test_every_account_adds_up_to_its_total_in_every_column(folder: Path, a: lis
     found = compared(folder, a, b)
     for side in ("a", "b", "delta"):
         assert sum(getattr(line, side) for line in found.times()) == getattr(found.wall, side)
+        assert sum(getattr(half, side) for half in found.halves()) == getattr(found.wall, side)
         runs = [total for total in found.totals() if total.name.startswith("GPU ") and not total.is_time]
         assert sum(getattr(line, side) for line in found.counts()) == sum(getattr(total, side) for total in runs)
         assert sum(getattr(line, side) for line in found.events()) == getattr(found.totals()[0], side)
@@ -126,6 +127,12 @@ def test_traces_without_a_gpu_compare_operators_of_the_cpu(tmp_path: Path) -> No
         ("CPU wall", 100_000, 100_000),
     ]
     assert "operators of the CPU" in wording.notes(found)[0]
+
+
+def test_a_side_without_gpu_work_beside_one_with_it_is_said(tmp_path: Path) -> None:
+    found = compared(tmp_path, [kernel("gemm", 0, 1)], [kernel("aten::mm", 0, 1, cat="cpu_op")])
+    assert found.lane is Lane.GPU
+    assert wording.notes(found)[0].startswith("B has no GPU work")
 
 
 def run_of(folder: Path, **ranks: int) -> Path:

@@ -45,6 +45,15 @@ def test_a_file_reads_the_same_in_pieces_of_any_length(
     assert in_pieces == summarize_trace(path)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.json.gz"])
+def test_no_more_is_held_than_two_pieces(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path / name, document([kernel("gemm", n, 1) for n in range(2000)]))
+    monkeypatch.setattr(event_stream, "PIECE_BYTES", 20_000)
+    counts = [len(events) for events in EventStream(path).pieces()]
+    assert sum(counts) == 2000
+    assert max(counts) < 300  # of some 150 bytes each
+
+
 def perfetto() -> dict[str, object]:
     """The same three kernels as an export of Perfetto may have them: times as strings, a pair of begin and end."""
     thread = {"pid": 1004, "tid": 2}

@@ -71,12 +71,11 @@ def _account(found: TraceDiff) -> Iterator[str]:
     total = Total("= count", sum(line.a for line in counts), sum(line.b for line in counts))
     yield from _table("account of the count", counts, total)
     yield ""
+    yield from _table(f"account of {found.wall_name}, us", found.times(), _named("= ", found.wall))
     alone = found.nccl_alone()
-    wall = found.wall
-    yield from _table(f"account of {found.wall_name}, us", found.times(), _named("= ", wall))
     if alone.a or alone.b:
-        yield _row(Total("  of it without NCCL", wall.a - alone.a, wall.b - alone.b, is_time=True))
-        yield _row(_named("  of it ", alone))
+        for half in found.halves():
+            yield _row(_named("  ", half))
 
 
 def _named(prefix: str, total: Total) -> Total:

@@ -68,7 +68,7 @@ def _tensor_parallel_group() -> Any:
     """The CPU process group of the ranks that share forwards, or None where SGLang has made no group."""
     try:
         return parallel().tp_group.cpu_group
-    except (AttributeError, RuntimeError, ValueError):  # what SGLang raises for a field that nobody has written
+    except (AssertionError, AttributeError, RuntimeError, ValueError):  # what releases raise where nobody has made one
         return None
 
 

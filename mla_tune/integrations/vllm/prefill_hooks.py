@@ -110,7 +110,7 @@ class V4Choice:
             return Reasons.NO_TOKENS
         if swa_metadata.prefill_seq_lens_cpu is None or swa_metadata.prefill_swa_indices is None:
             return Reasons.NO_LENGTHS
-        if capturing() or swa_metadata.cache_slot_mapping is not None:
+        if capturing() or getattr(swa_metadata, "cache_slot_mapping", None) is not None:  # gathered, from 0.33 on
             return Reasons.GATE
         return Reasons.PAST_LIMIT if swa_metadata.num_prefill_tokens > self._limit else None
 
@@ -277,13 +277,20 @@ def _by_ratio(prepared: Prepared) -> dict[int, V4Choice]:
 
 def _model(layer: Any, config: Any) -> tuple[ModelConfig, int] | str:
     """The model of the policy that ``config`` is, and its padded heads; or why there is none."""
-    kinds = config.layer_types[: config.num_hidden_layers]
-    ratios = [max(1, config.compress_rates.get(kind, 0)) for kind in kinds]
+    ratios = _compress_ratios(config)
     unknown = sorted(set(ratios) - set(_LAYERS))
     if unknown:
         return f"no table is for compress ratios {unknown}"
     layers = {_LAYERS[ratio]: ratios.count(ratio) for ratio in sorted(set(ratios))}
     return matching_model(layers, config.index_topk, layer.padded_heads)
+
+
+def _compress_ratios(config: Any) -> list[int]:
+    """Of each layer; 1 for a window alone. 0.33 reads transformers' configuration, which has a rate for a kind of layer."""
+    stated = getattr(config, "compress_ratios", None)
+    if stated is None:
+        stated = [config.compress_rates.get(kind, 0) for kind in config.layer_types]
+    return [max(1, int(ratio)) for ratio in stated[: config.num_hidden_layers]]
 
 
 def _no_second_path(layer: Any, vllm_config: Any) -> str | None:

@@ -6,6 +6,9 @@ SM100 kernels for V4.1's formats. SGLang 0.5.23 passes ``use_legacy=True`` for b
 (``kernels/ops/attention/flash_mla_interface.py``), so that is what runs here: the current binary's sparse prefill also
 accepts V4's shapes on SM100, but no engine launches it for them. Upstream's own package has no switch. Which lineage is
 installed is read from the signature, not from a version number.
+
+SGLang's own kernels up to its 0.5.22 have a build of the legacy sources, ``sgl_kernel.flash_mla``, whose arguments are in
+another order: so all are named. :func:`mla_tune.hardware.builds.flash_mla_package` says which one runs here.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import inspect
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+from mla_tune.hardware.builds import SGL_KERNEL, flash_mla_package
 
 if TYPE_CHECKING:
     import torch
@@ -49,22 +54,30 @@ class KvCacheCall:
     The kernel then splits no context among blocks, and its scheduler has one entry to plan for."""
 
 
+def module_name() -> str:
+    """The module with the two functions that runs here."""
+    package = flash_mla_package()
+    return f"{package}.flash_mla" if package == SGL_KERNEL else package
+
+
 def missing() -> str | None:
     """Why FlashMLA cannot be used on this machine at all, in one sentence; None if its module imports."""
+    name = module_name()
     try:
-        importlib.import_module("flash_mla")
+        importlib.import_module(name)
     except (ImportError, OSError, RuntimeError) as error:  # a library that is there but does not load raises the latter
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return f"flash_mla cannot be imported ({reason}): pip install 'mla-tune[gpu]'"
+        remedy = "install sglang-kernel again" if name.startswith(SGL_KERNEL) else "pip install 'mla-tune[gpu]'"
+        return f"{name} cannot be imported ({reason}): {remedy}"
     return None
 
 
 class FlashMla:
-    """The two kernels of the installed distribution, called as SGLang 0.5.23 calls them."""
+    """The two kernels of the installed distribution, called as SGLang calls them."""
 
     def __init__(self, major: int, module: ModuleType | None = None) -> None:
         """``major`` is the GPU's major compute capability."""
-        self._module: Any = module or importlib.import_module("flash_mla")
+        self._module: Any = module or importlib.import_module(module_name())
         self._major = major
         parameters = inspect.signature(self._module.flash_mla_sparse_fwd).parameters
         self._switch: dict[str, bool] = {"use_legacy": True} if "use_legacy" in parameters else {}
@@ -110,22 +123,21 @@ class FlashMla:
         """Sparse decode kernel over the paged FP8 cache -> (n, h_q, 512) bf16."""
         tokens = 0 if call.one_entry else 1  # where the new axis goes: (1, n, ...), or (n, 1, ...)
         out: torch.Tensor = self._module.flash_mla_with_kvcache(
-            call.q.unsqueeze(tokens),
-            call.cache,
-            None,
-            None,
-            V_DIM,
-            schedule,
-            None,
-            call.sm_scale,
-            False,
-            True,
-            call.slots.unsqueeze(tokens),
-            call.attn_sink,
-            call.extra_cache,
-            None if call.extra_slots is None else call.extra_slots.unsqueeze(1),
-            call.lengths if call.q.shape[2] == V_DIM else None,  # V3.2 refuses a length: there -1 ends a selection
-            call.extra_lengths,
+            q=call.q.unsqueeze(tokens),
+            k_cache=call.cache,
+            block_table=None,
+            cache_seqlens=None,
+            head_dim_v=V_DIM,
+            tile_scheduler_metadata=schedule,
+            softmax_scale=call.sm_scale,
+            is_fp8_kvcache=True,
+            indices=call.slots.unsqueeze(tokens),
+            attn_sink=call.attn_sink,
+            extra_k_cache=call.extra_cache,
+            extra_indices_in_kvcache=None if call.extra_slots is None else call.extra_slots.unsqueeze(1),
+            # V3.2 refuses a length: there -1 ends a selection.
+            topk_length=call.lengths if call.q.shape[2] == V_DIM else None,
+            extra_topk_length=call.extra_lengths,
             **self._switch,
         )[0]
         return out.squeeze(tokens)

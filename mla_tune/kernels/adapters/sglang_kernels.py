@@ -1,4 +1,4 @@
-"""SGLang's own kernels for the stages around attention, where sglang 0.5.23 or later is installed.
+"""SGLang's own kernels for the stages around attention, where sglang 0.5.17 or later is installed.
 
 The one place that knows their names and arguments. ``rows``, ``combined`` and ``metadata`` launch one kernel on given
 inputs: what a stage of a site with a provider runs, and what a benchmark compares with. What sglang imports is its own
@@ -8,6 +8,7 @@ matter, so that any failure of an import is a reason and not an error.
 from __future__ import annotations
 
 import importlib
+import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -35,6 +36,12 @@ _NEEDED = (
     ("dsv4", "get_paged_mqa_logits_metadata"),
 )
 """(module, function) of every kernel without which a sweep with SGLang's kernels is refused."""
+_UP_TO_0_5_22 = {
+    "dequantize_k_cache_paged_dsv4": (f"{_OPS}.dsv4.dequant_k_cache", "dequantize_k_cache_paged"),
+    "dequantize_k_cache_paged_dsa": (f"{_OPS}.dsa.dequant_k_cache", "dequantize_k_cache_paged"),
+    "combine_topk_swa_indices": ("sglang.srt.layers.attention.dsv4.sparse_prefill_utils", "combine_topk_swa_indices"),
+}
+"""Where a kernel was, and by what name, before 0.5.23."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +72,7 @@ def installed(kind: str) -> FoundKernels | Missing:
     lacking = _lacking(kind)
     if lacking is not None:
         return Missing(
-            f"--provider {SGLANG} needs SGLang's kernels: {lacking}; accepted: sglang 0.5.23 or later and an NVIDIA GPU; "
+            f"--provider {SGLANG} needs SGLang's kernels: {lacking}; accepted: sglang 0.5.17 or later and an NVIDIA GPU; "
             "next: `pip install sglang` in this environment, or pass --provider own"
         )
     reason = _untransformed(kind)
@@ -139,8 +146,10 @@ def combined(
         topk_indices = torch.arange(max(topk, 1), dtype=torch.int32, device=device).repeat(tokens, 1)
     ends = inputs.cu_window[:-1].int()
     extends = torch.tensor([0, *inputs.shape.extend_lens()], dtype=torch.int32, device=device).cumsum(0).int()
+    # The first releases told a query's position from its request's lengths.
+    positions = (inputs.positions,) if "query_pos" in inspect.signature(kernel).parameters else ()
     arguments = (
-        *(topk_indices, extends, inputs.positions, inputs.seq_lens),
+        *(topk_indices, extends, *positions, inputs.seq_lens),
         (inputs.cu_window[1:] - inputs.cu_window[:-1]).int(),
         *(inputs.cu_compressed[:-1].int(), ends + inputs.work.compressed_rows),
         *(SWA_WINDOW, max(site.layer.compress_ratio, 1), topk),
@@ -261,7 +270,11 @@ def _kernels_version() -> str:
 
 def _function(module: str, name: str) -> Any:
     """A function of SGLang's, or a :class:`Missing`."""
-    return _imported(f"{_OPS}.{module}", name)
+    found = _imported(f"{_OPS}.{module}", name)
+    if isinstance(found, Missing) and name in _UP_TO_0_5_22:
+        earlier = _imported(*_UP_TO_0_5_22[name])
+        return found if isinstance(earlier, Missing) else earlier
+    return found
 
 
 def _imported(module: str, name: str) -> Any:

@@ -166,6 +166,24 @@ def batch(*requests: tuple[int, int], mode: str = "EXTEND", padding: int = 0, **
     )
 
 
+def made_up_batches(*requests: tuple[int, int]) -> dict[str, Any]:
+    """Batches of ``requests`` that no user sent, in the forms that SGLang gives them."""
+    return {
+        "warm-up or capture": batch(*requests, rids=None),
+        "idle rank": batch(*requests, rids=[], sampling_info=Sampling()),
+        "replayed idle rank": batch(*requests, rids=None, sampling_info=Sampling()),
+    }
+
+
+class Sampling(list[int]):
+    """SGLang's sampling parameters, as far as they are asked for their number."""
+
+
+def wrapper_of(owner: Any, name: str) -> Any:
+    """Our wrapper of a function of SGLang's: ``(wrapped, instance, args, kwargs)``."""
+    return inspect.getattr_static(owner, name)._self_wrapper
+
+
 def runner(**changes: Any) -> Any:
     """A ``ModelRunner`` of V4-Flash, as far as the hooks look at it."""
     config = SimpleNamespace(compress_ratios=RATIOS, num_hidden_layers=43)
@@ -188,6 +206,5 @@ def v4_backend(module: ModuleType, model_runner: Any = None, **changes: Any) -> 
 def constructed(kind: Any, model_runner: Any, attributes: dict[str, Any]) -> Any:
     """An object of ``kind`` whose own constructor, which needs a GPU, sets ``attributes``; our wrapper runs around it."""
     backend = object.__new__(kind)
-    wrapper = inspect.getattr_static(kind, "__init__")._self_wrapper
-    wrapper(lambda *_: backend.__dict__.update(attributes), backend, (model_runner,), {})
+    wrapper_of(kind, "__init__")(lambda *_: backend.__dict__.update(attributes), backend, (model_runner,), {})
     return backend

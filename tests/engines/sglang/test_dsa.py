@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mla_tune.policy.schema import Limit
-from tests.engines.sglang.conftest import batch, constructed, runner, use_policy
+from tests.engines.sglang.conftest import Sampling, batch, constructed, made_up_batches, runner, use_policy, wrapper_of
 from tests.policy.strategies import policy, table
 
 pytestmark = pytest.mark.usefixtures("serving")
@@ -54,9 +54,10 @@ def impl(backend: Any, forward: Any) -> str:
 
 
 @pytest.fixture(autouse=True)
-def _threshold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What SGLang sets for V3.2 when it starts: dense attention up to top-k tokens of context."""
+def _started(dsa: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What SGLang sets for V3.2 when it starts: dense attention up to top-k tokens of context, no context parallelism."""
     monkeypatch.setenv("SGLANG_DSA_PREFILL_DENSE_ATTN_KV_LEN_THRESHOLD", "2048")
+    monkeypatch.setattr(dsa, "is_dsa_enable_prefill_cp", lambda: False, raising=False)  # asks arguments, up to 0.5.21
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
@@ -159,22 +160,23 @@ def test_an_error_of_ours_leaves_the_engine_s_choice(dsa: ModuleType, caplog: py
 
 
 def test_batches_without_a_request_are_neither_counted_nor_recorded(dsa: ModuleType) -> None:
-    class Sampling(list[int]):
-        """SGLang's sampling parameters, as far as they are asked for their number."""
-
-    made_up = {
-        "warm-up or capture": batch((50_000, 8192), rids=None),
-        "idle rank": batch((50_000, 8192), rids=[], sampling_info=Sampling()),
-        "replayed idle rank": batch((50_000, 8192), rids=None, sampling_info=Sampling()),
-    }
     backend = dsa_backend(dsa)
     counters = backend._mla_tune._decider.counters
-    for name, forward in made_up.items():
+    for name, forward in made_up_batches((50_000, 8192)).items():
         assert impl(backend, forward) == "flashmla_kv", name
     assert (counters.lookups, counters.fallbacks) == (0, {})
     replayed = batch((50_000, 8192), rids=None, sampling_info=Sampling([1]))  # of one request, in a prefill graph
     assert impl(backend, replayed) == "flashmla_sparse"
     assert counters.lookups == 1
+
+
+def test_a_parameter_that_sglang_appends_reaches_its_own_method(dsa: ModuleType) -> None:
+    seen: list[int] = []
+    backend = dsa_backend(dsa)
+    around = wrapper_of(dsa.DeepseekSparseAttnBackend, "set_dsa_prefill_impl")
+    around(lambda forward, appended=0: seen.append(appended), backend, (batch((50_000, 8192)),), {"appended": 7})
+    assert seen == [7]
+    assert backend.dsa_prefill_impl == "flashmla_sparse"
 
 
 def test_backends_of_other_heads_or_with_the_users_own_setting_have_their_own_choice(dsa: ModuleType) -> None:

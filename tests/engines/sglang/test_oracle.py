@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from mla_tune.kernels.adapters import sglang_kernels
 from mla_tune.kernels.backend import Backend
 from mla_tune.kernels.combine import combine_topk_swa_indices
 from mla_tune.kernels.dequantize import dequantize_k_cache_paged
@@ -162,15 +163,14 @@ def test_rows_and_indices_of_a_layer_that_selects_all_are_theirs(
 
 @pytest.mark.parametrize("page_size", [256, 64, 2])
 def test_dequantized_v4_rows_are_theirs_bit_for_bit(page_size: int, backend: Backend, v4: ModuleType) -> None:
-    from sglang.kernels.ops.attention.dsv4.dequant_k_cache import dequantize_k_cache_paged_dsv4
-
+    their_kernel = sglang_kernels._function("dsv4.dequant_k_cache", "dequantize_k_cache_paged_dsv4")
     generator = torch.Generator().manual_seed(3)
     scale = torch.exp2(torch.randint(-20, 20, (600, 1), generator=generator).float())
     cache = quantize_k_cache(torch.randn(600, V4.head_dim, generator=generator) * scale, V4, page_size)
     wanted = torch.randperm(600, generator=generator).int()[:97]
     out = torch.empty(97, V4.head_dim, dtype=torch.bfloat16)
     dequantize_k_cache_paged(cache, wanted, out, V4, page_size, backend=backend)
-    theirs = dequantize_k_cache_paged_dsv4(cache, wanted, page_size)
+    theirs = their_kernel(cache, wanted, page_size)
     assert torch.equal(out.view(torch.int16), theirs.view(97, -1).view(torch.int16))
 
 
@@ -181,6 +181,7 @@ def test_dequantized_dsa_rows_are_theirs_but_for_rounding_on_the_cpu(backend: Ba
     out = torch.empty(50, DSA.head_dim, dtype=torch.bfloat16)
     dequantize_k_cache_paged(cache, wanted, out, DSA, 64, backend=backend)
     rows = cache.view(torch.float8_e4m3fn).view(-1, 64, 1, DSA.bytes_per_token)
-    theirs = dsa.dequantize_k_cache_paged_dsa(rows, wanted)
+    their_kernel = sglang_kernels._function("dsa.dequant_k_cache", "dequantize_k_cache_paged_dsa")
+    theirs = their_kernel(rows, wanted)
     apart = (out.view(torch.int16).int() - theirs.view(50, -1).view(torch.int16).int()).abs().max()
     assert apart <= (1 if backend is Backend.TORCH else 0)  # torch's product rounds its float32 scale first

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from importlib.metadata import version
 from typing import Any
 
 import pytest
@@ -28,8 +29,9 @@ from mla_tune.sweep.grid import Point
 from mla_tune.sweep.worker.messages import Task
 from mla_tune.sweep.worker.point_measurer import PointMeasurer
 
-HERE = Provider("sglang", "0.5.23")
-TRANSFORMS = Provider("sglang", "0.5.23", "0.4.10")
+RELEASE = version("sglang")
+HERE = Provider("sglang", RELEASE)
+TRANSFORMS = Provider("sglang", RELEASE, "0.4.10")
 FLASH, V3_2 = MODELS["deepseek-v4-flash"], MODELS["deepseek-v3.2"]
 LAYERS = [LayerType.SWA_ONLY, LayerType.C4A, LayerType.C128A, LayerType.DSA]
 SHAPE = Shape(2, 5, 4600)
@@ -88,7 +90,7 @@ def test_a_kernel_of_its_that_leaves_rows_unwritten_is_found(layer: LayerType, m
 @pytest.mark.parametrize(
     ("provider", "installed", "reason"),
     [
-        (Provider("sglang", "0.4.0"), "", "sglang 0.4.0 is not here: this is sglang 0.5.23"),
+        (Provider("sglang", "0.4.0"), "", f"sglang 0.4.0 is not here: this is sglang {RELEASE}"),
         (TRANSFORMS, "0.4.9", "sglang-kernel 0.4.10 is not here: this is 0.4.9"),
         (TRANSFORMS, "", "sglang-kernel 0.4.10 is not here: it is not installed"),
     ],

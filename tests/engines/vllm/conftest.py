@@ -127,6 +127,16 @@ def serving(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogC
     return monkeypatch
 
 
+def v4_config(ratios: list[int], topk: int) -> Any:
+    """What this vLLM makes of a checkpoint's config.json: a class of its own up to 0.32, transformers' since."""
+    try:
+        kind = importlib.import_module("vllm.transformers_utils.configs.deepseek_v4").DeepseekV4Config
+    except ImportError:
+        kind = importlib.import_module("transformers").DeepseekV4Config
+    # A multi-token prediction has a ratio of its own at the end, which is no layer.
+    return kind(compress_ratios=[*ratios, 0], num_hidden_layers=len(ratios), index_topk=topk)
+
+
 def vllm_config(**changes: Any) -> Any:
     """A ``VllmConfig`` as far as the hooks look at it: V3.2 with an FP8 cache, and V4-Flash's layers."""
     base = {
@@ -136,12 +146,7 @@ def vllm_config(**changes: Any) -> Any:
         "model_config": SimpleNamespace(
             max_model_len=163840,
             hf_text_config=SimpleNamespace(num_hidden_layers=61),
-            hf_config=SimpleNamespace(
-                index_topk=512,
-                num_hidden_layers=43,
-                layer_types=["w", "w", *(["c4", "c128"] * 20), "c4"],
-                compress_rates={"c4": 4, "c128": 128},
-            ),
+            hf_config=v4_config([0, 0, *([4, 128] * 20), 4], 512),
         ),
     }
     return SimpleNamespace(**(base | changes))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -140,6 +141,17 @@ def test_what_no_policy_decides_stays_as_vllm_has_it(
             assert builder(sparse, heads)._mla_tune.mixed(common, SimpleNamespace(num_prefills=1)) is (own == "mixed")
             continue
         assert kind(sparse, builder(sparse, heads), common) == own
+
+
+def test_a_parameter_that_vllm_appends_reaches_its_own_method(sparse: ModuleType) -> None:
+    seen: list[int] = []
+    made = builder(sparse)
+    kind = sparse.FlashMLASparseMetadataBuilder
+    metadata = SimpleNamespace(num_prefills=0)  # vLLM's to decide
+    for name in ("build", "_build_fp8_separate_prefill_decode"):
+        around = inspect.getattr_static(kind, name)._self_wrapper
+        around(lambda *_, appended=0: seen.append(appended), made, (0, metadata), {"appended": 7})
+    assert seen == [7, 7]
 
 
 def test_dense_attention_of_short_contexts_is_not_decided(sparse: ModuleType) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -11,12 +13,18 @@ import pytest
 from mla_tune.bench.numerics import BF16_ATTENTION, mismatch
 from mla_tune.sites.shape import Shape
 from mla_tune.sites.site import MODELS, LayerType, SiteName
-from tests.engines.vllm.conftest import counted, made_by, other_kernels, use_policy, vllm_config
+from tests.engines.vllm.conftest import counted, made_by, other_kernels, use_policy, v4_config, vllm_config
 
 pytestmark = pytest.mark.usefixtures("serving")
 
 RATIOS = {LayerType.SWA_ONLY: 1, LayerType.C4A: 4, LayerType.C128A: 128}
 FLASH = MODELS["deepseek-v4-flash"]
+
+
+ATTRIBUTES = (
+    *("compress_ratio", "padded_heads", "window_size", "max_image_tokens", "max_num_batched_tokens"),
+    *("scale", "attn_sink", "topk_indices_buffer"),
+)
 
 
 def layer(module: ModuleType, layer_type: LayerType, config: Any = None, **changes: Any) -> Any:
@@ -34,6 +42,7 @@ def layer(module: ModuleType, layer_type: LayerType, config: Any = None, **chang
         "topk_indices_buffer": torch.full((64, 512), -1, dtype=torch.int32),
     }
 
+    assert set(attributes) == set(ATTRIBUTES)
     made = object.__new__(module.DeepseekV4FlashMLAAttention)
 
     def construct(**_: Any) -> None:
@@ -331,16 +340,29 @@ def test_the_runners_whose_dummy_forwards_are_marked_have_that_method() -> None:
         assert "def _dummy_run(\n        self,\n        num_tokens: int," in source
 
 
+def test_a_parameter_that_vllm_appends_reaches_its_own_method(v4: ModuleType, serving: pytest.MonkeyPatch) -> None:
+    from mla_tune.integrations.vllm import vllm_state
+
+    seen: list[int] = []
+
+    def theirs(*_: Any, appended: int = 0, **__: Any) -> None:
+        seen.append(appended)
+
+    serving.setattr(v4, "get_forward_context", lambda: SimpleNamespace(attn_metadata=object()))
+    made, kind = layer(v4, LayerType.C4A), v4.DeepseekV4FlashMLAAttention
+    metadata = Forward(LayerType.C4A, Shape(1, 20, 2100)).swa_metadata
+    metadata.num_prefill_tokens = 0  # vLLM's to decide
+    for name in ("_forward_prefill", "forward_mqa"):
+        around = inspect.getattr_static(kind, name)._self_wrapper
+        around(theirs, made, (), {"swa_metadata": metadata, "appended": 7})
+    vllm_state._around_dummy_run(theirs, None, (8,), {"appended": 7})
+    assert seen == [7, 7, 7]
+
+
 def test_a_second_model_in_the_process_has_tables_of_its_own(v4: ModuleType) -> None:
-    pro = SimpleNamespace(
-        index_topk=1024,
-        num_hidden_layers=61,
-        layer_types=["c128", *(["c4", "c128"] * 30)],
-        compress_rates={"c4": 4, "c128": 128},
-    )
     layer(v4, LayerType.C4A)
     config = vllm_config()
-    config.model_config.hf_config = pro
+    config.model_config.hf_config = v4_config([128, *([4, 128] * 30)], 1024)
     found = layer(v4, LayerType.C4A, config, padded_heads=128)._mla_tune._decider.resolved
     assert (found.model, found.h_q) == ("deepseek-v4-pro", 128)
 
@@ -356,6 +378,15 @@ def test_a_mistake_of_ours_costs_one_line_and_no_forward(
         assert forward.wrong(forward.run(made)) is None
     assert calls == ["sparse_fwd"] * 2
     assert [record.levelname for record in caplog.records].count("ERROR") == 1
+
+
+def test_what_the_hook_reads_of_a_layer_is_what_this_release_sets(v4: ModuleType) -> None:
+    """Its constructor needs a GPU, so that :func:`layer` sets attributes by hand: here they are held against it."""
+    sources = [inspect.getsource(kind) for kind in v4.DeepseekV4FlashMLAAttention.__mro__ if "vllm" in kind.__module__]
+    code = "\n".join(sources)
+    for name in (*ATTRIBUTES, "max_model_len"):
+        assert re.search(rf"\bself\.{name}\b\s*[:=]", code), name
+    assert "def _uses_fp8_ds_mla_layout(self" in code
 
 
 CP = SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=2)
@@ -392,6 +423,8 @@ def test_each_condition_of_a_forward_alone_keeps_vllms_own_path(
 ) -> None:
     made = layer(v4, LayerType.C4A)
     forward = Forward(LayerType.C4A, Shape(1, 20, 2100))
+    if not hasattr(forward.swa_metadata, field):
+        pytest.skip("this release has no such field")
     setattr(forward.swa_metadata, field, value)
     assert made._mla_tune.plan(forward.swa_metadata) is None
     assert counted() == ({}, {reason: 1})
