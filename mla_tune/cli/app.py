@@ -11,6 +11,7 @@ from mla_tune import __version__
 from mla_tune.cli import (
     chunking,
     databases,
+    doctoring,
     ensuring,
     help_page,
     machine,
@@ -61,6 +62,7 @@ app.command()(trace_recording.trace)
 app.command()(trace_diffing.trace_diff)
 app.command()(machine.verify)
 app.command()(machine.env)
+app.command()(doctoring.doctor)
 
 _database = typer.Typer(help="Measurement databases and their committed exports.", no_args_is_help=True)
 _database.command("export")(databases.export)

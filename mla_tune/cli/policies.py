@@ -248,7 +248,7 @@ def _reader(found: Answering) -> str:
     """Who reads how many of the tables, and why not all of them; empty where that goes without saying."""
     serving = found.serving
     reasons = [serving.fault] if serving.fault else [*map(str, serving.left_out), *serving.passed_over]
-    told = f"{found.word}: {len(serving.tables)} of {serving.total} tables serve with the builds below"
+    told = f"{len(serving.tables)} of {serving.total} tables serve {found.word} with the builds below"
     return "; ".join([told, *reasons])
 
 

@@ -32,9 +32,9 @@ def picture(found: Contents, entry: SiteMap, view: View) -> bytes:
     _typed(axes, view)
     _signs(axes, entry, view)
     _frame(axes, entry, view)
-    figure.text(0.02, 0.95, _title(found, entry), fontsize=18, fontweight="bold", color=_TEXT)
-    figure.text(0.02, 0.895, _subtitle(found, entry, view), fontsize=10.8, color=_QUIET)
-    figure.text(0.02, 0.848, _told(entry), fontsize=10.8, color=_TEXT)
+    _line(figure, 0.95, _title(found, entry), 18, fontweight="bold", color=_TEXT)
+    _line(figure, 0.895, _subtitle(found, entry, view), 10.8, color=_QUIET)
+    _line(figure, 0.848, _told(entry), 10.8, color=_TEXT)
     figure.legend(
         handles=_legend(entry, view),
         loc="lower center",
@@ -94,10 +94,18 @@ def _told(entry: SiteMap) -> str:
     if not win.other_path:
         return f"The policy keeps the default at all {win.shapes} {kind} shapes."
     reqs = f"{entry.views[0].num_reqs[0]} to {entry.views[-1].num_reqs[1]} requests"
+    slower = f"over 1 % slower at {win.slower}" if win.slower else "slower nowhere"
     return (
-        f"Where the policy takes the other path it is {win.mean:.2f}x faster (geometric mean; {win.best:.2f}x at best): "
-        f"{win.other_path} of {win.shapes} {kind} shapes of {reqs}."
+        f"The policy leaves it at {win.other_path} of {win.shapes} {kind} shapes of {reqs}: "
+        f"{win.mean:.2f}x faster there (geometric mean; at best {win.best:.2f}x), {slower}."
     )
+
+
+def _line(figure: Any, height: float, text: str, size: float, **style: Any) -> None:
+    """A line of text from the left edge, smaller where it would pass the right one."""
+    drawn = figure.text(0.02, height, text, fontsize=size, **style)
+    room = 0.97 * _INCHES[0] * _DOTS - drawn.get_window_extent().x0
+    drawn.set_fontsize(size * min(1.0, room / drawn.get_window_extent().width))
 
 
 def _answers(axes: Any, entry: SiteMap, view: View) -> None:

@@ -49,6 +49,10 @@ def run_without_them(*arguments: str) -> subprocess.CompletedProcess[str]:
     [
         ("lookup", "8192", "128K", "--model", "deepseek-v4-pro", "--gpu", "h200"),
         ("policy", "show", "--gpu", "h200"),
+        ("policy", "lint", "--no-builds", "policies/nvidia-h200.yaml"),
+        ("policy", "diff", "policies/nvidia-h200.yaml", "policies/nvidia-h200.yaml"),
+        ("policy", "schema"),
+        ("doctor",),
         ("ensure", "--help"),
         ("env",),
         ("trace-diff", "--help"),
