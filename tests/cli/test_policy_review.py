@@ -153,7 +153,7 @@ def test_a_modelled_policy_claims_no_measured_gain(tmp_path: Path, capsys: pytes
         (("none.yaml", NAME), 1, "none.yaml: No such file or directory"),
         ((NAME, str(ROOT / "policies" / "nvidia-h200.yaml")), 2, "got nvidia-h100 and nvidia-h200"),
         ((NAME, NAME, "--traffic", "none.jsonl"), 1, "a traffic file must be readable: got none.jsonl"),
-        ((NAME,), 2, "Missing argument 'new'"),
+        ((NAME,), 2, "Missing argument 'NEW'"),
     ],
 )
 def test_what_cannot_be_compared_is_refused_in_one_line(
