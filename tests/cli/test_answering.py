@@ -123,14 +123,20 @@ def test_every_output_names_policy_gpu_provider_and_evidence_first(
         else ("nvidia-h200", "nvidia-h200.sglang.yaml", "nvidia-h200 with 132 SMs", "sglang@0.5.23")
     )
     words = (command, *FIRST[command], "--gpu", gpu)
-    first, second, *_ = output(capsys, *words).splitlines()
+    shown = output(capsys, *words)
+    told = as_json(capsys, *words)["answered_by"]
+    assert (told["policy"], told["gpu"], told["evidence"]) == (file, gpu, "measured")
+    assert (told["builds"], told["serving"], told["tables"]) == ("those of the policy", 20, 20)
+    if command == "policy":  # the same facts, as the head of a screen
+        head = shown.partition("\n\n")[0]
+        for part in (gpu, file, f"kernels of {whose}", "20 of 20 tables serve sglang", "evidence  measured"):
+            assert part in head
+        return
+    first, second, *_ = shown.splitlines()
     assert first.startswith(f"sglang on {gpu}: {file} (shipped, sha256 ")
     assert f"measured for {of}, kernels of {whose}" in first
     assert "20 of 20 tables serve sglang" in first
     assert second.startswith("answered for a server that has the builds of this policy")
-    told = as_json(capsys, *words)["answered_by"]
-    assert (told["policy"], told["gpu"], told["evidence"]) == (file, gpu, "measured")
-    assert (told["builds"], told["serving"], told["tables"]) == ("those of the policy", 20, 20)
 
 
 @pytest.mark.parametrize("command", FIRST)
@@ -187,10 +193,8 @@ def test_a_shown_policy_has_the_tables_that_the_engine_reads(capsys: pytest.Capt
 def test_the_software_of_a_measurement_is_shown_as_context(capsys: pytest.CaptureFixture[str]) -> None:
     measured_with = load_policy(H200).environment
     shown = output(capsys, "policy", "show", "--policy", str(H200))
-    assert (
-        f"for context, no condition: driver {measured_with.driver}, torch {measured_with.torch}, "
-        f"triton {measured_with.triton}"
-    ) in shown
+    context = f"driver {measured_with.driver}, torch {measured_with.torch}, triton {measured_with.triton}"
+    assert f"context   {context} (no condition)" in shown
 
 
 @pytest.mark.parametrize("name", HUGGING_FACE)

@@ -37,10 +37,10 @@ def shown(path: Path, *, everything: bool = False) -> ShownPolicy:
 @pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
 def test_a_committed_policy_is_one_screen_with_head_and_verdict(path: Path) -> None:
     lines = policy_text(shown(path), 80)
-    assert len(lines) <= 40
+    assert len(lines) <= 42
     policy = load_policy(path)
     heads = [line.split("  ")[0] for line in lines[:8] if re.match(r"[a-zA-Z]+ {2,}", line)]
-    assert heads[:6] == ["GPU", "policy", "provider", "evidence", "builds", "date"]
+    assert heads[:7] == ["GPU", "policy", "provider", "evidence", "builds", "context", "date"]
     assert lines[0].startswith(f"GPU       {policy.gpu.sku}")
     last = max(number for number, line in enumerate(lines) if not line.startswith(" "))
     assert lines[last].startswith("verdict   ")

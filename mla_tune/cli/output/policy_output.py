@@ -134,13 +134,11 @@ def _head(shown: ShownPolicy) -> Iterator[str]:
     libraries = (
         ", ".join(f"{library.name} {library.version}" for library in environment.libraries) or "no kernel library"
     )
-    yield f"builds    {libraries}; torch {environment.torch}"
+    yield f"builds    {libraries}"
+    context = (("driver", environment.driver), ("torch", environment.torch), ("triton", environment.triton))
+    yield f"context   {', '.join(f'{name} {version}' for name, version in context if version)} (no condition)"
     yield f"date      {_date(shown.path or Path(shown.name))}"
     if shown.everything:
-        yield (
-            f"measured  with driver {environment.driver or '-'}, CUDA {environment.cuda or '-'}, Triton "
-            f"{environment.triton or '-'}"
-        )
         yield f"made by   {source.command}"
 
 
