@@ -25,7 +25,7 @@ def test_a_sweep_with_an_engines_kernels_needs_that_engine_and_says_so_in_one_li
     result = run(tmp_path, *SWEEP, "--provider", "sglang")
     assert result.returncode == 1
     assert (
-        "--provider sglang needs SGLang's kernels: the package sglang is not installed; accepted: sglang 0.5.23"
+        "--provider sglang needs SGLang's kernels: the package sglang is not installed; accepted: sglang 0.5.17"
         in result.stderr
     )
     assert result.stderr.count("\n") == 1
