@@ -5,6 +5,15 @@ from __future__ import annotations
 import msgspec
 
 from mla_tune.hardware.sku import CPU
+from mla_tune.sites.candidates import (
+    DEEP_GEMM,
+    JIT,
+    SPARSE_FWD,
+    SPARSE_FWD_FUSED,
+    SPARSE_FWD_SELECTED,
+    WITH_KVCACHE,
+    WITH_KVCACHE_MIXED,
+)
 
 
 class Look(msgspec.Struct, frozen=True):
@@ -18,13 +27,13 @@ class Look(msgspec.Struct, frozen=True):
 
 # Okabe and Ito's palette, which colour-blind readers tell apart; lighter shades of it on dark ground.
 _LOOKS = {
-    "with_kvcache": Look("#0072B2", "#56B4E9", "circle", "o"),
-    "with_kvcache_mixed": Look("#0072B2", "#56B4E9", "circle", "o"),
-    "sparse_fwd": Look("#D55E00", "#FF8A3D", "square", "s"),
-    "sparse_fwd_fused": Look("#9A6A00", "#F0C14B", "diamond", "D"),
-    "sparse_fwd_selected": Look("#A0447E", "#E79CC6", "triangle-up", "^"),
-    "jit": Look("#007A5A", "#2BC49A", "square", "s"),
-    "deep_gemm": Look("#0072B2", "#56B4E9", "circle", "o"),
+    WITH_KVCACHE.name: Look("#0072B2", "#56B4E9", "circle", "o"),
+    WITH_KVCACHE_MIXED.name: Look("#0072B2", "#56B4E9", "circle", "o"),
+    SPARSE_FWD.name: Look("#D55E00", "#FF8A3D", "square", "s"),
+    SPARSE_FWD_FUSED.name: Look("#9A6A00", "#F0C14B", "diamond", "D"),
+    SPARSE_FWD_SELECTED.name: Look("#A0447E", "#E79CC6", "triangle-up", "^"),
+    JIT.name: Look("#007A5A", "#2BC49A", "square", "s"),
+    DEEP_GEMM.name: Look("#0072B2", "#56B4E9", "circle", "o"),
 }
 _OTHERS = (
     Look("#4D4D4D", "#C0C0C0", "cross", "P"),
