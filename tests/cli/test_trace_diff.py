@@ -35,7 +35,8 @@ PROFILER = ROOT.parent / "shared" / "traces" / "profiler"
 
 
 @pytest.fixture
-def pair(tmp_path: Path) -> tuple[Path, Path]:
+def pair(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, Path]:
+    monkeypatch.delenv("COLUMNS", raising=False)  # a pipe has no width, whatever the run's own terminal has
     return write(tmp_path / "a.json.gz", document(BEFORE, 0)), write(tmp_path / "b.json.gz", document(AFTER, 0))
 
 
