@@ -186,6 +186,7 @@ def reserve(most: int, bytes_of: Callable[[int], int], allocate: Callable[[int],
     while most > 0:
         try:
             allocate(bytes_of(most))
+        # The class is torch's, which is not ours to import; whatever else it is goes on.
         except Exception as error:
             if not out_of_memory(error):
                 raise
